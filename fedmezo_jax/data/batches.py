@@ -1,0 +1,69 @@
+"""The mini-batches of a round, as a pure function of the round's number: a resumed run draws the same ones."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+
+from fedmezo_jax.data.examples import Rows
+from fedmezo_jax.data.partition import Partition
+from fedmezo_jax.data.seeding import generator
+
+# A client with few rows passes through many epochs in a round; drawing its permutations by the block saves one
+# generator for each of them.
+_BLOCK = 64
+
+
+@lru_cache(maxsize=8192)
+def _walk(seed: int, client: int, n: int, block: int) -> np.ndarray:
+    """Rows 0..n-1 in random order, one permutation after another: int64 [epochs * n] with epochs = ceil(_BLOCK / n)."""
+    epochs = -(-_BLOCK // n)
+    rng = generator(seed, "batches", client, block)
+    walk = rng.permuted(np.tile(np.arange(n), (epochs, 1)), axis=1).ravel()
+    walk.flags.writeable = False
+    return walk
+
+
+def _take(seed: int, client: int, n: int, start: int, count: int) -> np.ndarray:
+    """`count` steps of a client's endless walk from step `start`, as positions in 0..n-1."""
+    length = -(-_BLOCK // n) * n
+    blocks = range(start // length, (start + count - 1) // length + 1)
+    steps = np.concatenate([_walk(seed, client, n, block) for block in blocks])
+    return steps[start - blocks[0] * length :][:count]
+
+
+def round_batches(
+    rows: Rows,
+    parts: Partition,
+    participants: Sequence[int] | np.ndarray,
+    round_index: int,
+    *,
+    seed: int,
+    local_steps: int,
+    batch_size: int,
+) -> Rows:
+    """The batches that the participants of one round work on.
+
+    Each client walks through its own rows, permuted anew in every epoch; round t takes the steps from t*H*batch on,
+    whether or not the client took part in the rounds before. A client with fewer rows than a batch meets rows twice.
+
+    Args:
+        rows: all training rows.
+        parts: the rows of every client, as indices into `rows`.
+        participants: clients of this round, [clients].
+        round_index: number of the round, from 0.
+        seed: seed of the walks.
+        local_steps: local steps H.
+        batch_size: rows a step.
+
+    Returns:
+        `Rows` whose leaves have the leading axes [clients, H, batch].
+    """
+    count = local_steps * batch_size
+    picked = np.stack(
+        [
+            parts[client][_take(seed, int(client), len(parts[client]), round_index * count, count)]
+            for client in participants
+        ]
+    ).reshape(-1, local_steps, batch_size)
+    return Rows(*(leaf[picked] for leaf in rows))

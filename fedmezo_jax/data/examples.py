@@ -1,0 +1,42 @@
+"""The two shapes of data: an instruction-response pair as text, and a table of tokenised rows."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Example(NamedTuple):
+    """One instruction-response pair.
+
+    Attributes:
+        instruction: what is asked.
+        input: the material to work on; empty where the instruction says everything.
+        response: the wanted answer.
+        category: the class by which rows are dealt to clients (a topic, a language); empty where the data have none.
+    """
+
+    instruction: str
+    input: str
+    response: str
+    category: str
+
+
+class Rows(NamedTuple):
+    """Tokenised rows of one fixed shape: N rows of S tokens with at most M labels.
+
+    A batch is a `Rows` too, with further leading axes. The loss of a batch is ``sum(label_weights * nll) /
+    sum(label_weights)``, where nll at a label is the negative log-likelihood that the hidden state at its
+    `label_positions` entry gives to it.
+
+    Attributes:
+        tokens: int32 [N, S], padded on the right with the pad id (attention is causal, so this needs no mask).
+        label_positions: int32 [N, M], index of the token whose hidden state predicts the label, that is the one
+            before it; 0 where padded.
+        labels: int32 [N, M], token id of the label.
+        label_weights: float32 [N, M], 1 for a label and 0 for padding; every row has at least one label.
+    """
+
+    tokens: np.ndarray
+    label_positions: np.ndarray
+    labels: np.ndarray
+    label_weights: np.ndarray

@@ -1,0 +1,138 @@
+"""Dealing rows to clients: iid, Dirichlet over categories, whole categories; and a measure of how far apart they are.
+
+A partition is a list with one sorted int64 array of row indices a client; together they hold every row exactly once,
+and no client is empty.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from fedmezo_jax.data.seeding import generator
+from fedmezo_jax.errors import UserError
+
+Partition = list[np.ndarray]
+
+
+def iid(n: int, clients: int, seed: int) -> Partition:
+    """`n` rows dealt at random in parts whose sizes differ by at most one.
+
+    Raises:
+        UserError: fewer than one client, or more clients than rows.
+    """
+    _check_clients(n, clients)
+    return [np.sort(part) for part in np.array_split(generator(seed, "partition iid").permutation(n), clients)]
+
+
+def dirichlet(categories: Sequence[str], clients: int, alpha: float, seed: int) -> Partition:
+    """Each category is split over the clients by proportions p ~ Dirichlet(alpha, ..., alpha) (arXiv 1909.06335).
+
+    A small `alpha` gives a client few categories, a large one makes all clients alike. A client that would stay empty
+    takes a row from the client that has most.
+
+    Args:
+        categories: the category of each row, [n].
+        clients: number of clients, at most n.
+        alpha: concentration, positive.
+        seed: seed of the draw.
+
+    Raises:
+        UserError: no categories, a concentration that is not positive and finite, or more clients than rows.
+    """
+    _check_clients(len(categories), clients)
+    if not 0 < alpha < float("inf"):
+        raise UserError(f"the Dirichlet alpha must be a positive number, not {alpha}")
+    rng = generator(seed, "partition dirichlet")
+    owner = np.empty(len(categories), np.int64)
+    for rows in _rows_by_category(categories, "Dirichlet"):
+        # Beyond 1e12 the proportions are equal to rounding; larger values would overflow numpy's gamma draws.
+        proportions = rng.dirichlet(np.full(clients, min(alpha, 1e12)))
+        cuts = np.rint(np.cumsum(proportions)[:-1] * len(rows)).astype(np.int64)
+        for client, part in enumerate(np.split(rng.permutation(rows), cuts)):
+            owner[part] = client
+    sizes = np.bincount(owner, minlength=clients)
+    for client in np.flatnonzero(sizes == 0):
+        donor = int(np.argmax(sizes))
+        owner[rng.choice(np.flatnonzero(owner == donor))] = client
+        sizes[donor] -= 1
+        sizes[client] = 1
+    return [np.flatnonzero(owner == client) for client in range(clients)]
+
+
+def meta(categories: Sequence[str], clients: int, seed: int) -> Partition:
+    """Whole categories are dealt to the clients in turn, in random order.
+
+    With more clients than categories every client holds a single category; the clients are given to the categories in
+    proportion to their rows (highest averages), and the rows of a category are split evenly among its clients.
+
+    Args:
+        categories: the category of each row, [n].
+        clients: number of clients, at most n.
+        seed: seed of the deal.
+
+    Raises:
+        UserError: no categories, fewer than one client, or more clients than rows.
+    """
+    _check_clients(len(categories), clients)
+    rng = generator(seed, "partition meta")
+    groups = _rows_by_category(categories, "meta")
+    rng.shuffle(groups)
+    if len(groups) >= clients:
+        return [np.sort(np.concatenate(groups[client::clients])) for client in range(clients)]
+    sizes = np.array([len(group) for group in groups])
+    shares = np.ones(len(groups), np.int64)
+    for _ in range(clients - len(groups)):
+        shares[np.argmax(sizes / shares)] += 1  # its rows per client are above one, as clients <= n
+    return [
+        np.sort(part)
+        for group, share in zip(groups, shares, strict=True)
+        for part in np.array_split(rng.permutation(group), share)
+    ]
+
+
+def heterogeneity(parts: Partition, categories: Sequence[str]) -> float:
+    """Mean over clients of the total-variation distance 1/2 sum_c |p_i(c) - p(c)|.
+
+    p_i is the distribution of categories on client i and p the one over all rows. 0: all clients alike; towards 1: each
+    client holds categories that are rare elsewhere.
+    """
+    _, codes = np.unique(np.asarray(categories), return_inverse=True)
+    overall = np.bincount(codes) / len(codes)
+    shares = [np.bincount(codes[part], minlength=len(overall)) / len(part) for part in parts]
+    return float(np.mean([np.abs(share - overall).sum() / 2 for share in shares]))
+
+
+def hold_out(
+    n: int, test_rows: int, seed: int, categories: Sequence[str] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Splits range(n) into sorted train and test indices, `test_rows` of them for the test.
+
+    With `categories` [n] each category gives its share of test rows to within one row: the rows are put in random
+    order, lined up by category, and the test rows are taken at even distances.
+
+    Raises:
+        UserError: no test row is asked for, or no row would be left for training.
+    """
+    if not 1 <= test_rows < n:
+        raise UserError(f"{test_rows} test rows of {n}: choose at least 1 and leave at least one row for training")
+    order = generator(seed, "hold out").permutation(n)
+    if categories is not None:
+        order = order[np.argsort(np.asarray(categories)[order], kind="stable")]
+    picked = np.zeros(n, bool)
+    picked[order[(2 * np.arange(test_rows) + 1) * n // (2 * test_rows)]] = True
+    return np.flatnonzero(~picked), np.flatnonzero(picked)
+
+
+def _rows_by_category(categories: Sequence[str], kind: str) -> list[np.ndarray]:
+    """The row indices of each category, in the order of the categories' names."""
+    names, codes = np.unique(np.asarray(categories), return_inverse=True)
+    if len(names) == 1 and names[0] == "":
+        raise UserError(f"these data have no categories, which a {kind} partition needs: choose the iid partition")
+    return [np.flatnonzero(codes == code) for code in range(len(names))]
+
+
+def _check_clients(n: int, clients: int) -> None:
+    if clients < 1:
+        raise UserError(f"at least one client is needed, not {clients}")
+    if clients > n:
+        raise UserError(f"{clients} clients but only {n} rows: every client needs at least one, choose fewer clients")
