@@ -1,8 +1,8 @@
 """A client's local work: H steps from the global parameters, zeroth-order or back-propagated.
 
-Both kinds have one signature, ``work(loss, params, batches, key, learning_rate) -> LocalResult``, so that a round does not
-know which it runs. ``loss`` is a ``jax.tree_util.Partial`` where it holds frozen weights: these are then arguments of the
-compiled round and not constants in it, and one copy serves all clients under ``vmap``.
+Both kinds have one signature, ``work(loss, params, batches, key, learning_rate) -> LocalResult``, so that a round does
+not know which it runs. ``loss`` is a ``jax.tree_util.Partial`` where it holds frozen weights: these are then arguments
+of the compiled round and not constants in it, and one copy serves all clients under ``vmap``.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class LocalResult(NamedTuple):
 
     Attributes:
         params: its θ, the tree it was given, moved.
-        coefficients: ``[H, n]`` float32, η_i·g/n of each step and direction (``[H, 0]`` from back-propagation). With the
-            round's key they say all that ``params`` says.
+        coefficients: ``[H, n]`` float32, η_i·g/n of each step and direction (``[H, 0]`` from back-propagation). With
+            the round's key they say all that ``params`` says.
         losses: ``[H]`` float32, the training loss that each step saw.
     """
 
@@ -59,7 +59,8 @@ def backprop_work(optimizer: Callable[[Any], optax.GradientTransformation]) -> L
     """Local work by back-propagation, the FedAvg baseline (arXiv 1602.05629); ``loss`` is a :data:`mezo.LossFn`.
 
     Args:
-        optimizer: makes an optax transformation of a learning rate, e.g. ``optax.sgd``. Its state starts afresh each round.
+        optimizer: makes an optax transformation of a learning rate, e.g. ``optax.sgd``. Its state starts afresh each
+            round.
     """
 
     def work(loss, params, batches, key, learning_rate) -> LocalResult:

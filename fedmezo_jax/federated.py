@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from fedmezo_jax import server
 from fedmezo_jax.client import LocalWork
 from fedmezo_jax.mezo import Params
 
-_WORK, _RATES = 0, 1  # what a round's key is folded with, so that no two uses share a stream
+WORK, RATES, INIT = 0, 1, 2  # what the run's key is folded with: no two uses share a stream
 
 
 class FederatedState(NamedTuple):
@@ -45,8 +46,8 @@ class Cohort(NamedTuple):
         batches: pytree with leading axes ``[P, H]``.
     """
 
-    ids: jax.Array
-    weights: jax.Array
+    ids: jax.Array | np.ndarray
+    weights: jax.Array | np.ndarray
     batches: Any
 
 
@@ -69,8 +70,8 @@ class Federated(NamedTuple):
 
     Attributes:
         init: ``init(params, clients) -> FederatedState``.
-        round: ``round(state, loss, cohort, key) -> (FederatedState, RoundReport)``; ``key`` is the run's, the same in every
-            round.
+        round: ``round(state, loss, cohort, key) -> (FederatedState, RoundReport)``; ``key`` is the run's, the same in
+            every round.
     """
 
     init: Callable[[Params, int], FederatedState]
@@ -79,7 +80,7 @@ class Federated(NamedTuple):
 
 def client_key(key: jax.Array, round_index: jax.Array | int, client: jax.Array | int) -> jax.Array:
     """The key of one client's local work in one round; local step h then folds in h."""
-    return jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, _WORK), round_index), client)
+    return jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, WORK), round_index), client)
 
 
 def federated(
@@ -96,19 +97,21 @@ def federated(
         work: the clients' local work.
         rates: learning rates of the clients.
         optimizer: the server's, fed with the pseudo-gradient −Σ_i w_i·Δ_i; None means plain averaging.
-        block_size: how many clients run at once under ``vmap``; None means all. Memory grows with it; the result does not
-            depend on it, because the updates are summed one client after another in either case.
+        block_size: how many clients run at once under ``vmap``; None means all. Memory grows with it; the result does
+            not depend on it, because the updates are summed one client after another in either case.
     """
     optimizer = optimizer or optax.sgd(1.0)
 
     def init(params: Params, clients: int) -> FederatedState:
+        params = jax.tree.map(jnp.array, params)  # a copy: donating the state must not take the caller's arrays away
         return FederatedState(params, optimizer.init(params), server.init_signals(clients), jnp.int32(0))
 
     def round(state: FederatedState, loss: Any, cohort: Cohort, key: jax.Array) -> tuple[FederatedState, RoundReport]:
-        clients = cohort.ids.shape[0]
-        rates_key = jax.random.fold_in(jax.random.fold_in(key, _RATES), state.round)
-        rate = server.learning_rates(rates, state.signals, rates_key)[cohort.ids]
-        keys = jax.vmap(client_key, in_axes=(None, None, 0))(key, state.round, cohort.ids)
+        ids = jnp.asarray(cohort.ids)
+        clients = ids.shape[0]
+        rates_key = jax.random.fold_in(jax.random.fold_in(key, RATES), state.round)
+        rate = server.learning_rates(rates, state.signals, rates_key)[ids]
+        keys = jax.vmap(client_key, in_axes=(None, None, 0))(key, state.round, ids)
         weights = cohort.weights / jnp.sum(cohort.weights)
         keep_deltas = rates.strategy == "model-diff"
 
@@ -126,7 +129,7 @@ def federated(
 
         params, optimizer_state = server.apply_mean_update(optimizer, state.params, mean_delta, state.optimizer)
         drift = server.client_drift(deltas) if keep_deltas else None
-        signals = server.observe(state.signals, cohort.ids, jnp.mean(losses, axis=1), drift)
+        signals = server.observe(state.signals, ids, jnp.mean(losses, axis=1), drift)
         state = FederatedState(params, optimizer_state, signals, state.round + 1)
         return state, RoundReport(losses, coefficients, rate)
 

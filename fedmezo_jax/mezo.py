@@ -1,8 +1,8 @@
 """The seeded zeroth-order step: perturb, evaluate, restore (MeZO, arXiv 2305.17333; FedMeZO, arXiv 2402.05926).
 
-A direction z is never stored: it is a function of a key, a leaf's name and a row of that leaf, so that whoever holds the
-key (a layer in the middle of a forward pass, the update, a replay years later) draws the same numbers. This module knows
-pytrees and a loss, and no model.
+A direction z is never stored: it is a function of a key, a leaf's name and a row of that leaf, so that whoever holds
+the key (a layer in the middle of a forward pass, the update, a replay years later) draws the same numbers. This module
+knows pytrees and a loss, and no model.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Perturbation:
 LossFn: TypeAlias = Callable[[Params, Any], jax.Array]
 """``loss(params, batch) -> scalar``."""
 PairLoss: TypeAlias = Callable[[Params, Any, Perturbation], tuple[jax.Array, jax.Array]]
-"""``pair_loss(params, batch, perturbation) -> (L₊, L₋)``, the losses at θ ± scale·z: all that the step asks of a model."""
+"""``pair_loss(params, batch, perturbation) -> (L₊, L₋)``, losses at θ ± scale·z: all that the step asks of a model."""
 
 
 class MezoConfig(NamedTuple):
@@ -92,7 +92,8 @@ def shift(params: Params, perturbation: Perturbation) -> Params:
     """θ + scale·z(key) over a whole tree.
 
     A leaf of two or more dimensions is drawn one row of its leading axis at a time, so that a model that stacks its
-    layers there can draw each layer's share on its own (:func:`shift_row`), and no more than one row of z exists at once.
+    layers there can draw each layer's share on its own (:func:`shift_row`), and no more than one row of z exists at
+    once.
 
     Args:
         params: pytree of float arrays. The path of a leaf names its stream, so adding a leaf changes no other leaf's z.
@@ -142,7 +143,8 @@ def _add(value: jax.Array, key: jax.Array, perturbation: Perturbation) -> jax.Ar
 def pair_loss_of(loss: LossFn) -> PairLoss:
     """Makes a :data:`PairLoss` of any plain loss by moving the whole tree: the oracle of a model's own, leaner one.
 
-    Both points start from the same θ, which is never moved in place: adding μz, −2μz and μz would leave rounding behind.
+    Both points start from the same θ, which is never moved in place: adding μz, −2μz and μz would leave rounding
+    behind.
     """
 
     def pair_loss(params: Params, batch: Any, perturbation: Perturbation) -> tuple[jax.Array, jax.Array]:

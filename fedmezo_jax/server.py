@@ -1,7 +1,7 @@
 """The server's side of a round: who takes part, at which learning rate, and what the clients' updates become.
 
-All functions are pure. The signals that personalise learning rates are kept for each of the N clients of the federation,
-whether or not it takes part in a round.
+All functions are pure. The signals that personalise learning rates are kept for each of the N clients of the
+federation, whether or not it takes part in a round.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class RateConfig(NamedTuple):
     Attributes:
         learning_rate: η₀ > 0.
         strategy: what Φ_i is made of; ``frozen`` gives every client η₀.
-        scale: A in [0, 1), with α = A·η₀: rates stay within η₀(1 ± A) and so above zero. The paper's 5e-6 at η₀ = 1e-5 is 0.5.
+        scale: A in [0, 1), with α = A·η₀: rates stay within η₀(1 ± A), above zero. The paper's 5e-6 at 1e-5 is 0.5.
     """
 
     learning_rate: float = 1e-3
@@ -112,7 +112,8 @@ def learning_rates(config: RateConfig, signals: Signals, key: jax.Array) -> jax.
 def client_drift(deltas: Params) -> jax.Array:
     """‖Δ_i − mean_j Δ_j‖ over all parameters, ``[P]`` float32, from a tree of ``[P, …]`` updates.
 
-    The mean weighs clients alike, as in the paper (its reference sums the norms of the leaves instead of taking one norm).
+    The mean weighs clients alike, as in the paper (its reference sums the norms of the leaves instead of taking one
+    norm).
     """
 
     def squared(leaf):
@@ -134,7 +135,7 @@ def apply_mean_update(
 
 
 def sample_participants(seed: int, round_index: int, clients: int, count: int) -> np.ndarray:
-    """The sorted ids, ``[count]`` int32, of the clients of one round, drawn without replacement; a function of its arguments."""
+    """The ids of one round's clients, ``[count]`` int32, sorted and distinct: a function of its arguments alone."""
     if count == clients:
         return np.arange(clients, dtype=np.int32)
     generator = np.random.default_rng(np.random.SeedSequence([seed, round_index], spawn_key=(0x5A,)))

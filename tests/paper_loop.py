@@ -1,6 +1,8 @@
-"""FedMeZO as its paper states it: readable loops over clients, steps and leaves, in float64 numpy. The oracle of the round.
+"""FedMeZO as its paper states it: readable loops over clients, steps and leaves, in float64 numpy. The oracle of the
+round.
 
-Source: Alg. 1 and Eq. 3-4 of arXiv 2402.05926, with Prop. 3.7 for the learning rates. Written for a dictionary of arrays.
+Source: Alg. 1 and Eq. 3-4 of arXiv 2402.05926, with Prop. 3.7 for the learning rates. Written for a dictionary of
+    arrays.
 """
 
 import binascii

@@ -14,8 +14,13 @@ from fedmezo_jax import client, federated, mezo, server
 CLIENTS, STEPS, WIDTH = 6, 3, 7
 RATE, MU = 0.05, 1e-2
 GENERATOR = np.random.default_rng(3)
-TARGETS = GENERATOR.normal(size=(9, CLIENTS, STEPS, 4, WIDTH)).astype(np.float32) + np.arange(CLIENTS)[:, None, None, None]
-START = {"w": GENERATOR.normal(size=WIDTH).astype(np.float32), "m": GENERATOR.normal(size=(4, WIDTH)).astype(np.float32)}
+TARGETS = (
+    GENERATOR.normal(size=(9, CLIENTS, STEPS, 4, WIDTH)).astype(np.float32) + np.arange(CLIENTS)[:, None, None, None]
+)
+START = {
+    "w": GENERATOR.normal(size=WIDTH).astype(np.float32),
+    "m": GENERATOR.normal(size=(4, WIDTH)).astype(np.float32),
+}
 
 
 def loss(params, batch):

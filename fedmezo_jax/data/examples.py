@@ -1,8 +1,11 @@
 """The two shapes of data: an instruction-response pair as text, and a table of tokenised rows."""
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
+import jax
 import numpy as np
+
+Array: TypeAlias = np.ndarray | jax.Array
 
 
 class Example(NamedTuple):
@@ -36,7 +39,7 @@ class Rows(NamedTuple):
         label_weights: float32 [N, M], 1 for a label and 0 for padding; every row has at least one label.
     """
 
-    tokens: np.ndarray
-    label_positions: np.ndarray
-    labels: np.ndarray
-    label_weights: np.ndarray
+    tokens: Array
+    label_positions: Array
+    labels: Array
+    label_weights: Array
