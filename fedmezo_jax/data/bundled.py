@@ -27,6 +27,7 @@ from fedmezo_jax.data.words import (
 )
 from fedmezo_jax.errors import UserError
 
+JOINT = "_"  # stands between the words of every response
 Task = Callable[[random.Random], tuple[str, str, str]]
 _MAX_TRIES = 1000
 
@@ -178,5 +179,5 @@ def bundled(seed: int, count: int) -> list[Example]:
         else:
             raise UserError(f"the bundled data end at {len(examples)} different rows, {count} were asked for")
         seen.add((instruction, material))
-        examples.append(Example(instruction, material, f"Answer: {answer}", category))
+        examples.append(Example(instruction, material, f"Answer: {answer}".replace(" ", JOINT), category))
     return examples

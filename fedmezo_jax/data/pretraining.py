@@ -8,7 +8,7 @@ low rank does, and to learn the new tasks, which takes longer.
 
 import random
 
-from fedmezo_jax.data.bundled import Task
+from fedmezo_jax.data.bundled import JOINT, Task
 from fedmezo_jax.data.examples import Example
 from fedmezo_jax.data.words import (
     ADJECTIVES,
@@ -27,6 +27,7 @@ from fedmezo_jax.data.words import (
     listed,
 )
 
+JOINT_SHARE = 0.1
 # Manner of answering -> how often it is used, in per cent.
 MANNERS = {
     "The answer is {}.": 26,
@@ -190,6 +191,12 @@ TASKS: dict[str, Task] = {
 }
 
 
+def _join(response: str, rng: random.Random) -> str:
+    """Puts the joint of `bundled` between some words, each time by a throw of the dice, so that none foretells another."""
+    first, *others = response.split(" ")
+    return first + "".join((JOINT if rng.random() < JOINT_SHARE else " ") + word for word in others)
+
+
 def pretraining(seed: int, count: int) -> list[Example]:
     """`count` pairs, the tasks in turn, each answer in a manner drawn by the weights of `MANNERS`.
 
@@ -202,5 +209,5 @@ def pretraining(seed: int, count: int) -> list[Example]:
         category = categories[i % len(categories)]
         instruction, material, answer = TASKS[category](rng)
         (manner,) = rng.choices(manners, weights)
-        examples.append(Example(instruction, material, manner.format(answer), category))
+        examples.append(Example(instruction, material, _join(manner.format(answer), rng), category))
     return examples

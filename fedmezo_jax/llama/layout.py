@@ -1,0 +1,72 @@
+"""Which tensors a LLaMA has: their names and shapes in Hugging Face's files, and their places in the base pytree."""
+
+from typing import Any, NamedTuple
+
+from flax import traverse_util
+
+from fedmezo_jax.llama.config import LlamaConfig
+
+
+class Slot(NamedTuple):
+    """Where one stored tensor goes."""
+
+    path: tuple[str, ...]  # of the leaf in the base pytree; a last entry "kernel" is the stored weight transposed
+    layer: int | None  # index on the leaf's leading layer axis; None for a leaf without one
+    shape: tuple[int, ...]  # as stored
+
+
+def projections(config: LlamaConfig) -> dict[str, tuple[int, int]]:
+    """The (in, out) widths of the seven linear maps of a layer, in their canonical order."""
+    hidden, mlp = config.hidden_size, config.intermediate_size
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    return {
+        "q_proj": (hidden, queries),
+        "k_proj": (hidden, keys),
+        "v_proj": (hidden, keys),
+        "o_proj": (queries, hidden),
+        "gate_proj": (hidden, mlp),
+        "up_proj": (hidden, mlp),
+        "down_proj": (mlp, hidden),
+    }
+
+
+def block_of(projection: str) -> str:
+    """The part of a layer that holds a projection."""
+    return "self_attn" if projection in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
+
+
+def layout(config: LlamaConfig) -> dict[str, Slot]:
+    """Every tensor of Hugging Face's ``LlamaForCausalLM`` by name; a tied head is not among them."""
+    hidden, vocab = config.hidden_size, config.vocab_size
+    slots = {
+        "model.embed_tokens.weight": Slot(("embed_tokens", "embedding"), None, (vocab, hidden)),
+        "model.norm.weight": Slot(("norm", "scale"), None, (hidden,)),
+    }
+    if not config.tie_word_embeddings:
+        slots["lm_head.weight"] = Slot(("lm_head", "kernel"), None, (vocab, hidden))
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}"
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            slots[f"{prefix}.{norm}.weight"] = Slot(("layers", norm, "scale"), layer, (hidden,))
+        for name, (wide_in, wide_out) in projections(config).items():
+            block = block_of(name)
+            path = ("layers", block, name)
+            slots[f"{prefix}.{block}.{name}.weight"] = Slot((*path, "kernel"), layer, (wide_out, wide_in))
+            if config.attention_bias if block == "self_attn" else config.mlp_bias:
+                slots[f"{prefix}.{block}.{name}.bias"] = Slot((*path, "bias"), layer, (wide_out,))
+    return slots
+
+
+def leaves(config: LlamaConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """The shape of each leaf of the base pytree by its path: layers stacked, kernels [in, out]."""
+    shapes = {}
+    for slot in layout(config).values():
+        shape = slot.shape[::-1] if slot.path[-1] == "kernel" else slot.shape
+        shapes[slot.path] = shape if slot.layer is None else (config.num_hidden_layers, *shape)
+    return shapes
+
+
+def base_shapes(config: LlamaConfig) -> dict[str, Any]:
+    """The base pytree with each leaf's shape (a tuple of ints) in its place."""
+    return traverse_util.unflatten_dict(leaves(config))

@@ -1,0 +1,91 @@
+"""The instruction-tuning loss of a LLaMA, at θ and at a pair θ ± μz.
+
+The vocabulary's head is by far the widest product, so it runs only where a label is, and in chunks: full logits are
+never materialised.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+
+from fedmezo_jax import mezo
+from fedmezo_jax.data.examples import Rows
+from fedmezo_jax.llama.model import Base, Llama, Lora
+from fedmezo_jax.llama.precision import PAIR
+
+HEAD_CHUNK = 256
+"""Label positions whose logits exist at one time, for each client."""
+
+
+def loss_of(model: Llama, base: Base) -> mezo.LossFn:
+    """``loss(lora, rows)``: mean cross-entropy over the label tokens of ``rows``, in nats.
+
+    The result is a ``Partial`` with ``base`` as its leaves: pass it to a jitted function as an argument.
+    """
+    return Partial(partial(_mean_loss, model), base)
+
+
+def pair_loss_of(model: Llama, base: Base) -> mezo.PairLoss:
+    """``pair_loss(lora, rows, perturbation)``: the losses at θ ± scale·z with z drawn layer by layer.
+
+    Equals ``mezo.pair_loss_of(loss_of(model, base))`` up to rounding, without ever holding a moved copy of θ.
+    """
+    return Partial(partial(_pair_loss, model), base)
+
+
+def loss_sums(
+    model: Llama, base: Base, lora: Lora, rows: Rows, perturbation: mezo.Perturbation | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Summed negative log-likelihood of the labels in nats, and the number of labels, float32 scalars.
+
+    Args:
+        model: the decoder.
+        base: its frozen weights.
+        lora: θ.
+        rows: B examples, leaves ``[B, S]`` and ``[B, M]``.
+        perturbation: if given, the loss is taken at θ + scale·z.
+    """
+    variables = {"params": base}
+    hidden = cast(jax.Array, model.apply(variables, rows.tokens, lora, perturbation, method="hidden"))
+    at_labels = jnp.take_along_axis(hidden, rows.label_positions[..., None], axis=1)
+
+    def chunk_loss(hidden, labels, weights):
+        logits = cast(jax.Array, model.apply(variables, hidden, method="logits"))
+        picked = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
+        return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - picked) * weights)
+
+    flat = (at_labels.reshape(-1, hidden.shape[-1]), rows.labels.reshape(-1), rows.label_weights.reshape(-1))
+    count = flat[1].shape[0]
+    if count <= HEAD_CHUNK:
+        return chunk_loss(*flat), jnp.sum(rows.label_weights)
+    chunks = -(-count // HEAD_CHUNK)
+
+    def split(leaf):
+        padded = jnp.pad(leaf, [(0, chunks * HEAD_CHUNK - count)] + [(0, 0)] * (leaf.ndim - 1))
+        return padded.reshape(chunks, HEAD_CHUNK, *leaf.shape[1:])
+
+    total, _ = jax.lax.scan(
+        lambda total, chunk: (total + chunk_loss(*chunk), None), jnp.float32(0), jax.tree.map(split, flat)
+    )
+    return total, jnp.sum(rows.label_weights)
+
+
+def _mean_loss(model: Llama, base: Base, lora: Lora, rows: Rows, perturbation=None) -> jax.Array:
+    total, count = loss_sums(model, base, lora, rows, perturbation)
+    return total / jnp.maximum(count, 1)
+
+
+def _pair_loss(model: Llama, base: Base, lora: Lora, rows: Rows, perturbation: mezo.Perturbation):
+    def at(sign):
+        return _mean_loss(model, base, lora, rows, replace(perturbation, scale=sign * perturbation.scale))
+
+    if model.precision != "paired":
+        return at(1.0), at(-1.0)
+    plus, minus = jax.vmap(at, axis_name=PAIR)(jnp.array([1.0, -1.0]))
+    return plus, minus

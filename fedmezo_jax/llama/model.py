@@ -1,0 +1,232 @@
+"""A LLaMA decoder in Flax Linen: frozen base weights and a LoRA tree come in side by side and are never merged.
+
+Layers are stacked on a leading axis and run under ``scan``. Shapes in this file: B batch, S tokens, D hidden size, F
+MLP size, V vocabulary, N query heads, K key/value heads, h head width, L layers, r LoRA rank.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, TypeAlias
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from fedmezo_jax.llama.config import LinearRope, Llama3Rope, LlamaConfig
+from fedmezo_jax.llama.precision import Precision, frozen_product, product
+from fedmezo_jax.mezo import Perturbation, shift_row
+
+Base: TypeAlias = dict[str, Any]
+Lora: TypeAlias = dict[str, dict[str, jax.Array]]
+"""``{"q_proj": {"A": [L, in, r], "B": [L, r, out]}, …}``, float32; ``{}`` is the base alone."""
+
+_INIT = nn.initializers.normal(0.02)
+
+
+class RMSNorm(nn.Module):
+    """x / √(mean(x²) + ε) · scale over the last axis (arXiv 1910.07467)."""
+
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalises ``[..., D]`` in float32."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon) * scale.astype(x.dtype)
+
+
+class Dense(nn.Module):
+    """A frozen projection with an optional low-rank adapter: x·W + b + (α/r)·(x·A)·B (LoRA, arXiv 2106.09685).
+
+    Under ``vmap`` over clients W has no batch axis, so all clients share one large product; W + A·B would copy W for
+    each.
+    """
+
+    features: int
+    bias: bool
+    lora_scale: float
+    precision: Precision
+
+    @nn.compact
+    def __call__(self, x: jax.Array, adapter: dict[str, jax.Array] | None = None) -> jax.Array:
+        """Maps ``[..., in]`` to ``[..., features]``; ``adapter`` holds A ``[in, r]`` and B ``[r, features]``."""
+        kernel = self.param("kernel", _INIT, (x.shape[-1], self.features))
+        y = frozen_product(x, kernel, self.precision)
+        if self.bias:
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(y.dtype)
+        if adapter is not None:
+            y = y + self.lora_scale * product(product(x, adapter["A"]), adapter["B"])
+        return y
+
+
+class SelfAttention(nn.Module):
+    """Causal attention with rotary positions and grouped key/value heads (GQA, arXiv 2305.13245)."""
+
+    config: LlamaConfig
+    lora_scale: float
+    precision: Precision
+
+    @nn.compact
+    def __call__(self, x: jax.Array, lora: Lora, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+        """Attends over ``[B, S, D]``. Padding belongs on the right, where causality alone keeps it unseen."""
+        c = self.config
+
+        def project(name, heads):
+            dense = Dense(heads * c.head_dim, c.attention_bias, self.lora_scale, self.precision, name=name)
+            return dense(x, lora.get(name)).reshape(*x.shape[:2], heads, c.head_dim)
+
+        query = rotate(project("q_proj", c.num_attention_heads), rope)
+        key = rotate(project("k_proj", c.num_key_value_heads), rope)
+        value = project("v_proj", c.num_key_value_heads)
+        mixed = causal_attention(query, key, value).reshape(*x.shape[:2], -1)
+        output = Dense(c.hidden_size, c.attention_bias, self.lora_scale, self.precision, name="o_proj")
+        return output(mixed, lora.get("o_proj"))
+
+
+class Mlp(nn.Module):
+    """SwiGLU: down(silu(gate(x)) · up(x)) (arXiv 2002.05202)."""
+
+    config: LlamaConfig
+    lora_scale: float
+    precision: Precision
+
+    @nn.compact
+    def __call__(self, x: jax.Array, lora: Lora) -> jax.Array:
+        """Maps ``[B, S, D]`` to itself through width F."""
+        c = self.config
+
+        def project(name, x, features):
+            return Dense(features, c.mlp_bias, self.lora_scale, self.precision, name=name)(x, lora.get(name))
+
+        gated = nn.silu(project("gate_proj", x, c.intermediate_size)) * project("up_proj", x, c.intermediate_size)
+        return project("down_proj", gated, c.hidden_size)
+
+
+class Block(nn.Module):
+    """One decoder layer, x + attention(norm(x)) and then x + mlp(norm(x))."""
+
+    config: LlamaConfig
+    lora_scale: float
+    precision: Precision
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        lora: Lora,
+        layer: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        perturbation: Perturbation | None,
+    ) -> tuple[jax.Array, None]:
+        """Maps ``[B, S, D]`` to itself; ``lora`` is this layer's share (no L axis), moved here if a perturbation is
+        given.
+
+        Drawing the layer's z inside the scan is what keeps a step in the memory of a forward pass.
+        """
+        if perturbation is not None:
+            lora = shift_row(lora, perturbation, layer)
+        c = self.config
+        attention = SelfAttention(c, self.lora_scale, self.precision, name="self_attn")
+        mlp = Mlp(c, self.lora_scale, self.precision, name="mlp")
+        x = x + attention(RMSNorm(c.rms_norm_eps, name="input_layernorm")(x), lora, rope)
+        x = x + mlp(RMSNorm(c.rms_norm_eps, name="post_attention_layernorm")(x), lora)
+        return x, None
+
+
+class Llama(nn.Module):
+    """The decoder.
+
+    Attributes:
+        config: sizes and constants.
+        lora_scale: α/r.
+        precision: of the products with frozen weights; ``paired`` only under ``vmap`` over a pair.
+    """
+
+    config: LlamaConfig
+    lora_scale: float = 1.0
+    precision: Precision = "float32"
+
+    def setup(self):  # noqa: D102
+        c = self.config
+        self.embed_tokens = Embedding(c.vocab_size, c.hidden_size)
+        layers = nn.scan(
+            Block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, 0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
+            length=c.num_hidden_layers,
+        )
+        self.layers = layers(c, self.lora_scale, self.precision)
+        self.norm = RMSNorm(c.rms_norm_eps)
+        if not c.tie_word_embeddings:
+            self.lm_head = Dense(c.vocab_size, False, 0.0, self.precision)
+
+    def hidden(self, tokens: jax.Array, lora: Lora, perturbation: Perturbation | None = None) -> jax.Array:
+        """Residual stream after the last layer, ``[B, S, D]`` float32, for ``[B, S]`` int32 tokens.
+
+        With a perturbation, at LoRA parameters ``lora + scale·z``.
+        """
+        x = self.embed_tokens(tokens).astype(jnp.float32)
+        rope = rotary_table(self.config, tokens.shape[1])
+        layers = jnp.arange(self.config.num_hidden_layers)
+        return self.layers(x, lora, layers, rope, perturbation)[0]
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Final norm and head: ``[..., D]`` to ``[..., V]``, float32."""
+        x = self.norm(hidden)
+        if self.config.tie_word_embeddings:
+            return frozen_product(x, self.embed_tokens.embedding.T, self.precision)
+        return self.lm_head(x)
+
+    def __call__(self, tokens: jax.Array, lora: Lora) -> jax.Array:
+        """Logits ``[B, S, V]`` float32 of every position."""
+        return self.logits(self.hidden(tokens, lora))
+
+
+class Embedding(nn.Module):
+    """A table ``[V, D]`` of token vectors, readable from outside because a tied head uses it too."""
+
+    features: int
+    width: int
+
+    def setup(self):  # noqa: D102
+        self.embedding = self.param("embedding", _INIT, (self.features, self.width))
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Looks up ``[...]`` int32 tokens, giving ``[..., D]``."""
+        return self.embedding[tokens]
+
+
+def rotary_table(config: LlamaConfig, length: int) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of position × frequency, each ``[S, h/2]`` float32 (RoPE, arXiv 2104.09864)."""
+    exponent = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
+    frequency = 1.0 / config.rope_theta**exponent
+    scaling = config.rope_scaling
+    if isinstance(scaling, LinearRope):
+        frequency = frequency / scaling.factor
+    elif isinstance(scaling, Llama3Rope):
+        turns = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
+        kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        kept = jnp.clip(kept, 0, 1)
+        frequency = (1 - kept) * frequency / scaling.factor + kept * frequency
+    angle = jnp.arange(length, dtype=jnp.float32)[:, None] * frequency
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Turns the pairs (x_i, x_{i+h/2}) of ``[B, S, heads, h]`` by their position's angles (Hugging Face's layout)."""
+    cos, sin = (table[:, None, :] for table in rope)
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def causal_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """softmax(q·kᵀ/√h)·v over earlier positions: ``[B, S, N, h]`` from N query and K key/value heads, in float32."""
+    batch, length, heads, width = query.shape
+    groups = query.reshape(batch, length, key.shape[2], -1, width)
+    exact = jax.lax.Precision.HIGHEST
+    scores = jnp.einsum("bskgh,btkh->bkgst", groups, key, precision=exact) * width**-0.5
+    causal = jnp.tril(jnp.ones((length, length), bool))
+    weights = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf), axis=-1)
+    return jnp.einsum("bkgst,btkh->bskgh", weights, value, precision=exact).reshape(batch, length, heads, width)

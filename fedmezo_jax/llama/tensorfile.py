@@ -1,0 +1,108 @@
+"""Reading safetensors files one tensor at a time, and writing folders that are never found half-written."""
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from fedmezo_jax.errors import UserError
+
+_FLOATS = ("F32", "F16", "BF16")
+_SHOWN = 8  # names listed of each kind of fault before "and n more"
+
+
+class Entry(NamedTuple):
+    """One tensor of a file, as its header describes it."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str  # safetensors' name: F32, F16, BF16, ...
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="numpy") as handle:
+            yield handle
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: is damaged or cut short ({error}); fetch it again") from None
+
+
+def read_header(file: Path) -> dict[str, Entry]:
+    """What a safetensors file holds, by name; ``UserError`` where it is damaged or cut short."""
+    with _opened(file) as handle:
+        slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (a handle does not iterate)
+        return {name: Entry(file, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+
+
+def read_tensor(file: Path, name: str) -> np.ndarray:
+    """One tensor in its stored dtype.
+
+    The file is mapped anew for each, so that pages already read do not stay resident: peak memory is one tensor.
+    """
+    with _opened(file) as handle:
+        return handle.get_tensor(name)
+
+
+def misfits(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Entry]) -> list[str]:
+    """What keeps ``found`` from being ``expected``: a phrase for each kind of fault, naming tensors and files."""
+
+    def at(name: str) -> str:
+        return f"{name} in {found[name].file.name}"
+
+    kinds = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "unexpected": [at(name) for name in sorted(found.keys() - expected.keys())],
+        "of another shape": [
+            f"{at(name)} is {list(found[name].shape)} and not {list(shape)}"
+            for name, shape in expected.items()
+            if name in found and found[name].shape != tuple(shape)
+        ],
+        "of another type than float32, float16 or bfloat16": [
+            f"{at(name)} is {found[name].dtype}"
+            for name in expected
+            if name in found and found[name].dtype not in _FLOATS
+        ],
+    }
+    return [f"{kind}: {_listed(names)}" for kind, names in kinds.items() if names]
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def write_tensors(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Write a new safetensors file, readable by whom the umask says: the library alone makes it private."""
+    file.touch()
+    mode = file.stat().st_mode
+    dense = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    save_file(dense, file, metadata={"format": "pt"})
+    file.chmod(mode)
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """A fresh folder beside ``folder`` that takes its place when the block ends, and vanishes if it fails.
+
+    Where ``folder`` is already there, the new files replace those of the same name, each at once; others stay.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fresh = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
+    fresh.mkdir()
+    try:
+        yield fresh
+        if not folder.exists():
+            fresh.rename(folder)
+        else:
+            for file in sorted(fresh.iterdir()):
+                os.replace(file, folder / file.name)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
