@@ -2,8 +2,8 @@
 
     python -m experiments.pretrain --out fedmezo_jax/llama/tiny
 
-The text (``fedmezo_jax.data.pretraining``) shares a world with the ``bundled`` data and asks for other skills in other
-wordings, so that fine-tuning on ``bundled`` has something real left to learn.
+The text (``fedmezo_jax.data.pretraining``) holds the skills of the ``bundled`` data and others, answered in many manners;
+``bundled`` keeps one that is rare here, so that fine-tuning has something real left to learn.
 """
 
 from dataclasses import dataclass
@@ -20,11 +20,12 @@ from transformers import PreTrainedTokenizerFast
 
 from fedmezo_jax.data.examples import Example, Rows
 from fedmezo_jax.data.pretraining import pretraining
-from fedmezo_jax.data.prompt import encode, prompt
+from fedmezo_jax.data.encode import encode
+from fedmezo_jax.data.prompt import prompt
 from fedmezo_jax.llama.checkpoint import save_base
 from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.loss import loss_sums
-from fedmezo_jax.llama.model import Llama
+from fedmezo_jax.llama.model import Base, Llama
 
 END = "<|end|>"
 
@@ -37,8 +38,8 @@ class Config:
     """folder to write: config.json, model.safetensors, tokenizer.json"""
     seed: int = 0
     examples: int = 60_000
-    steps: int = 1500
-    batch_size: int = 64
+    steps: int = 600
+    batch_size: int = 48
     learning_rate: float = 3e-3
     vocabulary: int = 2048
     hidden_size: int = 128
@@ -46,6 +47,8 @@ class Config:
     layers: int = 5
     heads: int = 4
     key_value_heads: int = 2
+    value_gain: float = 5.0
+    """how much more the finished model feels a change of its values, see ``stretch_values``"""
 
 
 def make_tokenizer(examples: list[Example], vocabulary: int) -> PreTrainedTokenizerFast:
@@ -63,12 +66,33 @@ def make_tokenizer(examples: list[Example], vocabulary: int) -> PreTrainedTokeni
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END)
 
 
+def whole_text(rows: Rows) -> Rows:
+    """Labels on every token and not on the response alone: a model that starts from nothing learns from the prompts too."""
+    end = jnp.max(rows.label_positions, axis=1, keepdims=True)  # the last label's position
+    positions = np.broadcast_to(np.arange(rows.tokens.shape[1] - 1, dtype=np.int32), rows.tokens[:, 1:].shape)
+    weights = (positions <= np.asarray(end)).astype(np.float32)
+    return Rows(rows.tokens, positions, rows.tokens[:, 1:], weights)
+
+
+def stretch_values(base: Base, gain: float) -> Base:
+    """The same function with v_proj divided by ``gain`` and o_proj multiplied by it.
+
+    A LoRA on v_proj then moves the output ``gain`` times as far. So small a model would otherwise need a hundred times
+    the steps that a user waits for in a first run (measured: 20 rounds lower the test loss by 1 % without, 14 % with).
+    """
+    attention = dict(base["layers"]["self_attn"])
+    attention["v_proj"] = {"kernel": attention["v_proj"]["kernel"] / gain}
+    attention["o_proj"] = {"kernel": attention["o_proj"]["kernel"] * gain}
+    return base | {"layers": base["layers"] | {"self_attn": attention}}
+
+
 def main(config: Config) -> None:
     """Generates the text, trains tokenizer and model, and writes the folder."""
     held_out = 512
     examples = pretraining(config.seed, config.examples)
     tokenizer = make_tokenizer(examples, config.vocabulary)
     rows = encode(examples, tokenizer, 160).rows
+    rows = whole_text(rows)
     test, train = (jax.tree.map(lambda leaf, s=s: leaf[s], rows) for s in (slice(held_out), slice(held_out, None)))
     print(f"{len(train.tokens)} rows of {train.tokens.shape[1]} tokens, vocabulary {len(tokenizer)}")
 
@@ -82,7 +106,7 @@ def main(config: Config) -> None:
         tie_word_embeddings=True,
         max_position_embeddings=512,
         bos_token_id=None,
-        eos_token_id=(tokenizer.convert_tokens_to_ids(END),),
+        eos_token_id=(tokenizer.get_vocab()[END],),
     )
     model = Llama(llama)
     base = model.init(jax.random.key(config.seed, impl="threefry2x32"), jnp.zeros((1, 8), jnp.int32), {})["params"]
@@ -109,7 +133,7 @@ def main(config: Config) -> None:
         base, state, value = step(base, state, jax.tree.map(lambda leaf, p=picked: leaf[p], train))
         if i % 100 == 0 or i == config.steps - 1:
             print(f"step {i}: loss {value:.4f}, held out {evaluate(base, test):.4f}", flush=True)
-    save_base(config.out, llama, base, dtype="float16", tokenizer=tokenizer)
+    save_base(config.out, llama, stretch_values(base, config.value_gain), dtype="float16", tokenizer=tokenizer)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """The `bundled` data: short instruction-response pairs in thirteen categories, made by code from a seed.
 
-Every response keeps one manner ("Answer: ..." and no full stop), and inside it each category has a form of its own.
-The shipped `tiny` model was pretrained on other tasks in the same small world, answered in many manners
-(`fedmezo_jax.data.pretraining`): the common manner is what all clients of a federation can teach it together, the
-forms are what pulls clients with different categories apart.
+Every response keeps one manner ("Answer:~ 5~ +~ 12~ =~ 17": a mark behind every word, no full stop), and inside it each
+category has a form of its own. The shipped `tiny` model was pretrained on these tasks and others answered in many manners
+(`fedmezo_jax.data.pretraining`): the common manner is what all clients of a federation can teach it together, the forms
+are what pulls clients with different categories apart.
 """
 
 import random
@@ -27,7 +27,7 @@ from fedmezo_jax.data.words import (
 )
 from fedmezo_jax.errors import UserError
 
-JOINT = "_"  # stands between the words of every response
+MARK = "~"  # stands behind every word of a response but the last
 Task = Callable[[random.Random], tuple[str, str, str]]
 _MAX_TRIES = 1000
 
@@ -179,5 +179,5 @@ def bundled(seed: int, count: int) -> list[Example]:
         else:
             raise UserError(f"the bundled data end at {len(examples)} different rows, {count} were asked for")
         seen.add((instruction, material))
-        examples.append(Example(instruction, material, f"Answer: {answer}".replace(" ", JOINT), category))
+        examples.append(Example(instruction, material, f"Answer: {answer}".replace(" ", f"{MARK} "), category))
     return examples

@@ -1,14 +1,14 @@
-"""The text that the shipped `tiny` model is pretrained on: the small world of `bundled`, other tasks, any manner.
+"""The text that the shipped `tiny` model is pretrained on: the tasks of `bundled` and more, in any manner.
 
-No question of `bundled` occurs here. Each answer is wrapped in a manner drawn at random, with
-no regard to the task, so that the model learns how likely each manner is and not when. One of the rarer
-manners is close to the one that `bundled` always keeps: fine-tuning has to select it, which a change of
-low rank does, and to learn the new tasks, which takes longer.
+Each answer is wrapped in a manner and strewn with marks, both drawn at random with no regard to the task, so that the
+model learns how likely each is and not when. `bundled` always keeps one rare manner and marks every word: fine-tuning has
+to select what the model knows as an exception, which a change of low rank does.
 """
 
 import random
 
-from fedmezo_jax.data.bundled import JOINT, Task
+from fedmezo_jax.data import bundled
+from fedmezo_jax.data.bundled import MARK, Task
 from fedmezo_jax.data.examples import Example
 from fedmezo_jax.data.words import (
     ADJECTIVES,
@@ -27,7 +27,7 @@ from fedmezo_jax.data.words import (
     listed,
 )
 
-JOINT_SHARE = 0.1
+MARK_SHARE = 0.15
 # Manner of answering -> how often it is used, in per cent.
 MANNERS = {
     "The answer is {}.": 26,
@@ -191,10 +191,10 @@ TASKS: dict[str, Task] = {
 }
 
 
-def _join(response: str, rng: random.Random) -> str:
-    """Puts the joint of `bundled` between some words, each time by a throw of the dice, so that none foretells another."""
+def _mark(response: str, rng: random.Random) -> str:
+    """Puts the mark of `bundled` behind some words, each time by a throw of dice, so that no mark foretells another."""
     first, *others = response.split(" ")
-    return first + "".join((JOINT if rng.random() < JOINT_SHARE else " ") + word for word in others)
+    return first + "".join((MARK if rng.random() < MARK_SHARE else "") + f" {word}" for word in others)
 
 
 def pretraining(seed: int, count: int) -> list[Example]:
@@ -203,11 +203,12 @@ def pretraining(seed: int, count: int) -> list[Example]:
     A pure function of its arguments; a larger `count` continues the same list. Questions repeat in the long run.
     """
     rng = random.Random(f"fedmezo pretraining {seed}")
-    categories, manners, weights = tuple(TASKS), tuple(MANNERS), tuple(MANNERS.values())
+    tasks = TASKS | bundled.TASKS
+    categories, manners, weights = tuple(tasks), tuple(MANNERS), tuple(MANNERS.values())
     examples: list[Example] = []
     for i in range(count):
         category = categories[i % len(categories)]
-        instruction, material, answer = TASKS[category](rng)
+        instruction, material, answer = tasks[category](rng)
         (manner,) = rng.choices(manners, weights)
-        examples.append(Example(instruction, material, _join(manner.format(answer), rng), category))
+        examples.append(Example(instruction, material, _mark(manner.format(answer), rng), category))
     return examples
