@@ -12,8 +12,10 @@ from safetensors.numpy import load_file, save_file
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama import adapter as adapter_module
 from fedmezo_jax.llama.adapter import load_adapter, save_adapter
+from fedmezo_jax.llama.checkpoint import load_base
 from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.lora import TARGETS, init_lora
+from fedmezo_jax.llama.model import Llama
 
 CONFIG = LlamaConfig.from_json(SMALL)
 WIDTHS = {name.split(".")[1]: shape[::-1] for name, shape in LINEAR.items()}  # (in, out)
@@ -136,6 +138,16 @@ def test_other_ways_to_name_the_targets(saved):
     for names in (["self_attn.q_proj"], ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]):
         change(saved, target_modules=names)
         assert load_adapter(saved, CONFIG).targets == ("q_proj",)
+    for expression in (
+        ".*q_proj",
+        r"model\.layers\.\d+\.self_attn\.q_proj",
+        ".*self_attn.q.*",
+        r".*\.(q_proj|nothing)$",
+    ):
+        change(saved, target_modules=expression)
+        assert load_adapter(saved, CONFIG).targets == ("q_proj",)
+    change(saved, target_modules=["q_proj", "query_key_value"])  # the second is in no LLaMA, and PEFT passes over it
+    assert load_adapter(saved, CONFIG).targets == ("q_proj",)
     change(saved, target_modules="all-linear")
     with pytest.raises(UserError, match=r"missing: .*down_proj"):
         load_adapter(saved, CONFIG)
@@ -157,7 +169,13 @@ def test_other_ways_to_name_the_targets(saved):
         {"trainable_token_indices": [3]},
         {"init_lora_weights": "pissa"},
         {"some_future_option": 1},
-        {"target_modules": ".*q_proj"},
+        {"target_modules": ".*q_proj("},
+        {"target_modules": "q_proj"},
+        {"target_modules": r".*\.0\..*q_proj"},
+        {"target_modules": ["layers.1.self_attn.q_proj"]},
+        {"target_modules": ".*(q_proj|lm_head)"},
+        {"target_modules": []},
+        {"target_modules": None},
         {"target_modules": ["q_proj", "embed_tokens"]},
         {"r": 0},
         {"r": "4"},
@@ -218,6 +236,52 @@ def torch_base():
 def peft_layers(model, target):
     block = "self_attn" if target in TARGETS[:4] else "mlp"
     return [getattr(getattr(layer, block), target) for layer in model.base_model.model.model.layers]
+
+
+PEFT_OPTIONS = {
+    "list": {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"]},
+    "expression": {"r": 2, "lora_alpha": 6, "target_modules": r".*\.(self_attn|mlp)\.(k|o|gate|down)_proj"},
+    "all": {"r": 5, "lora_alpha": 7, "target_modules": "all-linear"},
+    "rank-stabilised": {"r": 4, "lora_alpha": 6, "target_modules": ["up_proj", "o_proj"], "use_rslora": True},
+    "with dropout": {"r": 4, "lora_alpha": 6, "target_modules": ["v_proj"], "lora_dropout": 0.5},
+}
+
+
+@peft_test
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+@pytest.mark.parametrize("options", PEFT_OPTIONS)
+def test_peft_s_adapters_give_peft_s_logits(tmp_path, options, stored):
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    base = torch_base()
+    base.save_pretrained(tmp_path / "base")
+    model = peft.get_peft_model(base, peft.LoraConfig(**PEFT_OPTIONS[options], init_lora_weights=False)).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(getattr(torch, stored)).float() * 4
+    model.save_pretrained(tmp_path / "adapter")
+    if stored == "bfloat16":
+        file = tmp_path / "adapter" / "adapter_model.safetensors"
+        save_file({name: tensor.astype(np.dtype("bfloat16")) for name, tensor in load_file(file).items()}, file)
+    adapter = load_adapter(tmp_path / "adapter", CONFIG)
+    tokens = np.array([[1, 5, 3, 10, 0, 7, 7, 2]])
+    with torch.no_grad():
+        theirs, plain = model(torch.from_numpy(tokens)).logits.numpy(), None
+        with model.disable_adapter():
+            plain = model(torch.from_numpy(tokens)).logits.numpy()
+    llama = Llama(CONFIG, adapter.alpha / adapter.rank)
+    base = load_base(tmp_path / "base", CONFIG)
+    ours = jax.jit(llama.apply)({"params": base}, tokens, adapter.lora)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+    assert np.abs(theirs - plain).max() > 1e-2
+    # and out again, exactly, and in at PEFT once more
+    settings = {"rank": adapter.rank, "alpha": adapter.alpha, "targets": adapter.targets, "base_name": "x"}
+    save_adapter(tmp_path / "again", adapter.lora, **settings)
+    back = load_adapter(tmp_path / "again", CONFIG)
+    jax.tree.map(np.testing.assert_array_equal, back.lora, adapter.lora)
+    assert back[1:] == adapter[1:]
+    again = peft.PeftModel.from_pretrained(torch_base(), tmp_path / "again")
+    with torch.no_grad():
+        np.testing.assert_allclose(again(torch.from_numpy(tokens)).logits.numpy(), theirs, rtol=0, atol=1e-5)
 
 
 @peft_test

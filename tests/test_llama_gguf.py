@@ -10,7 +10,8 @@ from safetensors.numpy import load_file
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.checkpoint import load_base
 from fedmezo_jax.llama.config import LinearRope, LlamaConfig
-from fedmezo_jax.llama.gguf import convert_gguf, rows_for_rotate_half
+from fedmezo_jax.llama.gguf import rows_for_rotate_half
+from fedmezo_jax.llama.gguf_folder import convert_gguf
 from fedmezo_jax.llama.registry import load_tokenizer
 
 
@@ -129,14 +130,14 @@ def test_the_tokenizer_is_byte_level_with_single_digits(tmp_path):
 def test_misfits_are_told_at_once_and_nothing_is_written(tmp_path):
     weights = small_weights()
     del weights["blk.1.ffn_up.weight"]
-    weights["rope_freqs.weight"] = np.ones(8, np.float32)
+    weights["rope_factors_long.weight"] = np.ones(8, np.float32)
     weights["blk.0.attn_v.weight"] = np.ones((64, 64), np.float32)
     with pytest.raises(UserError) as caught:
         convert(tmp_path, weights)
     for part in (
         "model.gguf",
         "missing: model.layers.1.mlp.up_proj.weight",
-        "unexpected: rope_freqs.weight",
+        "unexpected: rope_factors_long.weight",
         "model.layers.0.self_attn.v_proj.weight in model.gguf is [64, 64] and not [32, 64]",
     ):
         assert part in str(caught.value)
@@ -149,7 +150,8 @@ def test_misfits_are_told_at_once_and_nothing_is_written(tmp_path):
         ({"architecture": "qwen2"}, "architecture 'qwen2'"),
         ({"rope_scaling": "yarn"}, r"llama.rope.scaling.type = yarn"),
         ({"split": "deepseek-llm"}, "tokenizer .gpt2, deepseek-llm. is not supported"),
-        ({"tokenizer": "llama"}, "tokenizer .llama, smollm. is not supported"),
+        ({"tokenizer": "bert"}, "tokenizer .bert, smollm. is not supported"),
+        ({"tokenizer": "llama"}, "tokenizer's metadata lack 'scores'"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(tmp_path, options, named):

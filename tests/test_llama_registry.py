@@ -9,18 +9,20 @@ import sys
 import time
 import zipfile
 
+import jax
 import numpy as np
 import pytest
 from gguf_files import TOKENS, small_weights, write_gguf
 from hub_stand_in import COMMIT, serve
 from huggingface_hub import constants
-from llama_files import small_tensors, write_model
+from llama_files import SMALL, small_tensors, write_model
+from weight_files import FORMS, write_in
 
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama import registry
 from fedmezo_jax.llama.checkpoint import load_base
 from fedmezo_jax.llama.config import LlamaConfig
-from fedmezo_jax.llama.gguf import convert_gguf
+from fedmezo_jax.llama.gguf_folder import convert_gguf
 from fedmezo_jax.llama.registry import load_tokenizer, resolve
 
 
@@ -66,6 +68,50 @@ def test_a_local_folder_of_pickles_is_refused_with_the_way_to_convert_it(model):
         resolve(str(model))
 
 
+def test_config_and_weights_of_a_folder_are_refused_together(model):
+    write_model(model, {"model.norm.weight": np.zeros(8, np.float32)}, hidden_act="gelu", brand_new=3)
+    with pytest.raises(UserError) as caught:
+        resolve(str(model))
+    for part in ("config.json: hidden_act", "brand_new", "missing: lm_head.weight"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_local_folder_in_any_format_is_itself(tmp_path, form):
+    folder = write_in(form, tmp_path / "model", SMALL, small_tensors())
+    (folder / "tokenizer.json").write_text("{}")
+    assert resolve(str(folder)) == folder
+
+
+def test_a_gguf_file_is_a_folder_in_the_cache_that_points_to_it(tmp_path):
+    file = write_gguf(tmp_path / "tiny.Q8_0.gguf", small_weights(), kind="Q8_0")
+    folder = resolve(str(file))
+    assert folder.parent == tmp_path / "cache" / "gguf"
+    assert (folder / file.name).resolve() == file
+    assert sum(part.lstat().st_size for part in folder.iterdir()) < file.stat().st_size
+    convert_gguf(file, tmp_path / "converted")
+    config = LlamaConfig.from_json(folder)
+    assert config == LlamaConfig.from_json(tmp_path / "converted")
+    jax.tree.map(np.testing.assert_array_equal, load_base(folder, config), load_base(tmp_path / "converted", config))
+    assert load_tokenizer(folder)("yell 20").input_ids == load_tokenizer(tmp_path / "converted")("yell 20").input_ids
+    before = folder.stat().st_mtime_ns
+    assert resolve(str(file)) == folder
+    assert folder.stat().st_mtime_ns == before
+    # another file of that name is another model
+    write_gguf(file, small_weights(tied=False), kind="Q4_0")
+    assert not LlamaConfig.from_json(resolve(str(file))).tie_word_embeddings
+
+
+def test_a_damaged_gguf_file_is_one_clear_error_and_leaves_nothing(tmp_path):
+    file = write_gguf(tmp_path / "model.gguf", small_weights())
+    file.write_bytes(file.read_bytes()[:2000])
+    with pytest.raises(UserError, match=r"model.gguf: is no readable GGUF file"):
+        resolve(str(file))
+    assert not list((tmp_path / "cache").rglob("*.json"))
+    with pytest.raises(UserError, match=r"unknown model .*nowhere.gguf"):
+        resolve(str(tmp_path / "nowhere.gguf"))
+
+
 def test_tiny_is_the_folder_in_the_package(model, monkeypatch):
     monkeypatch.setattr(registry, "TINY", model)
     assert resolve("tiny") == model
@@ -105,6 +151,28 @@ def test_a_hub_model_is_fetched_once_and_found_again_offline(model, monkeypatch)
     assert contents(folder) == files
     assert resolve("owner/name", lines.append) == folder  # the hub is gone now
     assert lines == ["fetching owner/name from the hub"]
+
+
+def test_a_hub_model_in_flax_msgpack_is_fetched_where_there_are_no_safetensors(tmp_path, model, monkeypatch):
+    flax = write_in("sharded flax", tmp_path / "flax", SMALL, small_tensors(seed=3))
+    (flax / "tokenizer.json").write_text("{}")
+    files, config = contents(flax), LlamaConfig.from_json(SMALL)
+    with serve("owner/flax", files | {"pytorch_model.bin": b"x"}, large=list(files)) as (address, fetched):
+        hub_at(monkeypatch, address)
+        folder = resolve("owner/flax", print)
+        assert sorted(fetched) == sorted(files)
+        base = load_base(folder, config)
+        jax.tree.map(np.testing.assert_array_equal, base, load_base(flax, config))
+    assert resolve("owner/flax", print) == folder  # the hub is gone now
+    with serve("owner/both", files | contents(model)) as (address, fetched):
+        hub_at(monkeypatch, address)
+        resolve("owner/both", print)
+        assert not [name for name in fetched if "flax" in name]
+    claimed = {"flax_model-00002-of-00003.msgpack": "0" * 64}
+    with serve("owner/wrong", files, large=list(claimed), claimed=claimed) as (address, _):
+        hub_at(monkeypatch, address)
+        with pytest.raises(UserError, match="its sha256 is"):
+            resolve("owner/wrong", print)
 
 
 def test_a_hub_file_is_checked_against_its_published_hash(model, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
@@ -11,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedmezo_jax.errors import UserError
-from fedmezo_jax.llama.config import LlamaConfig, read_json_object
+from fedmezo_jax.llama.config import LlamaConfig
+from fedmezo_jax.llama.folder import read_json_object, staged
 from fedmezo_jax.llama.layout import block_of
 from fedmezo_jax.llama.lora import TARGETS, check_targets, lora_shapes
-from fedmezo_jax.llama.tensorfile import misfits, read_header, read_tensor, staged, write_tensors
+from fedmezo_jax.llama.tensorfile import misfits, read_header, write_tensors
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -79,7 +81,7 @@ def load_adapter(folder: str | PathLike, config: LlamaConfig) -> Adapter:
     other PEFT types, ...), or all tensors that are missing, unexpected or of another shape.
     """
     folder = Path(folder)
-    rank, alpha, targets = _read_config(folder / _CONFIG)
+    rank, alpha, targets = _read_config(folder / _CONFIG, config)
     weights = folder / _WEIGHTS
     if not weights.is_file():
         pickled = (
@@ -95,7 +97,8 @@ def load_adapter(folder: str | PathLike, config: LlamaConfig) -> Adapter:
         for half in "AB"
         for layer in range(config.num_hidden_layers)
     }
-    if problems := misfits(expected, read_header(weights)):
+    found = read_header(weights)
+    if problems := misfits(expected, found):
         raise UserError(f"{weights}: does not fit {_CONFIG} and the base model: " + "; ".join(problems))
     lora: dict[str, Any] = {}
     for name, shape in shapes.items():
@@ -103,7 +106,7 @@ def load_adapter(folder: str | PathLike, config: LlamaConfig) -> Adapter:
         for half in "AB":
             leaf = np.empty(shape[half], np.float32)
             for layer in range(config.num_hidden_layers):
-                leaf[layer] = read_tensor(weights, _key(layer, name, half)).T
+                leaf[layer] = found[_key(layer, name, half)].read().T
             if not np.isfinite(leaf).all():
                 raise UserError(f"{weights}: lora_{half} of {name} is not finite; the run that made it had diverged")
             lora[name][half] = jnp.asarray(leaf)
@@ -114,7 +117,7 @@ def _key(layer: int, name: str, half: str) -> str:
     return f"base_model.model.model.layers.{layer}.{block_of(name)}.{name}.lora_{half}.weight"
 
 
-def _read_config(path: Path) -> tuple[int, float, tuple[str, ...]]:
+def _read_config(path: Path, config: LlamaConfig) -> tuple[int, float, tuple[str, ...]]:
     """Rank, alpha such that alpha/rank is the scale, and targets."""
     raw = read_json_object(path)
     problems = []
@@ -137,7 +140,7 @@ def _read_config(path: Path) -> tuple[int, float, tuple[str, ...]]:
         problems.append(f"use_rslora must be true or false, not {raw['use_rslora']!r}")
     targets: tuple[str, ...] = ()
     try:
-        targets = _read_targets(modules)
+        targets = _read_targets(modules, config)
     except UserError as error:
         problems.append(f"target_modules: {error}")
     for field in sorted(raw.keys() - _READ - _HARMLESS):
@@ -150,10 +153,28 @@ def _read_config(path: Path) -> tuple[int, float, tuple[str, ...]]:
     return rank, float(alpha) * math.sqrt(rank) if raw.get("use_rslora") else float(alpha), targets
 
 
-def _read_targets(modules: Any) -> tuple[str, ...]:
-    """PEFT matches a module whose dotted name ends in an entry, so an entry's last part names the projection."""
+def _read_targets(modules: Any, config: LlamaConfig) -> tuple[str, ...]:
+    """The projections that PEFT's ``target_modules`` selects: names, endings of dotted names, or an expression.
+
+    PEFT adapts a module whose whole name matches the expression, or whose name is, or ends in a dot and, an entry.
+    """
     if modules == "all-linear":
         return TARGETS
-    if not isinstance(modules, list) or not all(isinstance(name, str) for name in modules):
-        raise UserError(f"only a list of names or 'all-linear' is supported, not {modules!r}")
-    return check_targets(dict.fromkeys(name.rsplit(".", 1)[-1] for name in modules))
+    layers = config.num_hidden_layers
+    places = {f"model.layers.{i}.{block_of(name)}.{name}": name for name in TARGETS for i in range(layers)}
+    others = ("model.embed_tokens", "lm_head")
+    if isinstance(modules, str):
+        try:
+            matches = re.compile(modules).fullmatch
+        except re.error as error:
+            raise UserError(f"{modules!r} is no regular expression ({error})") from None
+        chosen = [place for place in (*places, *others) if matches(place)]
+    elif isinstance(modules, list) and all(isinstance(name, str) for name in modules):
+        endings = tuple(f".{name}" for name in modules)
+        chosen = [place for place in (*places, *others) if f".{place}".endswith(endings)]
+    else:
+        raise UserError(f"only names, an expression or 'all-linear' are supported, not {modules!r}")
+    targets = check_targets(dict.fromkeys(places.get(place, place) for place in chosen))
+    if partial := [name for name in targets if sum(places.get(place) == name for place in chosen) < layers]:
+        raise UserError(f"{', '.join(partial)} of some layers alone, which is not supported")
+    return targets

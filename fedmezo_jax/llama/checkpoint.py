@@ -1,78 +1,80 @@
-"""Base weights in and out of Hugging Face folders: ``config.json`` and safetensors, in one file or sharded."""
+"""Base weights in from any format and out to folders that transformers, or this package, opens."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 from flax import traverse_util
 
 from fedmezo_jax.errors import UserError
-from fedmezo_jax.llama.config import LlamaConfig, read_json_object, to_json
-from fedmezo_jax.llama.layout import layout, leaves
-from fedmezo_jax.llama.tensorfile import Entry, misfits, read_header, read_tensor, staged, write_tensors
+from fedmezo_jax.llama.config import LlamaConfig, to_json
+from fedmezo_jax.llama.folder import read_json_object, staged
+from fedmezo_jax.llama.layout import Slot, layout, leaves
+from fedmezo_jax.llama.orbax_base import ORBAX, write_orbax_tensors
+from fedmezo_jax.llama.tensorfile import Entry, write_tensors
+from fedmezo_jax.llama.weights import SAFETENSORS, open_weights
 
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+Sharding = Callable[[tuple[str, ...], tuple[int, ...]], jax.sharding.Sharding]
+"""The sharding of a leaf of the base pytree, from its path (``("layers", "mlp", "up_proj", "kernel")``) and shape."""
+
+Form = Literal["safetensors", "orbax"]
+"""Formats to write: safetensors, for transformers too, or an Orbax checkpoint, for this package."""
+
+_SHARD_BYTES = 4 << 30  # most bytes of weights in one file, as long as one tensor is not larger
 
 
-def load_base(folder: str | PathLike, config: LlamaConfig, dtype: Any = "float32") -> dict[str, Any]:
-    """Read a model's frozen weights into the base pytree (``layout.base_shapes``), on JAX's default device.
+def load_base(
+    folder: str | PathLike, config: LlamaConfig, dtype: Any = "float32", sharding: Sharding | None = None
+) -> dict[str, Any]:
+    """Read a model's frozen weights into the base pytree (``layout.base_shapes``).
 
-    Files in float32, float16 or bfloat16 are cast to ``dtype``. Tensors are read one by one into arrays allocated
-    once, so that the peak of host memory is the result and one stored tensor (and, off the CPU, one leaf).
+    The folder's format is found as by ``weights.open_weights``; float32, float16, bfloat16 and quantised weights are
+    cast to ``dtype``. Each leaf goes to JAX's default device, or where ``sharding`` says for its path and shape (over
+    several processes, each keeps its own part). Tensors are read one by one into leaves allocated once: on the CPU the
+    peak of host memory is the result and one tensor; elsewhere a leaf and a tensor.
 
     Raises ``UserError``, before any weight is read, with all that is missing, unexpected, of another shape or type;
     and for a damaged file, for pickled weights, or for a weight that is not finite in ``dtype``.
     """
-    folder = Path(folder)
-    entries = _entries(folder, config)
+    return assemble(open_weights(Path(folder), config), config, dtype, sharding)
+
+
+def assemble(
+    entries: Mapping[str, Entry], config: LlamaConfig, dtype: Any = "float32", sharding: Sharding | None = None
+) -> dict[str, Any]:
+    """The base pytree of the tensors that ``open_weights`` found, as :func:`load_base` gives it."""
     shapes = leaves(config)
-    slots: dict[tuple[str, ...], list[tuple[str, int | None]]] = {path: [] for path in shapes}
+    slots: dict[tuple[str, ...], list[tuple[str, Slot]]] = {path: [] for path in shapes}
     for name, slot in layout(config).items():
-        slots[slot.path].append((name, slot.layer))
+        slots[slot.path].append((name, slot))
     flat = {}
     for path, shape in shapes.items():
         leaf = _aligned_empty(shape, np.dtype(dtype))
-        for name, layer in slots[path]:
-            stored = read_tensor(entries[name].file, name)
-            place = leaf if layer is None else leaf[layer]
-            with np.errstate(over="ignore"):  # an overflow is told below, by name
-                place[...] = stored.T if path[-1] == "kernel" else stored
-            if not np.isfinite(place).all():
-                raise UserError(
-                    f"{entries[name].file}: {name} is not finite in {np.dtype(dtype)}; fetch the file again"
-                )
-        flat[path] = jax.device_put(leaf)
+        for name, slot in slots[path]:
+            _fill(leaf if slot.layer is None else leaf[slot.layer], entries[name], name, path[-1] == "kernel")
+        flat[path] = _placed(leaf, None if sharding is None else sharding(path, shape))
+        del leaf
     return traverse_util.unflatten_dict(flat)
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder; ``UserError`` where one is absent or the weights are pickled."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if index.is_file():
-        weight_map = read_json_object(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise UserError(f"{index}: has no weight_map from tensors to files; fetch it again")
-        names = sorted({str(name) for name in weight_map.values()})
-        if outside := [name for name in names if Path(name).name != name]:
-            raise UserError(f"{index}: names files outside its folder ({', '.join(outside)}); fetch it again")
-        if absent := [name for name in names if not (folder / name).is_file()]:
-            raise UserError(f"{index}: names files that are not there: {', '.join(absent)}; fetch them")
-        return [folder / name for name in names]
-    if pickled := sorted(file.name for kind in ("bin", "pt", "pth") for file in folder.glob(f"*.{kind}")):
-        raise UserError(
-            f"{folder}: {pickled[0]} is a pickle, which can run code and is never opened here; where you trust it, "
-            f"convert it with transformers: AutoModelForCausalLM.from_pretrained({str(folder)!r})"
-            f".save_pretrained({str(folder)!r})"
-        )
-    raise UserError(
-        f"{folder}: holds neither model.safetensors nor model.safetensors.index.json; give a model's folder"
-    )
+def _placed(leaf: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    if sharding is None:
+        return jax.device_put(leaf)
+    placed = jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+    return jax.block_until_ready(placed)  # before the host's copy goes, and before there is another
+
+
+def _fill(place: np.ndarray, entry: Entry, name: str, transposed: bool) -> None:
+    """Read a tensor into its place, casting it."""
+    stored = entry.read()
+    with np.errstate(over="ignore"):  # an overflow is told below, by name
+        place[...] = stored.T if transposed else stored
+    if not np.isfinite(place).all():
+        raise UserError(f"{entry.file}: {name} is not finite in {place.dtype}; fetch the file again")
 
 
 def save_base(
@@ -82,74 +84,84 @@ def save_base(
     *,
     dtype: str = "float32",
     tokenizer: Any = None,
+    form: Form = "safetensors",
 ) -> None:
-    """Write a base pytree as a folder that transformers opens: see ``write_folder``."""
-    flat = traverse_util.flatten_dict(base)
-    tensors = {}
-    for name, slot in layout(config).items():
-        leaf = np.asarray(flat[slot.path])
-        leaf = leaf if slot.layer is None else leaf[slot.layer]
-        tensors[name] = leaf.T if slot.path[-1] == "kernel" else leaf
-    write_folder(folder, config, tensors, dtype=dtype, tokenizer=tokenizer)
+    """Write a base pytree as a model folder, with a transformers tokenizer's files; all appear at once.
 
-
-def write_folder(
-    folder: str | PathLike,
-    config: LlamaConfig,
-    tensors: Mapping[str, np.ndarray],
-    *,
-    dtype: str = "float32",
-    tokenizer: Any = None,
-) -> None:
-    """Write ``config.json``, ``model.safetensors`` and a transformers tokenizer's files; all appear at once.
-
-    ``tensors`` are in Hugging Face's names and shapes; they are stored as ``dtype`` (float32, float16, bfloat16).
+    Raises ``UserError`` where a weight is not finite in ``dtype``, and where an Orbax checkpoint is there already.
     """
+    flat: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(base)
+    slots = layout(config)
+
+    def read(name: str) -> np.ndarray:
+        slot = slots[name]
+        leaf = flat[slot.path] if slot.layer is None else flat[slot.path][slot.layer]
+        return np.asarray(leaf).T if slot.path[-1] == "kernel" else np.asarray(leaf)
+
+    if form == "orbax" and (Path(folder) / ORBAX).exists():
+        raise UserError(f"{folder}: holds an Orbax checkpoint already; give another folder")
     with staged(Path(folder)) as fresh:
-        if tokenizer is not None:
-            tokenizer.save_pretrained(fresh)
-            _name_class_for_all_versions(fresh / "tokenizer_config.json")
-        stored = {name: tensor.astype(np.dtype(dtype), copy=False) for name, tensor in tensors.items()}
-        write_tensors(fresh / "model.safetensors", stored)
-        (fresh / "config.json").write_text(json.dumps(to_json(config, dtype), indent=2) + "\n", encoding="utf-8")
+        write_tokenizer(fresh, tokenizer)
+        write_weights(fresh, config, read, dtype, form)
 
 
-def _name_class_for_all_versions(path: Path) -> None:
-    """transformers 5 writes a class name that transformers 4 does not know, and opens the older name as well."""
-    raw = read_json_object(path)
-    path.write_text(json.dumps(raw | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n", encoding="utf-8")
+def write_weights(
+    folder: Path, config: LlamaConfig, read: Callable[[str], np.ndarray], dtype: str, form: Form = "safetensors"
+) -> None:
+    """Write ``config.json`` and weights: one file, or shards with an index where safetensors are above 4 GiB.
+
+    ``read`` gives a tensor by Hugging Face's name, in its shape; it is stored as ``dtype`` (float32, float16,
+    bfloat16). One file's tensors are in memory at one time. Raises ``UserError`` for one that is not finite then.
+    """
+    slots, stored = layout(config), np.dtype(dtype)
+    if form == "orbax":
+        write_orbax_tensors(folder, {name: _cast(read(name), stored, name) for name in slots})
+    else:
+        _write_safetensors(folder, {name: int(np.prod(slot.shape)) for name, slot in slots.items()}, read, stored)
+    (folder / "config.json").write_text(json.dumps(to_json(config, dtype), indent=2) + "\n", encoding="utf-8")
 
 
-def _entries(folder: Path, config: LlamaConfig) -> dict[str, Entry]:
-    """The header entries of a folder's tensors, checked against the config."""
-    entries: dict[str, Entry] = {}
-    damaged, twice = [], []
-    for file in weight_files(folder):
-        try:
-            header = read_header(file)
-        except UserError as error:
-            damaged.append(str(error))
-            continue
-        twice += [f"{name} is in both {entries[name].file.name} and {file.name}" for name in header if name in entries]
-        entries |= header
-    if damaged:
-        raise UserError("; ".join(damaged))
-    entries = {name: entry for name, entry in entries.items() if not name.endswith("rotary_emb.inv_freq")}
-    expected = {name: slot.shape for name, slot in layout(config).items()}
-    head = entries.pop(_HEAD, None) if config.tie_word_embeddings else None
-    problems = misfits(expected, entries) + twice
-    if head is not None and not problems:
-        embedding = entries[_EMBEDDING]
-        same = head.shape == embedding.shape and _equal(head, embedding)
-        if not same:
-            problems = [f"{_HEAD} in {head.file.name} differs from {_EMBEDDING} although tie_word_embeddings is true"]
-    if problems:
-        raise UserError(f"{folder}: the weights do not fit config.json: " + "; ".join(problems))
-    return entries
+def _write_safetensors(
+    folder: Path, sizes: Mapping[str, int], read: Callable[[str], np.ndarray], dtype: np.dtype
+) -> None:
+    """``sizes`` are numbers of entries, by name."""
+    parts: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if parts[-1] and filled + size * dtype.itemsize > _SHARD_BYTES:
+            parts.append([])
+            filled = 0
+        parts[-1].append(name)
+        filled += size * dtype.itemsize
+    stem, _, kind = SAFETENSORS.partition(".")
+    files = [f"{stem}-{i + 1:05}-of-{len(parts):05}.{kind}" for i in range(len(parts))]
+    if len(parts) == 1:
+        files = [SAFETENSORS]
+    for file, names in zip(files, parts, strict=True):
+        write_tensors(folder / file, {name: _cast(read(name), dtype, name) for name in names})
+    if len(parts) > 1:
+        weight_map = {name: file for file, names in zip(files, parts, strict=True) for name in names}
+        index = {"metadata": {"total_size": sum(sizes.values()) * dtype.itemsize}, "weight_map": weight_map}
+        (folder / f"{SAFETENSORS}.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _equal(head: Entry, embedding: Entry) -> bool:
-    return bool(np.array_equal(read_tensor(head.file, _HEAD), read_tensor(embedding.file, _EMBEDDING)))
+def _cast(tensor: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        cast = tensor.astype(dtype, copy=False)
+    if not np.isfinite(cast).all():
+        raise UserError(f"{name} is not finite in {dtype}; choose bfloat16 or float32")
+    return cast
+
+
+def write_tokenizer(folder: Path, tokenizer: Any) -> None:
+    """Write a transformers tokenizer's files, if there is a tokenizer."""
+    if tokenizer is None:
+        return
+    tokenizer.save_pretrained(folder)
+    # transformers 5 writes a class name that transformers 4 does not know, and opens the older name as well.
+    path = folder / "tokenizer_config.json"
+    renamed = read_json_object(path) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    path.write_text(json.dumps(renamed, indent=2) + "\n", encoding="utf-8")
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmezo_jax.errors import UserError
+from fedmezo_jax.llama.folder import read_json_object
 
 
 @dataclass(frozen=True)
@@ -75,21 +76,31 @@ class LlamaConfig:
 
         Raises ``UserError`` naming the file and every field that is missing, wrong or not understood, all at once.
         """
-        if isinstance(source, Mapping):
-            name, raw = "the model's config", source
-        else:
-            path = Path(source)
-            path = path / "config.json" if path.is_dir() else path
-            name, raw = str(path), read_json_object(path)
-        values, problems = _read(raw)
-        if values.keys() >= {name for name, default in _SIZES.items() if default is None}:
-            try:
-                config = cls(**values)
-                if not problems:
-                    return config
-            except UserError as error:
-                problems.append(str(error))
-        raise UserError(f"{name}: " + "; ".join(problems))
+        config, problems = read_config(source)
+        if config is None or problems:
+            name = "the model's config" if isinstance(source, Mapping) else str(_config_file(source))
+            raise UserError(f"{name}: " + "; ".join(problems))
+        return config
+
+
+def read_config(source: str | PathLike | Mapping[str, Any]) -> tuple[LlamaConfig | None, list[str]]:
+    """A config as far as it can be read, None where it lacks sizes, and all that is wrong with it.
+
+    Raises ``UserError`` for a file that is absent or no JSON object.
+    """
+    raw = source if isinstance(source, Mapping) else read_json_object(_config_file(source))
+    values, problems = _read(raw)
+    if values.keys() >= {name for name, default in _SIZES.items() if default is None}:
+        try:
+            return LlamaConfig(**values), problems
+        except UserError as error:
+            problems.append(str(error))
+    return None, problems
+
+
+def _config_file(source: str | PathLike) -> Path:
+    path = Path(source)
+    return path / "config.json" if path.is_dir() else path
 
 
 def to_json(config: LlamaConfig, dtype: str = "float32") -> dict[str, Any]:
@@ -107,19 +118,6 @@ def to_json(config: LlamaConfig, dtype: str = "float32") -> dict[str, Any]:
         "torch_dtype": dtype,
         **raw,
     }
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; ``UserError`` naming the file where it is absent, broken or not an object."""
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); a model or adapter folder must hold it") from None
-    except ValueError as error:
-        raise UserError(f"{path}: is not valid JSON ({error}); fetch it again") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: holds a JSON {type(raw).__name__}, not an object; fetch it again")
-    return raw
 
 
 _ROPE_KINDS = {"linear": LinearRope, "llama3": Llama3Rope}

