@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import os
 import platform
 import shlex
@@ -31,10 +32,13 @@ def run(main: Callable[[T], None], config: type[T], description: str | None) -> 
 
     Whatever the user can mend ends in one line on standard error and exit code 2.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that knows no η prints ? and does not fail
     try:
         main(_parse(config, description))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", *str(error).splitlines(), file=sys.stderr)  # a file's name may hold a line break
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -46,15 +50,15 @@ def _parse(config: type[T], description: str | None) -> T:
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(
-                config, description=description, config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff)
-            )
+            return tyro.cli(config, description=description, config=(tyro.conf.OmitArgPrefixes,))
     except SystemExit as stop:
         if not stop.code:
             raise
-        inside = [line.strip(" │") for line in complaint.getvalue().splitlines() if line.startswith("│")]
-        rule = next((i for i, line in enumerate(inside) if set(line) == {"─"}), len(inside))
-        raise UserError(" ".join(inside[:rule]) or complaint.getvalue().strip()) from None
+        # The frame is of box characters or, for a terminal without them, of dashes; the message ends at its first rule.
+        lines = (line.strip(" │") for line in complaint.getvalue().splitlines()[1:])
+        parts = itertools.groupby(lines, key=lambda line: set(line) <= set("─-╰╯"))
+        message = next((" ".join(part) for is_rule, part in parts if not is_rule), complaint.getvalue().strip())
+        raise UserError(message) from None
 
 
 def write_results(folder: Path, rows: Sequence[Row], seconds: float) -> None:

@@ -17,15 +17,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from experiments import common
-from experiments.plots import plot_loss
+from experiments.plots import plot_loss, plot_partition
 from fedmezo_jax import run_folder
 from fedmezo_jax.config import RunConfig
+from fedmezo_jax.data.buckets import lengths
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.training import Setup, forward_passes, lora_traffic, prepare, seed_traffic, train
 
@@ -39,13 +41,17 @@ class Config:
     """folder of the run"""
     resume: tyro.conf.FlagCreatePairsOff[bool] = False
     """go on with the run in --out from its last checkpoint"""
+    mesh: str = "clients=1,model=1"
+    """devices along each axis; one device is all that this version runs on"""
     checkpoint_every: int = 5
     """rounds between checkpoints"""
     eval_every: int = 5
     """rounds between measurements of the test loss"""
 
     def __post_init__(self):
-        """Refuses intervals that are no intervals."""
+        """Refuses what cannot run."""
+        if self.mesh.replace(" ", "") != "clients=1,model=1":
+            raise UserError(f"--mesh {self.mesh}: only clients=1,model=1 runs so far")
         for name in ("checkpoint_every", "eval_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
@@ -59,6 +65,7 @@ def main(config: Config) -> None:
     config.out.mkdir(parents=True, exist_ok=True)
     run_folder.write_json(config.out / "config.json", asdict(config.run))
     describe(setup)
+    plot_partition(config.out / "partition.png", setup)
     with _progress() as bar:
         task = bar.add_task("rounds", total=config.run.rounds, loss="", pace="")
 
@@ -89,8 +96,9 @@ def main(config: Config) -> None:
     plot_loss(config.out / "loss.png", result.loss_before, result.metrics, config.run)
     common.print_table("bytes are of one client in one round; this run sent LoRA", rows)
     change = 100 * (result.loss_after / result.loss_before - 1)
+    print(f"padding: {np.mean([record['padding_share'] for record in result.metrics]):.1%} of the computed tokens")
     print(f"test loss {result.loss_before:.4f} -> {result.loss_after:.4f} ({change:+.1f} %)")
-    print(f"{config.out}: metrics.jsonl, results.json, loss.png, adapter/, checkpoints/")
+    print(f"{config.out}: metrics.jsonl, results.json, loss.png, partition.png, adapter/, checkpoints/")
 
 
 def describe(setup: Setup) -> None:
@@ -102,9 +110,12 @@ def describe(setup: Setup) -> None:
         f"{trained:,} LoRA parameters at rank {config.lora_rank} on {config.targets}"
     )
     dropped = f", {setup.dropped} too long for {config.max_length} tokens left out" if setup.dropped else ""
+    cut = f", {setup.cut} cut to {config.max_length} tokens" if setup.cut else ""
+    print(f"{config.data}: {len(setup.train.tokens)} training and {len(setup.test.tokens)} test rows{dropped}{cut}")
+    held, wide = lengths(setup.train).mean(), setup.train.tokens.shape[1]
     print(
-        f"{config.data}: {len(setup.train.tokens)} training and {len(setup.test.tokens)} test rows of "
-        f"{setup.train.tokens.shape[1]} tokens{dropped}"
+        f"rows of {held:.0f} tokens on average, padded to {', '.join(str(width.tokens) for width in setup.widths)} "
+        f"(to {wide} alone, {1 - held / wide:.0%} would be padding)"
     )
     names = sorted(set(setup.categories))
     if names != [""]:

@@ -2,8 +2,8 @@
 
     python -m experiments.pretrain --out fedmezo_jax/llama/tiny
 
-The text (``fedmezo_jax.data.pretraining``) holds the skills of the ``bundled`` data and others, answered in many manners;
-``bundled`` keeps one that is rare here, so that fine-tuning has something real left to learn.
+The text (``fedmezo_jax.data.pretraining``) holds the skills of the ``bundled`` data and others, answered in many
+manners; ``bundled`` keeps one that is rare here, so that fine-tuning has something real left to learn.
 """
 
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ from rich.progress import track
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from fedmezo_jax.data.encode import encode
 from fedmezo_jax.data.examples import Example, Rows
 from fedmezo_jax.data.pretraining import pretraining
-from fedmezo_jax.data.encode import encode
 from fedmezo_jax.data.prompt import prompt
 from fedmezo_jax.llama.checkpoint import save_base
 from fedmezo_jax.llama.config import LlamaConfig
@@ -67,7 +67,7 @@ def make_tokenizer(examples: list[Example], vocabulary: int) -> PreTrainedTokeni
 
 
 def whole_text(rows: Rows) -> Rows:
-    """Labels on every token and not on the response alone: a model that starts from nothing learns from the prompts too."""
+    """Labels on every token and not on the response alone: a model that starts from nothing learns from prompts too."""
     end = jnp.max(rows.label_positions, axis=1, keepdims=True)  # the last label's position
     positions = np.broadcast_to(np.arange(rows.tokens.shape[1] - 1, dtype=np.int32), rows.tokens[:, 1:].shape)
     weights = (positions <= np.asarray(end)).astype(np.float32)
@@ -133,7 +133,7 @@ def main(config: Config) -> None:
         base, state, value = step(base, state, jax.tree.map(lambda leaf, p=picked: leaf[p], train))
         if i % 100 == 0 or i == config.steps - 1:
             print(f"step {i}: loss {value:.4f}, held out {evaluate(base, test):.4f}", flush=True)
-    save_base(config.out, llama, stretch_values(base, config.value_gain), dtype="float16", tokenizer=tokenizer)
+    save_base(config.out, llama, stretch_values(dict(base), config.value_gain), dtype="float16", tokenizer=tokenizer)
 
 
 if __name__ == "__main__":

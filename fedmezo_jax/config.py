@@ -6,6 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from fedmezo_jax.data.encode import LongRows
+from fedmezo_jax.data.prompt import Style
+from fedmezo_jax.data.records import parse_fields
+from fedmezo_jax.data.table import PartitionKind
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.lora import check_targets
 from fedmezo_jax.llama.precision import Precision
@@ -20,13 +24,21 @@ class RunConfig:
     model: str = "tiny"
     """tiny, smollm2-135m, a folder with a LLaMA in safetensors, or a hub id owner/name"""
     data: str = "bundled"
-    """bundled, gsm8k, codealpaca, alpaca, dolly, a .json or .jsonl file, or a hub id"""
+    """bundled, gsm8k, codealpaca, alpaca, dolly, a .json, .jsonl or .parquet file, or a hub id
+    owner/name[:config[:split]]"""
     data_dir: str | None = None
     """folder with local copies of the data sets; without it they come from the hub"""
-    partition: Literal["iid", "dirichlet", "meta"] = "dirichlet"
-    """how rows are dealt to clients: at random, by Dirichlet shares of each category, or by whole categories"""
+    fields: str = ""
+    """names of the fields, e.g. instruction=question,response=answer,category=topic, or messages=turns for chats"""
+    prompt_style: Style = "alpaca"
+    """prompt around an instruction: Alpaca's template, plain text, Question: and Answer:, or the tokenizer's chat
+    template (through which chats with messages always go)"""
+    partition: PartitionKind = "dirichlet"
+    """how rows are dealt to clients: at random, by Dirichlet shares of each category, by whole categories, at random
+    in unequal quantities, by length, or by Dirichlet shares of clusters of like texts"""
     dirichlet_alpha: float = 0.5
-    """concentration of the Dirichlet shares; the smaller, the more heterogeneous"""
+    """concentration of the Dirichlet shares (of categories, clusters or all rows); the smaller, the more heterogeneous
+    """
     clients: int = 8
     """number of clients N"""
     participation: float = 1.0
@@ -40,7 +52,11 @@ class RunConfig:
     batch_size: int = 2
     """rows a local step"""
     max_length: int = 160
-    """most tokens in a row; longer rows are left out and counted"""
+    """most tokens in a row"""
+    long_rows: LongRows = "drop"
+    """whether rows of more tokens are left out or cut at their end; both are counted"""
+    length_buckets: int = 4
+    """most row widths that steps run at, so that little is spent on padding; 1 pads all rows to the longest"""
     test_rows: int = 64
     """rows held out to measure the test loss"""
     algorithm: Literal["fedmezo", "fedavg"] = "fedmezo"
@@ -78,7 +94,10 @@ class RunConfig:
 
     def __post_init__(self):
         """Refuses values that no run can have."""
-        whole = ("clients", "rounds", "local_steps", "batch_size", "directions", "lora_rank", "test_rows")
+        whole = (
+            *("clients", "rounds", "local_steps", "batch_size"),
+            *("directions", "lora_rank", "test_rows", "length_buckets"),
+        )
         for name in whole:
             self._require(name, getattr(self, name) >= 1, "at least 1")
         positive = (
@@ -93,6 +112,7 @@ class RunConfig:
         self._require("personalize_scale", 0 <= self.personalize_scale < 1, "at least 0 and below 1")
         self._require("seed", 0 <= self.seed < 2**32, "at least 0 and below 2**32")
         check_targets(self.target_names)
+        parse_fields(self.fields)
 
     def _require(self, name: str, holds: bool, rule: str) -> None:
         if not holds:

@@ -97,8 +97,10 @@ def federated(
         work: the clients' local work.
         rates: learning rates of the clients.
         optimizer: the server's, fed with the pseudo-gradient −Σ_i w_i·Δ_i; None means plain averaging.
-        block_size: how many clients run at once under ``vmap``; None means all. Memory grows with it; the result does
-            not depend on it, because the updates are summed one client after another in either case.
+        block_size: how many clients run at once under ``vmap``; None means all. Memory grows with it. The
+            updates are summed one client after another in either case, so the result is the same bit for bit wherever
+            the loss is; a LLaMA's loss on a CPU may differ in its last place, where a product of more rows sums in
+            another order.
     """
     optimizer = optimizer or optax.sgd(1.0)
 

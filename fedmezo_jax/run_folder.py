@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -29,10 +30,13 @@ def check_folder(folder: Path, config: RunConfig, resume: bool) -> None:
 
     Raises:
         UserError: the folder holds a run and ``resume`` is not set, or it holds another configuration (the keys that
-            differ are named), or it is no folder.
+            differ are named), or it is no folder that could be made and written to.
     """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--out {folder} is a file: give a folder")
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"--out {folder}: {existing} is a file: give a folder")
+    if not os.access(existing, os.W_OK):
+        raise UserError(f"--out {folder}: {existing} may not be written to: give another folder")
     file = folder / "config.json"
     if not file.exists():
         if folder.exists() and any(folder.iterdir()):
@@ -40,12 +44,12 @@ def check_folder(folder: Path, config: RunConfig, resume: bool) -> None:
         return
     if not resume:
         raise UserError(f"--out {folder} holds a run already: give another folder, or --resume to go on with it")
+    now = asdict(config)
     try:
         before = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        raise UserError(f"{file} is not JSON: give another --out") from None
-    now = asdict(config)
-    differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+        differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    except (ValueError, AttributeError):
+        raise UserError(f"{file} is no run's configuration: give another --out") from None
     if differing:
         described = ", ".join(f"{key} ({before.get(key)} there, {now.get(key)} now)" for key in differing)
         raise UserError(f"--resume: {folder} was run with another configuration: {described}")

@@ -16,10 +16,10 @@ import optax
 from fedmezo_jax import client, federated, mezo, run_folder, server, wire
 from fedmezo_jax.config import RunConfig
 from fedmezo_jax.data.batches import round_batches
+from fedmezo_jax.data.buckets import Widths, computed_tokens, lengths, narrowed, widths
 from fedmezo_jax.data.examples import Rows
-from fedmezo_jax.data.partition import dirichlet, heterogeneity, hold_out, iid, meta
-from fedmezo_jax.data.prompt import encode
-from fedmezo_jax.data.sources import load
+from fedmezo_jax.data.partition import heterogeneity
+from fedmezo_jax.data.table import deal, tabulate
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.adapter import save_adapter
 from fedmezo_jax.llama.checkpoint import load_base
@@ -27,7 +27,7 @@ from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.lora import init_lora
 from fedmezo_jax.llama.loss import loss_of, loss_sums, pair_loss_of
 from fedmezo_jax.llama.model import Base, Llama
-from fedmezo_jax.llama.registry import load_tokenizer, resolve
+from fedmezo_jax.llama.registry import cache_folder, load_tokenizer, resolve
 
 TOKENS_AT_ONCE = 8192
 """Clients run at once so long as their batches hold no more tokens than this; further ones follow in blocks."""
@@ -44,8 +44,10 @@ class Setup(NamedTuple):
         train: training rows.
         test: test rows.
         parts: for each client the indices of its rows in ``train``.
-        categories: category of each training row.
+        categories: category of each training row, or what stands for it where the partition goes by something else.
         dropped: rows left out because they are longer than ``max_length``.
+        cut: rows that lost their end for it.
+        widths: at which steps run.
     """
 
     config: RunConfig
@@ -57,6 +59,8 @@ class Setup(NamedTuple):
     parts: list[np.ndarray]
     categories: list[str]
     dropped: int
+    cut: int
+    widths: Widths
 
     @property
     def heterogeneity(self) -> float:
@@ -84,26 +88,43 @@ def prepare(config: RunConfig) -> Setup:
     key = jax.random.fold_in(run_key(config.seed), federated.INIT)
     lora = init_lora(key, llama, config.lora_rank, config.target_names)
 
-    examples = load(config.data, data_dir=config.data_dir, seed=config.seed)
-    encoded = encode(examples, load_tokenizer(folder), config.max_length)
-    kept = [examples[i].category for i in encoded.kept]
-    train, test = hold_out(len(kept), config.test_rows, config.seed, kept)
-    categories = [kept[i] for i in train]
-    parts = _deal(config, categories)
+    tokenizer = load_tokenizer(folder)
+    table = tabulate(
+        config.data,
+        tokenizer,
+        data_dir=config.data_dir,
+        fields=config.fields,
+        style=config.prompt_style,
+        max_length=config.max_length,
+        long_rows=config.long_rows,
+        test_rows=config.test_rows,
+        seed=config.seed,
+        cache=cache_folder() / "tokens",
+    )
+    check_tokens(table.rows, tokenizer, llama, folder)
+    train, test = (Rows(*(leaf[picked] for leaf in table.rows)) for picked in (table.train, table.test))
+    trained = [table.examples[i] for i in table.train]
+    how = (config.clients, config.dirichlet_alpha, config.seed)
+    parts, categories = deal(config.partition, trained, lengths(train), *how)
 
     stored = jnp.float32 if config.precision == "float32" else jnp.bfloat16
     base = jax.tree.map(jnp.asarray, load_base(folder, llama, stored))
     model = Llama(llama, config.lora_alpha / config.lora_rank, config.precision)
-    train_rows, test_rows = (Rows(*(leaf[picked] for leaf in encoded.rows)) for picked in (train, test))
-    return Setup(config, model, base, lora, train_rows, test_rows, parts, categories, encoded.dropped)
+    among = widths(train, config.length_buckets)
+    return Setup(config, model, base, lora, train, test, parts, categories, table.dropped, table.cut, among)
 
 
-def _deal(config: RunConfig, categories: list[str]) -> list[np.ndarray]:
-    if config.partition == "iid":
-        return iid(len(categories), config.clients, config.seed)
-    if config.partition == "meta":
-        return meta(categories, config.clients, config.seed)
-    return dirichlet(categories, config.clients, config.dirichlet_alpha, config.seed)
+def check_tokens(rows: Rows, tokenizer: Any, llama: LlamaConfig, folder: Path) -> None:
+    """Refuses tokens that the embedding has no row for, which a look-up would quietly take from its last row.
+
+    A padding token beyond the vocabulary, as many a tokenizer has been given, is harmless: no loss depends on it.
+    """
+    largest = np.max(rows.tokens, where=rows.tokens != tokenizer.pad_token_id, initial=0)
+    if largest >= llama.vocab_size:
+        raise UserError(
+            f"{folder}: its tokenizer makes token {largest}, but the model's vocabulary has {llama.vocab_size}: "
+            "give the tokenizer that belongs to the model"
+        )
 
 
 def build(setup: Setup) -> tuple[federated.Federated, Any]:
@@ -114,6 +135,7 @@ def build(setup: Setup) -> tuple[federated.Federated, Any]:
         work, loss = client.mezo_work(mezo.MezoConfig(*settings)), pair_loss_of(setup.model, setup.base)
     else:
         work, loss = client.backprop_work(_local_optimizer(config)), loss_of(_single(setup.model), setup.base)
+    loss = narrowed(loss, setup.widths)
     rates = server.RateConfig(config.learning_rate, config.personalize, config.personalize_scale)
     at_once = max(1, TOKENS_AT_ONCE // (config.batch_size * setup.train.tokens.shape[1]))
     return federated.federated(work, rates, _server_optimizer(config), min(at_once, config.participants)), loss
@@ -236,13 +258,13 @@ def train(
     sizes = np.array([len(part) for part in setup.parts], np.float32)
     key = run_key(config.seed)
 
-    def cohort(t: int) -> federated.Cohort:
+    def cohort(t: int) -> tuple[federated.Cohort, int, int]:
         ids = server.sample_participants(config.seed, t, config.clients, config.participants)
         weights = sizes[ids] if config.weighting == "samples" else np.ones(len(ids), np.float32)
         settings = {"seed": config.seed, "local_steps": config.local_steps, "batch_size": config.batch_size}
-        return jax.device_put(
-            federated.Cohort(ids, weights, round_batches(setup.train, setup.parts, ids, t, **settings))
-        )
+        by_length = len(setup.widths) > 1
+        batches = round_batches(setup.train, setup.parts, ids, t, **settings, by_length=by_length)
+        return jax.device_put(federated.Cohort(ids, weights, batches)), *computed_tokens(batches, setup.widths)
 
     passes, traffic = forward_passes(config), lora_traffic(setup)
     loss_before = test_loss(setup.lora)
@@ -254,10 +276,10 @@ def train(
             on_round(record)
         following = cohort(int(state.round))
         for t in range(int(state.round), config.rounds):
-            start, current = time.perf_counter(), following
+            start, (current, held, tokens) = time.perf_counter(), following
             state, report = step(state, loss, current, key)
             last = t + 1 == config.rounds
-            following = current if last else cohort(t + 1)  # while the device works
+            following = following if last else cohort(t + 1)  # while the device works
             report = jax.device_get(report)
             seconds = time.perf_counter() - start
             record = {
@@ -268,7 +290,8 @@ def train(
                 "learning_rates": report.learning_rates.tolist(),
                 "seconds": seconds,
                 "forward_passes": passes,
-                "tokens": passes * config.batch_size * setup.train.tokens.shape[1],
+                "tokens": passes * tokens // (config.participants * config.local_steps),
+                "padding_share": 1 - held / tokens,
                 "uplink_bytes": traffic.up * config.participants,
                 "downlink_bytes": traffic.down * config.participants,
             }

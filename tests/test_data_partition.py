@@ -1,9 +1,22 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmezo_jax.data.partition import dirichlet, heterogeneity, hold_out, iid, meta
+from fedmezo_jax.data.examples import Chat, Example, Message
+from fedmezo_jax.data.partition import (
+    by_length,
+    dirichlet,
+    heterogeneity,
+    hold_out,
+    iid,
+    length_classes,
+    meta,
+    quantity,
+)
+from fedmezo_jax.data.table import deal
 from fedmezo_jax.errors import UserError
 
 seeds = st.integers(0, 2**32)
@@ -21,6 +34,8 @@ def splitters(categories, clients, alpha, seed):
         "iid": iid(len(categories), clients, seed),
         "dirichlet": dirichlet(categories, clients, alpha, seed),
         "meta": meta(categories, clients, seed),
+        "quantity": quantity(len(categories), clients, alpha, seed),
+        "length": by_length([ord(category) for category in categories], clients, seed),
     }
 
 
@@ -43,7 +58,7 @@ def test_every_splitter_is_a_function_of_its_arguments(case, alpha, seed):
 
 def test_the_seed_matters():
     categories = list("abcdefgh") * 20
-    for name in ("iid", "dirichlet", "meta"):
+    for name in ("iid", "dirichlet", "meta", "quantity", "length"):
         drawn = {str([part.tolist() for part in splitters(categories, 4, 0.5, seed)[name]]) for seed in range(8)}
         assert len(drawn) > 4
 
@@ -100,6 +115,88 @@ def test_dirichlet_proportions_have_the_moments_of_the_distribution():
     assert abs(shares.var() / variance - 1) < 0.2
 
 
+def test_quantity_shares_have_the_moments_of_the_distribution_and_its_parts_are_random_draws():
+    # p_1 of Dirichlet(a, ..., a) over K clients: mean 1/K, variance (K-1) / (K^2 (K a + 1)).
+    clients, alpha, n = 4, 0.5, 400
+    parts = [quantity(n, clients, alpha, seed) for seed in range(1000)]
+    shares = np.array([len(part[0]) / n for part in parts])
+    variance = (clients - 1) / (clients**2 * (clients * alpha + 1))
+    assert abs(shares.mean() - 1 / clients) < 4 * np.sqrt(variance / 1000)
+    assert abs(shares.var() / variance - 1) < 0.2
+    # Each part is spread over the rows: the mean of its indices is that of all, to within its standard error.
+    scores = [(part[0].mean() - (n - 1) / 2) / (n / np.sqrt(12 * len(part[0]))) for part in parts if len(part[0]) > 20]
+    assert abs(np.mean(scores)) < 5 / np.sqrt(len(scores))
+    assert [len(part) for part in quantity(n, clients, 1e9, 0)] == [100] * 4
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=80).flatmap(
+    lambda rows: st.tuples(st.just(rows), st.integers(1, len(rows)))
+), seeds)  # fmt: skip
+def test_by_length_gives_each_client_a_stretch_of_lengths_and_equal_sizes(case, seed):
+    lengths, clients = case
+    parts = by_length(lengths, clients, seed)
+    held = sorted(([lengths[row] for row in part] for part in parts), key=lambda part: (min(part), max(part)))
+    assert all(max(first) <= min(second) for first, second in pairwise(held))
+    assert max(map(len, held)) - min(map(len, held)) <= 1
+
+
+def test_length_classes_are_quarters_by_hand():
+    assert length_classes([8, 9, 10, 11, 12, 90, 91, 100]) == [
+        *["  8-  9 tokens"] * 2,
+        *[" 10- 11 tokens"] * 2,
+        *[" 12- 90 tokens"] * 2,
+        *[" 91-100 tokens"] * 2,
+    ]
+    assert length_classes([7, 7, 7, 7, 9]) == ["7-7 tokens"] * 4 + ["9-9 tokens"]
+    assert length_classes([5]) == ["5-5 tokens"]
+
+
+def rows(categories):
+    """Examples in two vocabularies, alternating."""
+    words = ("oven flour butter sugar", "mast wind harbour rope")
+    return [Example(words[i % 2], "", "x", category) for i, category in enumerate(categories)]
+
+
+LENGTHS = np.arange(80) % 40 + 10
+
+
+@pytest.mark.parametrize("kind", ["iid", "dirichlet", "meta", "quantity"])
+def test_dealing_goes_by_the_categories_of_the_data(kind):
+    categories = ["a", "b", "c", "d"] * 20
+    parts, classes = deal(kind, rows(categories), LENGTHS, 4, 0.1, 0)
+    assert classes == categories
+    assert sorted(np.concatenate(parts)) == list(range(80))
+    expected = {"iid": (0, 0.3), "quantity": (0, 0.5), "dirichlet": (0.3, 1), "meta": (0.75, 0.75)}[kind]
+    assert expected[0] <= heterogeneity(parts, classes) <= expected[1]
+
+
+@pytest.mark.parametrize("kind", ["iid", "quantity", "length", "clusters"])
+def test_data_without_categories_are_told_apart_by_length_or_by_words(kind):
+    parts, classes = deal(kind, rows([""] * 80), LENGTHS, 4, 0.05, 0)
+    assert sorted(np.concatenate(parts)) == list(range(80))
+    if kind == "clusters":
+        assert [len(set(classes[i::2])) for i in (0, 1)] == [1, 1]  # a cluster for each vocabulary
+        assert len(set(classes)) == 2
+        assert heterogeneity(parts, classes) > 0.2
+    else:
+        assert classes == length_classes(LENGTHS)
+        assert (heterogeneity(parts, classes) == 0.75) == (kind == "length")  # each client has one quarter alone
+
+
+def test_the_length_partition_goes_by_length_even_where_there_are_categories():
+    parts, classes = deal("length", rows(["a", "b"] * 40), LENGTHS, 4, 0.5, 0)
+    assert classes == length_classes(LENGTHS)
+    assert heterogeneity(parts, classes) == 0.75
+
+
+def test_chats_form_clusters_by_what_the_user_says():
+    chats = [
+        Chat((Message("user", example.instruction), Message("assistant", "same words for all of them")), "")
+        for example in rows([""] * 80)
+    ]
+    assert deal("clusters", chats, LENGTHS, 4, 0.5, 0)[1] == deal("clusters", rows([""] * 80), LENGTHS, 4, 0.5, 0)[1]
+
+
 def test_heterogeneity_by_hand():
     categories = ["a", "a", "b", "b"]
     assert heterogeneity([np.array([0, 2]), np.array([1, 3])], categories) == 0
@@ -140,6 +237,9 @@ def test_hold_out_draws_other_rows_with_another_seed():
         (lambda: meta(["a"] * 3, 4, 0), "4 clients but only 3 rows"),
         (lambda: dirichlet([""] * 9, 2, 0.5, 0), "no categories, which a Dirichlet partition needs"),
         (lambda: meta([""] * 9, 2, 0), "no categories, which a meta partition needs"),
+        (lambda: quantity(3, 4, 0.5, 0), "4 clients but only 3 rows"),
+        (lambda: by_length([7] * 3, 4, 0), "4 clients but only 3 rows"),
+        (lambda: quantity(9, 2, 0.0, 0), "must be a positive number, not 0.0"),
         (lambda: dirichlet(["a"] * 9, 2, 0.0, 0), "must be a positive number, not 0.0"),
         (lambda: dirichlet(["a"] * 9, 2, float("nan"), 0), "must be a positive number, not nan"),
         (lambda: dirichlet(["a"] * 9, 2, float("inf"), 0), "must be a positive number, not inf"),

@@ -8,8 +8,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from fedmezo_jax.data.bundled import bundled
+from fedmezo_jax.data.encode import encode
 from fedmezo_jax.data.examples import Example
-from fedmezo_jax.data.prompt import encode, prompt
+from fedmezo_jax.data.prompt import prompt
 from fedmezo_jax.errors import UserError
 
 

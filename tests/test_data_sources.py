@@ -6,9 +6,10 @@ from pathlib import Path
 import datasets
 import pytest
 
-from fedmezo_jax.data import records, sources
+from fedmezo_jax.data import files, sources
 from fedmezo_jax.data.bundled import bundled
-from fedmezo_jax.data.examples import Example
+from fedmezo_jax.data.examples import Chat, Example, Message
+from fedmezo_jax.data.records import parse_fields
 from fedmezo_jax.errors import UserError
 
 GOOD = {"instruction": "Add 1 and 1.", "output": "2"}
@@ -117,7 +118,7 @@ def test_a_missing_file_is_named_with_every_place_looked_at(tmp_path):
         message = error_of(lambda name=name: sources.load(name, data_dir=tmp_path))
         assert str(tmp_path) in message
         assert name in message
-    assert "cannot read" in error_of(lambda: records.read(tmp_path))
+    assert "cannot read" in error_of(lambda: files.read(tmp_path))
 
 
 def test_an_unknown_name_lists_the_known_ones():
@@ -134,7 +135,7 @@ def test_gsm8k_answers_are_as_in_the_paper(tmp_path):
     answer = "He has 2*3=<<2*3=6>>6 eggs.\nWith 1/2 more: 6+3=<<6+3=9>>9, not 6+4=<<6+4=10>>10.\n#### 1,009"
     write(tmp_path, "gsm8k.jsonl", lines({"question": "How many?", "answer": answer}))
     assert sources.load("gsm8k", data_dir=tmp_path) == [
-        Example("How many?", "", "He has 2*3=6 eggs.\nWith 1/2 more: 6+3=9, not 6+4=10.\nThe answer is 1,009", "")
+        Example("How many?", "", answer.replace("#### 1,009", "The answer is 1,009"), "")
     ]
 
 
@@ -214,7 +215,148 @@ def test_a_hub_that_does_not_answer_points_to_local_files(monkeypatch):
 
 def test_a_hub_row_without_a_known_field_is_named(monkeypatch):
     Hub(monkeypatch, [{"text": "a"}])
-    assert error_of(lambda: sources.load("a/b")) == "a/b, row 0: the field instruction (or question) is missing"
+    assert error_of(lambda: sources.load("a/b")) == (
+        "a/b, row 0: the field instruction (or question) is missing; the row has text "
+        "(--fields instruction=NAME takes another)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "split"),
+    [("a/b:main", "main", "train"), ("a/b:main:test", "main", "test"), ("a/b::test", None, "test")],
+)
+def test_a_hub_set_may_have_a_configuration_and_a_split(monkeypatch, name, config, split):
+    hub = Hub(monkeypatch, [GOOD])
+    assert len(sources.load(name)) == 1
+    assert hub.asked == [("a/b", config, split)]
+
+
+# The rows of the paper's table as their publishers write them, and what each must become.
+PUBLISHED = {
+    "alpaca": (
+        {"instruction": "Name a fruit.", "input": "", "output": "Pear.", "text": "Below is ..."},
+        Example("Name a fruit.", "", "Pear.", ""),
+    ),
+    "dolly": (
+        {"instruction": "Who?", "context": "Ada wrote it.", "response": "Ada.", "category": "closed_qa"},
+        Example("Who?", "Ada wrote it.", "Ada.", "closed_qa"),
+    ),
+    "gsm8k": (
+        {"question": "2+3?", "answer": "2+3=<<2+3=5>>5\n#### 5"},
+        Example("2+3?", "", "2+3=<<2+3=5>>5\nThe answer is 5", ""),
+    ),
+    "codealpaca": (
+        {"instruction": "Port this Java method.", "input": "Python", "output": "pass"},
+        Example("Port this Java method.", "Python", "pass", "Python"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("suffix", files.SUFFIXES)
+def test_each_set_of_the_paper_loads_by_name_from_a_file_of_any_format_and_from_the_hub(
+    tmp_path, monkeypatch, name, suffix
+):
+    row, expected = PUBLISHED[name]
+    path = tmp_path / f"{name}{suffix}"
+    if suffix == ".parquet":
+        datasets.Dataset.from_list([row, row]).to_parquet(path)
+    else:
+        path.write_text(lines(row, row) if suffix == ".jsonl" else json.dumps([row, row], indent=2))
+    assert sources.load(name, data_dir=tmp_path) == [expected, expected]
+    Hub(monkeypatch, [row])
+    assert sources.load(name) == [expected]
+
+
+NESTED = {"version": 1, "data": [GOOD, {"instruction": "b", "output": "c"}]}
+
+
+@pytest.mark.parametrize(
+    "text", [json.dumps(NESTED), json.dumps(NESTED, indent=2), json.dumps(NESTED, indent=2) + "\n"]
+)
+def test_one_object_around_a_list_of_rows_is_read_as_these_rows(tmp_path, text):
+    assert [example.response for example in sources.load(str(write(tmp_path, "d.json", text)))] == ["2", "c"]
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "words"),
+    [
+        (json.dumps({"data": [GOOD, {"instruction": "b"}]}, indent=2), 7, "is missing"),
+        (json.dumps(NESTED, indent=2).replace('"output": "2"', '"output" "2"'), 6, "broken JSON"),
+        (json.dumps(NESTED, indent=2)[:-1], 13, "broken JSON"),
+        (json.dumps(NESTED, indent=2) + "\nmore", 14, "text after the first object"),
+        (json.dumps(GOOD, indent=2) + "\n" + json.dumps(GOOD, indent=2), 5, "give one object a line, or a list"),
+        ('{"instruction": "a", \n' + lines(GOOD, GOOD), 1, "broken JSON"),
+        ('{"instruction": "a", "output": "b"\n' + lines(GOOD), 1, "broken JSON"),
+        ('{"instruction": "a" "output": "b"}', 1, "broken JSON"),
+        (json.dumps({"0": GOOD, "1": GOOD}), 1, "instruction (or question) is missing"),
+        (json.dumps({"instruction": ["a"], "output": ["b"]}), 1, "instruction must be text, not a list"),
+    ],
+)
+def test_a_fault_in_one_object_over_many_lines_is_named_by_its_line(tmp_path, text, line, words):
+    path = write(tmp_path, "d.json", text)
+    message = error_of(lambda: sources.load(str(path)))
+    assert message.startswith(f"{path}, line {line}: ")
+    assert words in message
+
+
+def test_one_pretty_row_is_one_row_and_two_lists_are_a_question(tmp_path):
+    assert len(sources.load(str(write(tmp_path, "a.json", json.dumps(GOOD, indent=2))))) == 1
+    path = write(tmp_path, "b.json", json.dumps({"train": [GOOD], "test": [GOOD]}))
+    assert "several lists of rows (train, test)" in error_of(lambda: sources.load(str(path)))
+
+
+def test_a_damaged_parquet_file_is_named(tmp_path):
+    path = tmp_path / "d.parquet"
+    datasets.Dataset.from_list([GOOD]).to_parquet(path)
+    path.write_bytes(path.read_bytes()[:-9])
+    assert error_of(lambda: sources.load(str(path))).startswith(f"{path}: is no Parquet file")
+    datasets.Dataset.from_list([{"a": 1}]).to_parquet(path)
+    assert error_of(lambda: sources.load(str(path))).startswith(f"{path}, row 0: the field instruction")
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ("instruction=ask,response=reply", Example("why", "", "so", "")),
+        ("instruction=ask,response=reply,category=topic", Example("why", "", "so", "7")),
+        (" instruction = ask , response = reply, input=context,", Example("why", "here", "so", "")),
+        ("instruction=ask,response=reply,input=more", Example("why", "", "so", "")),
+    ],
+)
+def test_a_field_map_names_the_parts(tmp_path, fields, expected):
+    row = {"ask": "why", "reply": "so", "topic": 7, "context": "here", "more": None}
+    if "input=context" not in fields.replace(" ", ""):
+        del row["context"]
+    path = write(tmp_path, "d.jsonl", lines(row))
+    assert sources.load(str(path), fields=parse_fields(fields)) == [expected]
+
+
+def test_a_part_can_be_left_empty(tmp_path):
+    path = write(tmp_path, "d.jsonl", lines({**GOOD, "context": "unwanted", "": "a column without a name"}))
+    assert sources.load(str(path), fields=parse_fields("input="))[0].input == ""
+    assert sources.load(str(path))[0].input == "unwanted"
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ("question", "'question' is not PART=NAME"),
+        ("prompt=question", "is not PART=NAME with PART one of instruction, input, response, category, messages"),
+        ("instruction=a,instruction=b", "names instruction twice"),
+        ("response=", "response cannot be left empty"),
+        ("messages=turns,input=x", "chat data have messages and category alone"),
+    ],
+)
+def test_a_field_map_that_says_nothing_is_refused(fields, words):
+    assert words in error_of(lambda: parse_fields(fields))
+
+
+def test_a_mapped_field_that_no_row_has_is_named_with_those_there_are(tmp_path):
+    path = write(tmp_path, "d.jsonl", lines(GOOD))
+    message = error_of(lambda: sources.load(str(path), fields={"category": "topc"}))
+    assert message == f"{path}, line 1: --fields category=topc, but no row has topc; it has instruction, output"
+    assert "bundled data have none" in error_of(lambda: sources.load("bundled", fields={"input": "x"}))
 
 
 def test_real_gsm8k():
@@ -223,7 +365,8 @@ def test_real_gsm8k():
     examples = sources.load("gsm8k", data_dir=REAL)
     assert len(examples) == 7473
     assert all(example.response.rsplit("\n", 1)[1].startswith("The answer is ") for example in examples)
-    assert not any("<<" in example.response or "####" in example.response or example.input for example in examples)
+    assert not any("####" in example.response or example.input for example in examples)
+    assert sum(example.response.count("<<") for example in examples) > 20_000
 
 
 def test_real_codealpaca():
@@ -236,3 +379,40 @@ def test_real_codealpaca():
     read = [sources._codealpaca(example._replace(category="")) for example in examples]
     agree = sum(a == b for a, b in zip(examples, read, strict=True))
     assert agree > 0.97 * len(examples)
+
+
+TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+CHAT = Chat((Message("user", "hi"), Message("assistant", "ho")), "")
+
+
+def test_chats_are_rows_with_messages(tmp_path):
+    for name, text in (
+        ("a.jsonl", lines({"messages": TURNS})),
+        ("b.json", json.dumps([{"messages": TURNS}])),
+        ("c.json", json.dumps({"messages": TURNS}, indent=1)),  # a single row, and no container of rows
+        ("d.json", json.dumps({"data": [{"messages": TURNS}]}, indent=1)),
+    ):
+        assert sources.load(str(write(tmp_path, name, text))) == [CHAT]
+    path = write(tmp_path, "e.jsonl", lines({"turns": TURNS, "topic": "greeting", "messages": None}))
+    fields = parse_fields("messages=turns,category=topic")
+    assert sources.load(str(path), fields=fields) == [CHAT._replace(category="greeting")]
+    datasets.Dataset.from_list([{"messages": TURNS}]).to_parquet(tmp_path / "f.parquet")
+    assert sources.load(str(tmp_path / "f.parquet")) == [CHAT]
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        (None, "the field messages is missing"),
+        ("hi", "must be a list of messages, not text"),
+        ([], "must be a list of messages"),
+        ([{"role": "user"}], "messages[0] must be"),
+        ([TURNS[0], {"role": "assistant", "content": None}], "messages[1] must be"),
+        ([TURNS[0]], "no message in messages is by the assistant"),
+    ],
+)
+def test_a_broken_chat_is_named_by_its_line(tmp_path, messages, words):
+    path = write(tmp_path, "d.jsonl", lines({"messages": TURNS}, {"messages": messages}))
+    message = error_of(lambda: sources.load(str(path)))
+    assert message.startswith(f"{path}, line 2: ")
+    assert words in message

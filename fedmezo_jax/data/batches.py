@@ -41,11 +41,17 @@ def round_batches(
     seed: int,
     local_steps: int,
     batch_size: int,
+    by_length: bool = False,
 ) -> Rows:
     """The batches that the participants of one round work on.
 
     Each client walks through its own rows, permuted anew in every epoch; round t takes the steps from t*H*batch on,
     whether or not the client took part in the rounds before. A client with fewer rows than a batch meets rows twice.
+
+    With `by_length` each client's rows of the round are put into steps by length: its B shortest rows make one step,
+    the B next ones another, and so on; all clients take these steps in one random order. So a client meets the very
+    rows in a round that it meets otherwise, but rows of like length share a batch (in which every label weighs the
+    same), and all clients are at their short rows at the same time (see :mod:`fedmezo_jax.data.buckets`).
 
     Args:
         rows: all training rows.
@@ -55,6 +61,7 @@ def round_batches(
         seed: seed of the walks.
         local_steps: local steps H.
         batch_size: rows a step.
+        by_length: whether rows of like length meet in a step, or any rows.
 
     Returns:
         `Rows` whose leaves have the leading axes [clients, H, batch].
@@ -65,5 +72,11 @@ def round_batches(
             parts[client][_take(seed, int(client), len(parts[client]), round_index * count, count)]
             for client in participants
         ]
-    ).reshape(-1, local_steps, batch_size)
+    )
+    if by_length:
+        length = rows.label_positions[picked].max(axis=-1)
+        picked = np.take_along_axis(picked, np.argsort(length, axis=1, kind="stable"), axis=1)
+    picked = picked.reshape(-1, local_steps, batch_size)
+    if by_length:
+        picked = picked[:, generator(seed, "steps", round_index).permutation(local_steps)]
     return Rows(*(leaf[picked] for leaf in rows))

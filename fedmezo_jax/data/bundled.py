@@ -1,9 +1,9 @@
 """The `bundled` data: short instruction-response pairs in thirteen categories, made by code from a seed.
 
-Every response keeps one manner ("Answer:~ 5~ +~ 12~ =~ 17": a mark behind every word, no full stop), and inside it each
-category has a form of its own. The shipped `tiny` model was pretrained on these tasks and others answered in many manners
-(`fedmezo_jax.data.pretraining`): the common manner is what all clients of a federation can teach it together, the forms
-are what pulls clients with different categories apart.
+Every response keeps one manner ("Answer:~ 5~ +~ 12~ =~ 17": a mark behind every word, no full stop), and inside it
+each category has a form of its own. The shipped `tiny` model was pretrained on these tasks and others, answered in many
+manners (`fedmezo_jax.data.pretraining`): the common manner is what all clients of a federation can teach it together,
+the forms are what pulls clients with different categories apart.
 """
 
 import random

@@ -1,4 +1,4 @@
-"""The two shapes of data: an instruction-response pair as text, and a table of tokenised rows."""
+"""The shapes of data: an instruction-response pair or a chat as text, and a table of tokenised rows."""
 
 from typing import NamedTuple, TypeAlias
 
@@ -21,6 +21,30 @@ class Example(NamedTuple):
     instruction: str
     input: str
     response: str
+    category: str
+
+
+class Message(NamedTuple):
+    """One turn of a chat.
+
+    Attributes:
+        role: who speaks; the turns of `assistant` are the ones to learn.
+        content: what is said.
+    """
+
+    role: str
+    content: str
+
+
+class Chat(NamedTuple):
+    """One conversation, with at least one turn of the assistant.
+
+    Attributes:
+        messages: the turns, in order.
+        category: as in :class:`Example`.
+    """
+
+    messages: tuple[Message, ...]
     category: str
 
 

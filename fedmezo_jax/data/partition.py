@@ -1,4 +1,4 @@
-"""Dealing rows to clients: iid, Dirichlet over categories, whole categories; and a measure of how far apart they are.
+"""Dealing rows to clients: at random, by category, by quantity, by length; and a measure of how far apart they are.
 
 A partition is a list with one sorted int64 array of row indices a client; together they hold every row exactly once,
 and no client is empty.
@@ -40,23 +40,11 @@ def dirichlet(categories: Sequence[str], clients: int, alpha: float, seed: int) 
         UserError: no categories, a concentration that is not positive and finite, or more clients than rows.
     """
     _check_clients(len(categories), clients)
-    if not 0 < alpha < float("inf"):
-        raise UserError(f"the Dirichlet alpha must be a positive number, not {alpha}")
     rng = generator(seed, "partition dirichlet")
     owner = np.empty(len(categories), np.int64)
     for rows in _rows_by_category(categories, "Dirichlet"):
-        # Beyond 1e12 the proportions are equal to rounding; larger values would overflow numpy's gamma draws.
-        proportions = rng.dirichlet(np.full(clients, min(alpha, 1e12)))
-        cuts = np.rint(np.cumsum(proportions)[:-1] * len(rows)).astype(np.int64)
-        for client, part in enumerate(np.split(rng.permutation(rows), cuts)):
-            owner[part] = client
-    sizes = np.bincount(owner, minlength=clients)
-    for client in np.flatnonzero(sizes == 0):
-        donor = int(np.argmax(sizes))
-        owner[rng.choice(np.flatnonzero(owner == donor))] = client
-        sizes[donor] -= 1
-        sizes[client] = 1
-    return [np.flatnonzero(owner == client) for client in range(clients)]
+        _deal(owner, rows, clients, alpha, rng)
+    return _none_empty(owner, clients, rng)
 
 
 def meta(categories: Sequence[str], clients: int, seed: int) -> Partition:
@@ -88,6 +76,60 @@ def meta(categories: Sequence[str], clients: int, seed: int) -> Partition:
         for group, share in zip(groups, shares, strict=True)
         for part in np.array_split(rng.permutation(group), share)
     ]
+
+
+def quantity(n: int, clients: int, alpha: float, seed: int) -> Partition:
+    """Rows dealt at random in parts of unequal size, their shares p ~ Dirichlet(alpha, ..., alpha) (arXiv 2102.02079).
+
+    Only the sizes differ: each part is a random draw from all rows. A client that would stay empty takes a row from the
+    client that has most.
+
+    Args:
+        n: number of rows.
+        clients: number of clients, at most n.
+        alpha: concentration, positive; the smaller, the more unequal.
+        seed: seed of the draw.
+
+    Raises:
+        UserError: a concentration that is not positive and finite, or more clients than rows.
+    """
+    _check_clients(n, clients)
+    rng = generator(seed, "partition quantity")
+    owner = np.empty(n, np.int64)
+    _deal(owner, np.arange(n), clients, alpha, rng)
+    return _none_empty(owner, clients, rng)
+
+
+def by_length(lengths: Sequence[int] | np.ndarray, clients: int, seed: int) -> Partition:
+    """Rows dealt in order of their length, so that each client has rows of one length class; equal parts.
+
+    Which client gets which class, and which rows of equal length go together, is drawn from the seed.
+
+    Args:
+        lengths: tokens of each row, [n].
+        clients: number of clients, at most n.
+        seed: seed of the draw.
+
+    Raises:
+        UserError: fewer than one client, or more clients than rows.
+    """
+    _check_clients(len(lengths), clients)
+    rng = generator(seed, "partition length")
+    order = rng.permutation(len(lengths))
+    order = order[np.argsort(np.asarray(lengths)[order], kind="stable")]
+    parts = np.array_split(order, clients)
+    return [np.sort(parts[i]) for i in rng.permutation(clients)]
+
+
+def length_classes(lengths: Sequence[int] | np.ndarray) -> list[str]:
+    """The quarter of all rows to which each row belongs by its length, as a category: ``"80-122 tokens"``."""
+    lengths = np.asarray(lengths)
+    # Quantiles that are lengths of rows, each class up to and with its own.
+    bounds = np.unique(np.quantile(lengths, (0.25, 0.5, 0.75, 1), method="inverted_cdf"))
+    lowest = [lengths.min(), *(lengths[lengths > bound].min() for bound in bounds[:-1])]
+    digits = len(str(bounds[-1]))
+    names = [f"{low:{digits}}-{high:{digits}} tokens" for low, high in zip(lowest, bounds, strict=True)]
+    return [names[i] for i in np.searchsorted(bounds, lengths)]
 
 
 def heterogeneity(parts: Partition, categories: Sequence[str]) -> float:
@@ -123,11 +165,34 @@ def hold_out(
     return np.flatnonzero(~picked), np.flatnonzero(picked)
 
 
+def _deal(owner: np.ndarray, rows: np.ndarray, clients: int, alpha: float, rng: np.random.Generator) -> None:
+    """Gives `rows` to owners in proportions p ~ Dirichlet(alpha, ..., alpha)."""
+    if not 0 < alpha < float("inf"):
+        raise UserError(f"the Dirichlet alpha must be a positive number, not {alpha}")
+    # Beyond 1e12 the proportions are equal to rounding; larger values would overflow numpy's gamma draws.
+    proportions = rng.dirichlet(np.full(clients, min(alpha, 1e12)))
+    cuts = np.rint(np.cumsum(proportions)[:-1] * len(rows)).astype(np.int64)
+    for client, part in enumerate(np.split(rng.permutation(rows), cuts)):
+        owner[part] = client
+
+
+def _none_empty(owner: np.ndarray, clients: int, rng: np.random.Generator) -> Partition:
+    sizes = np.bincount(owner, minlength=clients)
+    for client in np.flatnonzero(sizes == 0):
+        donor = int(np.argmax(sizes))
+        owner[rng.choice(np.flatnonzero(owner == donor))] = client
+        sizes[donor] -= 1
+        sizes[client] = 1
+    return [np.flatnonzero(owner == client) for client in range(clients)]
+
+
 def _rows_by_category(categories: Sequence[str], kind: str) -> list[np.ndarray]:
     """The row indices of each category, in the order of the categories' names."""
     names, codes = np.unique(np.asarray(categories), return_inverse=True)
     if len(names) == 1 and names[0] == "":
-        raise UserError(f"these data have no categories, which a {kind} partition needs: choose the iid partition")
+        raise UserError(
+            f"these data have no categories, which a {kind} partition needs: choose another one, e.g. iid or clusters"
+        )
     return [np.flatnonzero(codes == code) for code in range(len(names))]
 
 

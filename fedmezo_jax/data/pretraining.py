@@ -1,8 +1,8 @@
 """The text that the shipped `tiny` model is pretrained on: the tasks of `bundled` and more, in any manner.
 
 Each answer is wrapped in a manner and strewn with marks, both drawn at random with no regard to the task, so that the
-model learns how likely each is and not when. `bundled` always keeps one rare manner and marks every word: fine-tuning has
-to select what the model knows as an exception, which a change of low rank does.
+model learns how likely each is and not when. `bundled` always keeps one rare manner and marks every word: fine-tuning
+has to select what the model knows as an exception, which a change of low rank does.
 """
 
 import random

@@ -1,106 +1,130 @@
-"""The Stanford Alpaca prompt, and tokenised rows of fixed shape from it."""
+"""From an example to text: four styles of prompt for instructions, and a tokenizer's own template for chats."""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
-import numpy as np
-from transformers import PreTrainedTokenizerFast
-
-from fedmezo_jax.data.examples import Example, Rows
+from fedmezo_jax.data.examples import Chat, Example, Message
 from fedmezo_jax.errors import UserError
 
-_WITH_INPUT = (
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Style: TypeAlias = Literal["alpaca", "plain", "question-answer", "chat"]
+"""How an instruction becomes a prompt.
+
+alpaca: Stanford Alpaca's template, the paper's. The response follows "### Response:".
+plain: the instruction, the input under it if there is one, and a line break before the response.
+question-answer: "Question: ...", and the response after "Answer:". For base models and short answers.
+chat: a user's turn, answered by the assistant, in the chat template of the tokenizer. For chat models.
+"""
+
+_ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
 )
-_WITHOUT_INPUT = (
+_ALPACA = (
     "Below is an instruction that describes a task. "
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:"
 )
-_MULTIPLE = 8
 
 
-class Encoded(NamedTuple):
-    """Tokenised examples.
+def prompt(example: Example, style: Style = "alpaca") -> str:
+    """The text before the response, in any style but `chat`; an input has a place only where there is one."""
+    if style == "alpaca":
+        template = _ALPACA_WITH_INPUT if example.input else _ALPACA
+        return template.format(instruction=example.instruction, input=example.input)
+    asked = "\n".join(filter(None, (example.instruction, example.input)))
+    return f"{asked}\n" if style == "plain" else f"Question: {asked}\nAnswer:"
+
+
+def response(example: Example, style: Style = "alpaca") -> str:
+    """The text after :func:`prompt`."""
+    return f" {example.response}" if style == "question-answer" else example.response
+
+
+def as_chat(example: Example) -> Chat:
+    """The user's turn with instruction and input, and the assistant's with the response."""
+    asked = "\n\n".join(filter(None, (example.instruction, example.input)))
+    return Chat((Message("user", asked), Message("assistant", example.response)), example.category)
+
+
+class Rendered(NamedTuple):
+    """A chat as one text.
 
     Attributes:
-        rows: the rows that fit.
-        kept: int64 [N], the index of each row's example, ascending.
-        dropped: number of examples that are longer than allowed.
+        text: the conversation in the tokenizer's template, which writes the begin token too where there is one.
+        spans: where in it each turn of the assistant begins and ends, its end-of-turn mark included.
     """
 
-    rows: Rows
-    kept: np.ndarray
-    dropped: int
+    text: str
+    spans: list[tuple[int, int]]
 
 
-def prompt(example: Example) -> str:
-    """The text before the response; the input block is there only where the example has an input."""
-    template = _WITH_INPUT if example.input else _WITHOUT_INPUT
-    return template.format(instruction=example.instruction, input=example.input)
+def render(chat: Chat, tokenizer: PreTrainedTokenizerFast) -> Rendered:
+    """Puts a chat into the tokenizer's chat template and finds the assistant's turns in it.
 
-
-def encode(examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast, max_length: int) -> Encoded:
-    """Tokenises prompt, response and end token; the labels are the response and the end token.
-
-    Prompt and response are tokenised apart and joined, so that the boundary between them lies between two tokens
-    whatever the vocabulary would merge across it. The begin token leads where the tokenizer is set to add one. A row of
-    more than `max_length` tokens is dropped and never cut: a row without labels would have no loss.
-
-    Args:
-        examples: the pairs, [n].
-        tokenizer: a fast tokenizer with an end token.
-        max_length: most tokens in a row.
-
-    Returns:
-        N <= n rows with S the longest row and M the largest number of labels, each rounded up to a multiple of 8
-        (S at most to `max_length`), the examples they come from, and how many were dropped.
+    A turn is what the template adds when the chat grows by it, after the header with which it asks for one. An opening
+    turn of the assistant answers nothing and is left out of the spans.
 
     Raises:
-        UserError: the tokenizer has no end token, or no row fits.
+        UserError: the tokenizer has no chat template, or the template refuses the chat or rewrites earlier turns as a
+            chat grows, so that a turn's place cannot be told.
     """
-    end = tokenizer.eos_token_id
-    if end is None:
-        raise UserError("the tokenizer names no end token (eos_token), which must close every response")
+    text, spans = _apply(tokenizer, chat.messages), []
+    for turn, message in enumerate(chat.messages):
+        if message.role == "assistant" and turn > 0:
+            before = _apply(tokenizer, chat.messages[:turn], ask=True)
+            after = _apply(tokenizer, chat.messages[: turn + 1]).rstrip()
+            if not (text.startswith(before) and text.startswith(after) and len(before) <= len(after)):
+                raise UserError(
+                    f"the tokenizer's chat template writes message {turn} otherwise once others follow, so the "
+                    "assistant's tokens cannot be told apart: split the chat there, or mend chat_template.jinja"
+                )
+            spans.append((len(before), len(after)))
+    return Rendered(text, spans)
+
+
+def prompts(examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast, style: Style) -> list[str]:
+    """What a model is to continue with its response, one text an example; tokenise it without special tokens.
+
+    The begin token leads where the tokenizer is set to add one, as in :func:`encode.encode`.
+    """
+    if style == "chat":
+        return [_apply(tokenizer, as_chat(example).messages[:1], ask=True) for example in examples]
+    start = "".join(tokenizer.convert_ids_to_tokens(begin(tokenizer)))
+    return [start + prompt(example, style) for example in examples]
+
+
+def begin(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """The begin token's id, where the tokenizer is set to add one before a text; otherwise nothing."""
     # Read off an empty text: the setting itself sits in a different place in each family of tokenizers.
-    start = [token for token in tokenizer("")["input_ids"][:1] if token == tokenizer.bos_token_id]
-    # One batched call each, not `datasets.map`: the tokenizer already works on all cores, and the table would be
-    # written to Arrow and read back for nothing.
-    prompts = _tokenise(tokenizer, [prompt(example) for example in examples])
-    responses = _tokenise(tokenizer, [example.response for example in examples])
-    pairs = [([*start, *before], [*after, end]) for before, after in zip(prompts, responses, strict=True)]
-    lengths = np.array([len(before) + len(after) for before, after in pairs], np.int64)
-    kept = np.flatnonzero(lengths <= max_length)
-    if not len(kept):
-        shortest = f"the shortest has {lengths.min()}" if len(lengths) else "there are no rows"
-        raise UserError(f"no row fits into {max_length} tokens ({shortest}): raise --max-length")
-    width = min(_round_up(lengths[kept].max()), max_length)
-    labels_width = _round_up(max(len(pairs[i][1]) for i in kept))
-
-    padding = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    rows = Rows(
-        tokens=np.full((len(kept), width), padding, np.int32),
-        label_positions=np.zeros((len(kept), labels_width), np.int32),
-        labels=np.zeros((len(kept), labels_width), np.int32),
-        label_weights=np.zeros((len(kept), labels_width), np.float32),
-    )
-    for row, i in enumerate(kept):
-        before, after = pairs[i]
-        rows.tokens[row, : lengths[i]] = before + after
-        rows.labels[row, : len(after)] = after
-        rows.label_positions[row, : len(after)] = np.arange(len(before) - 1, lengths[i] - 1)
-        rows.label_weights[row, : len(after)] = 1
-    return Encoded(rows, kept, len(examples) - len(kept))
+    return [token for token in tokenizer("")["input_ids"][:1] if token == tokenizer.bos_token_id]
 
 
-def _tokenise(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int]]:
-    if not texts:
-        return []
-    # verbose=False: a text longer than the model's context is measured and dropped here, not worth a warning.
-    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+def check_template(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raises `UserError` with the remedy where the tokenizer has no chat template."""
+    if not tokenizer.chat_template:
+        raise UserError(
+            "the tokenizer has no chat template, which chat data and --prompt-style chat need: put the model's "
+            "chat_template.jinja into its folder, or choose another prompt style for data with instructions"
+        )
 
 
-def _round_up(length: int) -> int:
-    return -(-int(length) // _MULTIPLE) * _MULTIPLE
+def _apply(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], ask: bool = False) -> str:
+    check_template(tokenizer)
+    turns = [message._asdict() for message in messages]
+    try:
+        # Some templates write today's date; rows must not change from day to day, so they get their own default.
+        text = tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=ask, date_string="26 Jul 2024"
+        )
+    except ImportError:
+        raise  # Jinja is required; its absence is no fault of the chat
+    except Exception as error:  # templates raise Jinja's errors and whatever their code runs into
+        raise UserError(f"the tokenizer's chat template refuses the chat ({' '.join(str(error).split())})") from None
+    assert isinstance(text, str)
+    return text

@@ -1,116 +1,148 @@
-"""Reading instruction data from JSON and JSON-lines files, every fault named by file and line."""
+"""From a record to an example: which field of a row is the instruction, the input, the response, the category."""
 
-import json
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeAlias
 
-from fedmezo_jax.data.examples import Example
+from fedmezo_jax.data.examples import Chat, Example, Message
+from fedmezo_jax.data.files import Record
 from fedmezo_jax.errors import UserError
 
-_DECODER = json.JSONDecoder()
-_BLANKS = " \t\r\n"
-# What each part of an example is called in the wild; the first name that a row has counts.
+# What each part is called in the wild; the first name that a row has counts.
 _NAMES = {
     "instruction": ("instruction", "question"),
     "input": ("input", "context"),
     "response": ("output", "response", "answer"),
     "category": ("category",),
+    "messages": ("messages",),
 }
 _REQUIRED = ("instruction", "response")
 
-
-def read(path: Path) -> list[Example]:
-    """All examples of a file that holds a JSON list of objects or one JSON object a line.
-
-    Raises:
-        UserError: the file cannot be read, is empty or broken, or a row lacks a field; with file, line and field.
-    """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}, line {line}: not UTF-8 text; save the file as UTF-8") from None
-    records = _list_records(path, text) if text.lstrip(_BLANKS).startswith("[") else _line_records(path, text)
-    examples = [example(record, f"{path}, line {line}") for line, record in records]
-    if not examples:
-        raise UserError(f"{path} holds no rows")
-    return examples
+Fields: TypeAlias = Mapping[str, str]
+"""From a part (instruction, input, response, category, messages) to the name of its field; "" leaves the part empty."""
 
 
-def example(record: object, where: str) -> Example:
-    """The example in one row; an absent or null input or category counts as empty.
+def parse_fields(text: str) -> dict[str, str]:
+    """Takes ``instruction=question,response=answer`` apart.
 
     Raises:
-        UserError: the row is no object, lacks a field, or has something other than text in it; `where` leads the line.
+        UserError: no such form, an unknown part, or one given twice.
     """
-    if not isinstance(record, Mapping):
-        raise UserError(f"{where}: a row must be a JSON object with instruction and output, not {_kind(record)}")
-    return Example(**{part: _part(record, part, where) for part in _NAMES})
+    fields: dict[str, str] = {}
+    for pair in filter(None, (pair.strip() for pair in text.split(","))):
+        part, equals, name = (piece.strip() for piece in pair.partition("="))
+        if not equals or part not in _NAMES:
+            raise UserError(f"--fields: {pair!r} is not PART=NAME with PART one of {', '.join(_NAMES)}")
+        if part in fields:
+            raise UserError(f"--fields names {part} twice")
+        if not name and part in _REQUIRED:
+            raise UserError(f"--fields: {part} cannot be left empty; name its field")
+        fields[part] = name
+    if fields.get("messages") and fields.keys() - {"messages", "category"}:
+        raise UserError("--fields: chat data have messages and category alone; name no other part beside them")
+    return fields
 
 
-def _part(record: Mapping, part: str, where: str) -> str:
-    names = _NAMES[part]
-    name = next((name for name in names if record.get(name) is not None), None)
+def field_names(fields: Fields) -> tuple[str, ...]:
+    """Every name under which a part of a row is looked for."""
+    return tuple(name for part in _NAMES for name in _names(part, fields))
+
+
+def examples(records: Sequence[Record], fields: Fields | None = None) -> list[Example] | list[Chat]:
+    """One example a record; chats where the first record has messages, which then all must have.
+
+    Raises:
+        UserError: as :func:`example`, or a field named in ``fields`` occurs in no record.
+    """
+    fields = fields or {}
+    rows = [record.value for record in records if isinstance(record.value, Mapping)]
+    for part, name in fields.items():
+        if name and rows and not any(name in row for row in rows):
+            known = ", ".join(map(str, rows[0]))
+            raise UserError(f"{records[0].where}: --fields {part}={name}, but no row has {name}; it has {known}")
+    if rows and _name(rows[0], "messages", fields) and not fields.keys() & set(_REQUIRED):
+        return [chat(record, fields) for record in records]
+    return [example(record, fields) for record in records]
+
+
+def example(record: Record, fields: Fields | None = None) -> Example:
+    """The example in one record; an absent or null input or category counts as empty, a category may be a number.
+
+    Raises:
+        UserError: the record is no object, lacks a part, or has something other than text in it.
+    """
+    row = _row(record, "instruction and output")
+    return Example(*(_text(row, part, record.where, fields or {}) for part in Example._fields))
+
+
+def chat(record: Record, fields: Fields | None = None) -> Chat:
+    """The chat in one record: a list of ``{"role": ..., "content": ...}``, at least one by the assistant.
+
+    Raises:
+        UserError: the record holds no such list.
+    """
+    fields = fields or {}
+    row = _row(record, "messages")
+    name = _name(row, "messages", fields)
+    if name is None:
+        raise UserError(f"{record.where}: the field {_names('messages', fields)[0]} is missing")
+    turns = row[name]
+    if not isinstance(turns, Iterable) or isinstance(turns, str | Mapping) or not list(turns):
+        raise UserError(f"{record.where}: {name} must be a list of messages, not {_kind(turns)}")
+    messages = []
+    for number, turn in enumerate(turns):
+        if not isinstance(turn, Mapping) or not all(isinstance(turn.get(key), str) for key in Message._fields):
+            raise UserError(
+                f'{record.where}: {name}[{number}] must be {{"role": "...", "content": "..."}} with text in both'
+            )
+        messages.append(Message(*(_whole(turn[key], f"{name}[{number}]", record.where) for key in Message._fields)))
+    if not any(message.role == "assistant" for message in messages):
+        raise UserError(f"{record.where}: no message in {name} is by the assistant, so there is nothing to learn")
+    return Chat(tuple(messages), _text(row, "category", record.where, fields))
+
+
+def _row(record: Record, wanted: str) -> Mapping:
+    if not isinstance(record.value, Mapping):
+        raise UserError(f"{record.where}: a row must be a JSON object with {wanted}, not {_kind(record.value)}")
+    return record.value
+
+
+def _names(part: str, fields: Fields) -> tuple[str, ...]:
+    if part in fields:
+        return (fields[part],) if fields[part] else ()
+    return _NAMES[part]
+
+
+def _name(row: Mapping, part: str, fields: Fields) -> str | None:
+    """The field of this row that holds the part, if one does."""
+    return next((name for name in _names(part, fields) if row.get(name) is not None), None)
+
+
+def _text(row: Mapping, part: str, where: str, fields: Fields) -> str:
+    name = _name(row, part, fields)
     if name is None:
         if part not in _REQUIRED:
             return ""
-        others = f" (or {', '.join(names[1:])})" if names[1:] else ""
-        raise UserError(f"{where}: the field {names[0]}{others} is missing")
-    if not isinstance(record[name], str):
-        raise UserError(f"{where}: the field {name} must be text, not {_kind(record[name])}")
-    if any("\ud800" <= character <= "\udfff" for character in record[name]):
-        raise UserError(f"{where}: the field {name} holds half a character (a lone surrogate); remove it")
-    return record[name]
+        first, *others = _names(part, fields)
+        known = f" (or {', '.join(others)})" if others else ""
+        raise UserError(
+            f"{where}: the field {first}{known} is missing; the row has {', '.join(map(str, row)) or 'no field'} "
+            f"(--fields {part}=NAME takes another)"
+        )
+    value = row[name]
+    if part == "category" and isinstance(value, int | float):
+        return str(value)
+    if not isinstance(value, str):
+        raise UserError(f"{where}: the field {name} must be text, not {_kind(value)}")
+    return _whole(value, f"the field {name}", where)
 
 
-def _line_records(path: Path, text: str) -> Iterator[tuple[int, object]]:
-    # Not str.splitlines, which also breaks at characters that may stand inside a JSON string.
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip(_BLANKS):
-            try:
-                yield number, json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise _broken(path, number, error) from None
-
-
-def _list_records(path: Path, text: str) -> Iterator[tuple[int, object]]:
-    """The elements of a JSON list with the lines on which they begin, which json.loads would not tell."""
-    at = _skip(text, text.index("[") + 1)
-    line, counted = 1, 0
-    closed = text.startswith("]", at)
-    at = _skip(text, at + closed)
-    while not closed:
-        line, counted = line + text.count("\n", counted, at), at
-        try:
-            record, end = _DECODER.raw_decode(text, at)
-        except (ValueError, RecursionError) as error:
-            raise _broken(path, getattr(error, "lineno", line), error) from None
-        yield line, record
-        at = _skip(text, end)
-        closed = text.startswith("]", at)
-        if not closed and not text.startswith(",", at):
-            raise _broken(path, text.count("\n", 0, at) + 1, "expected , or ] after a row")
-        at = _skip(text, at + 1)
-    if at < len(text):
-        raise _broken(path, text.count("\n", 0, at) + 1, "text after the closing ]")
-
-
-def _skip(text: str, at: int) -> int:
-    """The next place from `at` on that is no blank."""
-    while text[at : at + 1] and text[at] in _BLANKS:
-        at += 1
-    return at
-
-
-def _broken(path: Path, line: int, reason: object) -> UserError:
-    reason = reason.msg if isinstance(reason, json.JSONDecodeError) else reason
-    return UserError(f"{path}, line {line}: broken JSON ({reason}); mend or remove this row")
+def _whole(text: str, what: str, where: str) -> str:
+    """The text, which no tokenizer takes with half a character in it."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise UserError(f"{where}: {what} holds half a character (a lone surrogate); remove it")
+    return text
 
 
 def _kind(value: object) -> str:
     names = {dict: "an object", list: "a list", bool: "true or false", int: "a number", float: "a number", str: "text"}
-    return names.get(type(value), "null")
+    return names.get(type(value), "null" if value is None else f"a {type(value).__name__}")

@@ -1,0 +1,215 @@
+"""Measures a model, with or without an adapter: test loss and perplexity, GSM8K answers, multiple choice.
+
+    python -m experiments.evaluate --adapter runs/fedmezo/adapter
+    python -m experiments.evaluate --model smollm2-135m --data gsm8k --data-dir FOLDER --metric loss,gsm8k
+    python -m experiments.evaluate --model smollm2-135m --data mmlu.jsonl --metric choice --test-rows 0
+
+The rows are those that a run with the same data options, --max-length, --test-rows and --seed holds out. --test-rows 0
+takes all rows, for a file that is a test set as a whole.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.progress import track
+
+from experiments import common
+from fedmezo_jax.data.encode import LongRows, encode
+from fedmezo_jax.data.examples import Example, Rows
+from fedmezo_jax.data.partition import hold_out
+from fedmezo_jax.data.prompt import Style, prompts
+from fedmezo_jax.data.sources import load_records
+from fedmezo_jax.data.table import Table, tabulate
+from fedmezo_jax.errors import UserError
+from fedmezo_jax.evaluation import choice, gsm8k, likelihood
+from fedmezo_jax.llama.adapter import load_adapter
+from fedmezo_jax.llama.checkpoint import load_base
+from fedmezo_jax.llama.config import LlamaConfig
+from fedmezo_jax.llama.generate import generate
+from fedmezo_jax.llama.model import Base, Llama, Lora
+from fedmezo_jax.llama.registry import cache_folder, load_tokenizer, resolve
+from fedmezo_jax.run_folder import write_json
+from fedmezo_jax.training import check_tokens
+
+ROWS_AT_ONCE = 16
+"""Prompts that are continued together."""
+METRICS = ("loss", "gsm8k", "choice")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Model, data and metrics."""
+
+    model: str = "tiny"
+    """tiny, smollm2-135m, a model folder or a hub id owner/name"""
+    adapter: Path | None = None
+    """folder of a LoRA adapter, as PEFT or the main job writes it"""
+    data: str = "bundled"
+    """as for the main job; for choice a file or hub id with question, choices and answer"""
+    data_dir: str | None = None
+    """folder with local copies of the data sets; without it they come from the hub"""
+    fields: str = ""
+    """names of the fields, e.g. instruction=question,response=answer,category=topic"""
+    metric: str = "loss"
+    """what to measure, of loss,gsm8k,choice: test loss and perplexity; exact match of generated answers; accuracy of
+    the likeliest choice"""
+    prompt_style: Style = "alpaca"
+    """prompt around an instruction: alpaca, plain, question-answer or chat"""
+    max_length: int = 160
+    """most tokens in a row (of loss and gsm8k)"""
+    long_rows: LongRows = "drop"
+    """whether rows of more tokens are left out or cut at their end"""
+    test_rows: int = 64
+    """rows to measure on, held out as in a run; 0 takes all rows"""
+    max_new_tokens: int = 256
+    """most tokens of a generated answer"""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """of the products with frozen weights"""
+    seed: int = 0
+    """seed of the split, and of the bundled data"""
+    out: Path = Path("runs/evaluate")
+    """folder for config.json, results.json and, for gsm8k, generations.jsonl"""
+
+    def __post_init__(self):
+        """Refuses what no evaluation can have."""
+        if unknown := [name for name in self.metrics if name not in METRICS]:
+            raise UserError(f"--metric: unknown {', '.join(map(repr, unknown))}; choose from {','.join(METRICS)}")
+        if self.test_rows < 0 or self.max_new_tokens < 1:
+            raise UserError("--test-rows must be at least 0 and --max-new-tokens at least 1")
+
+    @property
+    def metrics(self) -> list[str]:
+        """``metric``, taken apart."""
+        return [name.strip() for name in self.metric.split(",")]
+
+
+class Subject(NamedTuple):
+    """The model to measure."""
+
+    model: Llama
+    base: Base
+    lora: Lora
+    tokenizer: Any
+
+
+def main(config: Config) -> None:
+    """Loads, measures, prints the table and writes the folder."""
+    start = time.perf_counter()
+    _check_out(config.out)
+    folder = resolve(config.model)
+    llama, tokenizer = LlamaConfig.from_json(folder), load_tokenizer(folder)
+    adapter = None if config.adapter is None else load_adapter(config.adapter, llama)
+    scale, lora = (1.0, {}) if adapter is None else (adapter.alpha / adapter.rank, adapter.lora)
+    table = _table(config, tokenizer) if set(config.metrics) - {"choice"} else None
+    if table:
+        check_tokens(table.rows, tokenizer, llama, folder)
+    asked = _questions(config) if "choice" in config.metrics else []
+    stored = jnp.float32 if config.precision == "float32" else jnp.bfloat16
+    base = jax.tree.map(jnp.asarray, load_base(folder, llama, stored))
+    subject = Subject(Llama(llama, scale, config.precision), base, lora, tokenizer)
+
+    rows: list[dict[str, Any]] = []
+    generations: list[dict[str, str]] = []
+
+    def add(metric: str, value: float, count: int) -> None:
+        rows.append({"metric": metric, "value": value, "count": count})
+
+    if table and "loss" in config.metrics:
+        found = likelihood.mean_loss(*subject[:3], Rows(*(leaf[table.test] for leaf in table.rows)))
+        add("loss (nats a token)", found.loss, len(table.test))
+        add("perplexity", found.perplexity, len(table.test))
+    if table and "gsm8k" in config.metrics:
+        examples = [row for i in table.test if isinstance(row := table.examples[i], Example)]
+        if not examples:
+            raise UserError("--metric gsm8k is for data with questions and answers, not for chats")
+        texts = prompts(examples, tokenizer, config.prompt_style)
+        solutions = generator(subject, config.max_new_tokens)(texts)
+        score = gsm8k.score(solutions, [example.response for example in examples])
+        add("gsm8k exact match", score.accuracy, score.count)
+        add("gsm8k answers stated", score.stated, score.count)
+        generations = [
+            {"question": example.instruction, "generated": solution, "given": example.response}
+            for example, solution in zip(examples, solutions, strict=True)
+        ]
+    if asked:
+        add("choice accuracy", _choice_accuracy(config, subject, asked), len(asked))
+        add("choice by chance", float(np.mean([1 / len(one.choices) for one in asked])), len(asked))
+
+    config.out.mkdir(parents=True, exist_ok=True)
+    paths = {"adapter": str(config.adapter or ""), "out": str(config.out)}
+    write_json(config.out / "config.json", asdict(config) | paths)
+    if generations:
+        lines = (json.dumps(one, ensure_ascii=False) + "\n" for one in generations)
+        (config.out / "generations.jsonl").write_text("".join(lines), encoding="utf-8")
+    common.write_results(config.out, rows, time.perf_counter() - start)
+    common.print_table(f"{config.model}{f' with {config.adapter}' if adapter else ''} on {config.data}", rows)
+    print(f"{config.out}: config.json, results.json{', generations.jsonl' if generations else ''}")
+
+
+def generator(subject: Subject, max_new_tokens: int) -> Callable[[list[str]], list[str]]:
+    """``generate(prompts)``: the texts with which the model goes on, in batches of prompts of like length."""
+
+    def run(texts: list[str]) -> list[str]:
+        tokens = subject.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        order = sorted(range(len(texts)), key=lambda i: len(tokens[i]))
+        found = [""] * len(texts)
+        for at in track(range(0, len(order), ROWS_AT_ONCE), "generating", transient=True):
+            batch = order[at : at + ROWS_AT_ONCE]
+            new = generate(*subject[:3], [tokens[i] for i in batch], max_new_tokens)
+            for i, row in zip(batch, new, strict=True):
+                found[i] = subject.tokenizer.decode(row, skip_special_tokens=True)
+        return found
+
+    return run
+
+
+def _table(config: Config, tokenizer: Any) -> Table:
+    return tabulate(
+        config.data,
+        tokenizer,
+        data_dir=config.data_dir,
+        fields=config.fields,
+        style=config.prompt_style,
+        max_length=config.max_length,
+        long_rows=config.long_rows,
+        test_rows=config.test_rows,
+        seed=config.seed,
+        cache=cache_folder() / "tokens",
+    )
+
+
+def _questions(config: Config) -> list[choice.Question]:
+    found = [choice.question(record) for record in load_records(config.data, data_dir=config.data_dir)]
+    if config.test_rows in range(1, len(found)):
+        picked = hold_out(len(found), config.test_rows, config.seed, [one.category for one in found])[1]
+        found = [found[i] for i in picked]
+    return found
+
+
+def _choice_accuracy(config: Config, subject: Subject, asked: list[choice.Question]) -> float:
+    examples = [example for one in asked for example in choice.candidates(one)]
+    room = subject.model.config.max_position_embeddings
+    encoded = encode(examples, subject.tokenizer, room, style=config.prompt_style)
+    if encoded.dropped:
+        raise UserError(f"a question with its choices is longer than the model's {room} tokens: leave it out")
+    return choice.accuracy(asked, likelihood.row_losses(*subject[:3], encoded.rows))
+
+
+def _check_out(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out {folder} is a file: give a folder")
+    if (folder / "metrics.jsonl").exists():
+        raise UserError(f"--out {folder} holds a run, whose results would be overwritten: give another folder")
+
+
+if __name__ == "__main__":
+    common.run(main, Config, __doc__)
