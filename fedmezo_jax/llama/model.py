@@ -141,19 +141,17 @@ class Llama(nn.Module):
         config: sizes and constants.
         lora_scale: α/r.
         precision: of the products with frozen weights; ``paired`` only under ``vmap`` over a pair.
-        checkpointed: whether a backward pass computes each layer anew instead of keeping its activations.
     """
 
     config: LlamaConfig
     lora_scale: float = 1.0
     precision: Precision = "float32"
-    checkpointed: bool = False
 
     def setup(self):  # noqa: D102
         c = self.config
         self.embed_tokens = Embedding(c.vocab_size, c.hidden_size)
         layers = nn.scan(
-            nn.remat(Block, prevent_cse=False) if self.checkpointed else Block,
+            Block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(0, 0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
