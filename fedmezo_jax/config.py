@@ -56,7 +56,8 @@ class RunConfig:
     long_rows: LongRows = "drop"
     """whether rows of more tokens are left out or cut at their end; both are counted"""
     length_buckets: int = 4
-    """most row widths that steps run at, so that little is spent on padding; 1 pads all rows to the longest"""
+    """most row widths that steps run at, where that saves a fifth of the tokens or more, which would be padding; then
+    rows of like length share a step. 1 pads all rows to the longest"""
     test_rows: int = 64
     """rows held out to measure the test loss"""
     algorithm: Literal["fedmezo", "fedavg"] = "fedmezo"

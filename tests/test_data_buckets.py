@@ -61,10 +61,11 @@ def test_widths_leave_the_least_padding_and_each_is_worth_its_program(given, buc
     assert all(size % 8 == 0 for size in sizes)
     spent = sum(min(size for size in sizes if size >= length) for length in given)
     assert spent == least(given, widest, len(sizes))
-    for count in range(1, len(sizes)):
-        assert least(given, widest, count + 1) <= 0.95 * least(given, widest, count)
-    if len(sizes) < buckets and len(sizes) < widest // 8:
-        assert least(given, widest, len(sizes) + 1) > 0.95 * spent
+    costs = [least(given, widest, count) for count in range(1, min(buckets, widest // 8) + 1)]
+    worth = 1
+    while worth < len(costs) and costs[worth] <= 0.95 * costs[worth - 1]:
+        worth += 1
+    assert len(sizes) == (worth if costs[worth - 1] <= 0.8 * costs[0] else 1)
     for width in chosen:  # labels of every row of a bucket fit
         assert max(max(1, length // 3) for length in given if length <= width.tokens) <= width.labels
     assert lengths(rows).tolist() == given

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from llama_files import SMALL, small_tensors
 from safetensors.numpy import load_file
-from test_llama_formats import LLAMA3, assert_same
-from weight_files import FORMS, stacked, write_in
+from weight_files import FORMS, LLAMA3, assert_same, stacked, write_in
 
 from experiments import common
 from experiments import merge as command

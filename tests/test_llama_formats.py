@@ -2,17 +2,26 @@
 
 import contextlib
 import json
-import subprocess
-import sys
 from itertools import product
-from pathlib import Path
 
 import jax
+import msgpack
 import numpy as np
 import pytest
 from flax import serialization
 from llama_files import SMALL, small_tensors
-from weight_files import FORMS, flax_tree, save_flax, stacked, write_gguf_model, write_in
+from weight_files import (
+    FORMS,
+    LLAMA3,
+    assert_same,
+    flax_tree,
+    save_flax,
+    shapes_of,
+    stacked,
+    weights_of,
+    write_gguf_model,
+    write_in,
+)
 
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama import flaxfile
@@ -20,55 +29,6 @@ from fedmezo_jax.llama.checkpoint import load_base, save_base
 from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.gguf import open_gguf
 from fedmezo_jax.llama.gguf_config import read_gguf_config
-
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 128,
-}
-OTHERS = [form for form in FORMS if form != "safetensors"]
-
-
-def shapes_of(heads, tied, attention_bias, mlp_bias):
-    return SMALL | {
-        "num_key_value_heads": heads,
-        "tie_word_embeddings": tied,
-        "attention_bias": attention_bias,
-        "mlp_bias": mlp_bias,
-    }
-
-
-def weights_of(raw, seed=0):
-    """Random weights with every width from the config, exact in sixteen bits."""
-    draw, hidden, mlp = np.random.default_rng(seed), raw["hidden_size"], raw["intermediate_size"]
-    queries, keys = (raw[f"num_{kind}_heads"] * raw["head_dim"] for kind in ("attention", "key_value"))
-    linear = {
-        "self_attn.q_proj": (queries, hidden),
-        "self_attn.k_proj": (keys, hidden),
-        "self_attn.v_proj": (keys, hidden),
-        "self_attn.o_proj": (hidden, queries),
-        "mlp.gate_proj": (mlp, hidden),
-        "mlp.up_proj": (mlp, hidden),
-        "mlp.down_proj": (hidden, mlp),
-    }
-    shapes = {"model.embed_tokens.weight": (raw["vocab_size"], hidden), "model.norm.weight": (hidden,)}
-    if not raw["tie_word_embeddings"]:
-        shapes["lm_head.weight"] = (raw["vocab_size"], hidden)
-    for i in range(raw["num_hidden_layers"]):
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            shapes[f"model.layers.{i}.{norm}.weight"] = (hidden,)
-        for name, shape in linear.items():
-            shapes[f"model.layers.{i}.{name}.weight"] = shape
-            if raw["attention_bias"] if name.startswith("self_attn") else raw["mlp_bias"]:
-                shapes[f"model.layers.{i}.{name}.bias"] = shape[:1]
-    return {name: draw.integers(-100, 100, shape).astype(np.float32) / 64 for name, shape in shapes.items()}
-
-
-def assert_same(found, expected):
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -171,6 +131,20 @@ def test_damaged_msgpack_is_one_clear_error(tmp_path):
     load_base(tmp_path, config)
 
 
+def test_an_array_with_fewer_bytes_than_its_shape_needs_is_refused(tmp_path):
+    """Otherwise its end would be whatever lay in memory."""
+
+    def pack(array):
+        short = array.shape == (12, 8)
+        return msgpack.ExtType(1, msgpack.packb((array.shape, "float32", array.tobytes()[: -4 if short else None])))
+
+    tree = flax_tree(small_tensors())
+    assert tree["model"]["layers"]["1"]["mlp"]["down_proj"]["kernel"].shape == (12, 8)
+    (tmp_path / "flax_model.msgpack").write_bytes(msgpack.packb(tree, default=pack))
+    with pytest.raises(UserError, match=r"damaged or cut short \(an array of shape \[12, 8\] in float32 has 380 bytes"):
+        load_base(tmp_path, LlamaConfig.from_json(SMALL))
+
+
 def test_an_array_above_a_gibibyte_lies_in_chunks(tmp_path, monkeypatch):
     """``flax.serialization`` cuts at 2**30 bytes; here at 100."""
     monkeypatch.setattr(serialization, "MAX_CHUNK_SIZE", 100)
@@ -191,8 +165,6 @@ def test_an_array_above_a_gibibyte_lies_in_chunks(tmp_path, monkeypatch):
 
 def test_every_size_of_msgpack_header_is_read(tmp_path):
     """Long names, wide maps and small arrays take other header bytes than a LLaMA's."""
-    import msgpack
-
     for count, width in ((1, 3), (16, 40), (70000, 300)):
         tree = {f"{i:0{width}}": np.zeros((), np.float32) for i in range(min(count, 70000))}
         if count == 70000:
@@ -280,123 +252,6 @@ def test_gguf_metadata_give_the_config(tmp_path, rope):
         raw |= {"max_position_embeddings": 77, "bos_token_id": 3, "eos_token_id": 4, "head_dim": 16}
         file = write_gguf_model(tmp_path / "model.gguf", raw, weights_of(raw))
         assert read_gguf_config(open_gguf(file)) == LlamaConfig.from_json(raw)
-
-
-# Sharding and memory
-
-MESH = """
-import sys
-import jax
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from fedmezo_jax.llama.checkpoint import load_base
-from fedmezo_jax.llama.config import LlamaConfig
-
-mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("data", "model"))
-config = LlamaConfig.from_json(sys.argv[1])
-asked = []
-
-def sharding(path, shape):
-    asked.append((path, shape))
-    split = path[0] == "layers" and path[-1] == "kernel"
-    return NamedSharding(mesh, P(None, None, "model") if split else P())
-
-for folder in sys.argv[1:]:
-    plain = load_base(folder, config, "bfloat16")
-    base = load_base(folder, config, "bfloat16", sharding)
-    jax.tree.map(np.testing.assert_array_equal, base, plain)
-    kernel = base["layers"]["mlp"]["up_proj"]["kernel"]
-    assert kernel.sharding.spec == P(None, None, "model"), kernel.sharding
-    assert [shard.data.shape for shard in kernel.addressable_shards] == [(2, 8, 6)] * 4
-    halves = {shard.device.id: np.asarray(shard.data) for shard in kernel.addressable_shards}
-    whole = plain["layers"]["mlp"]["up_proj"]["kernel"]
-    np.testing.assert_array_equal(np.concatenate([halves[0], halves[1]], -1), whole)
-    assert len(base["norm"]["scale"].addressable_shards) == 4
-    assert len(plain["norm"]["scale"].addressable_shards) == 1
-assert (("layers", "mlp", "up_proj", "kernel"), (2, 8, 12)) in asked
-print("sharded")
-"""
-
-
-def run_python(program, *arguments, devices=1):
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    environment = {"PATH": "", "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run(
-        [sys.executable, "-c", program, *map(str, arguments)], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_leaves_go_straight_onto_their_sharding(tmp_path):
-    folders = [write_in(form, tmp_path / form, SMALL, small_tensors()) for form in FORMS]
-    assert run_python(MESH, *folders, devices=4) == "sharded\n"
-
-
-PEAK = """
-import sys
-from pathlib import Path
-import jax
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from fedmezo_jax.llama.checkpoint import load_base
-from fedmezo_jax.llama.config import LlamaConfig
-
-def mebibytes(field):
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status[field].split()[0]) / 1024
-
-small, folder, dtype, sharded = sys.argv[1:]
-mesh = Mesh(np.array(jax.devices()), "model")
-where = (lambda path, shape: NamedSharding(mesh, P(*[None] * (len(shape) - 1), "model"))) if sharded == "True" else None
-# A small model of the same format first, so that imports and thread pools do not count.
-jax.block_until_ready(load_base(small, LlamaConfig.from_json(small), dtype, where))
-config = LlamaConfig.from_json(folder)
-before = mebibytes("VmRSS")
-base = jax.block_until_ready(load_base(folder, config, dtype, where))
-print(mebibytes("VmHWM") - before, *(f(leaf.nbytes for leaf in jax.tree.leaves(base)) / 2**20 for f in (sum, max)))
-"""
-WIDE = SMALL | {
-    "vocab_size": 4096,
-    "hidden_size": 512,
-    "intermediate_size": 1024,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 64,
-    "attention_bias": False,
-    "mlp_bias": False,
-}
-NARROW = WIDE | {"vocab_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "hidden_size": 64, "head_dim": 32}
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system has no /proc/self/status to read")
-@pytest.mark.parametrize(
-    ("form", "kind", "sharded"),
-    [
-        ("flax", "float32", False),
-        ("orbax", "float32", False),
-        ("gguf", "Q8_0", False),
-        ("gguf", "F16", False),
-        ("safetensors", "bfloat16", True),
-    ],
-)
-def test_peak_memory_is_the_model_and_little_more(tmp_path, form, kind, sharded):
-    """The promise: 1.2 times the parameters and one tensor. A sharded model lies in host memory here as well, so a leaf
-    may be there twice."""
-    for name, raw in (("wide", WIDE), ("narrow", NARROW)):
-        tensors = weights_of(raw)
-        if form == "gguf":
-            write_in("safetensors", tmp_path / name, raw, {})
-            (tmp_path / name / "model.safetensors").unlink()
-            write_gguf_model(tmp_path / name / "model.gguf", raw, tensors, kind=kind)
-        else:
-            write_in(form, tmp_path / name, raw, tensors, dtype=kind)
-    largest = max(tensor.nbytes for tensor in weights_of(WIDE).values()) / 2**20
-    printed = run_python(PEAK, tmp_path / "narrow", tmp_path / "wide", "float32", sharded, devices=2)
-    peak, model, leaf = map(float, printed.split())
-    assert model > 150
-    assert peak <= 1.2 * model + (leaf if sharded else largest)
 
 
 def test_shards_written_are_those_that_transformers_reads(tmp_path, monkeypatch):

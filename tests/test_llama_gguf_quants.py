@@ -4,8 +4,7 @@ import gguf
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
-from test_llama_formats import LLAMA3, shapes_of, weights_of
-from weight_files import rope_factors, write_gguf_model
+from weight_files import LLAMA3, rope_factors, shapes_of, weights_of, write_gguf_model
 
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama import gguf as gguf_module

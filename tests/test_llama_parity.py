@@ -12,8 +12,7 @@ import jax
 import numpy as np
 import pytest
 from llama_files import SMALL
-from test_llama_formats import LLAMA3, weights_of
-from weight_files import FORMS, write_in
+from weight_files import FORMS, LLAMA3, weights_of, write_in
 
 from fedmezo_jax.data.examples import Rows
 from fedmezo_jax.errors import UserError
@@ -129,6 +128,20 @@ def test_compiled_logits_equal_hugging_face_s_from_every_format(tmp_path, form, 
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("rope", ROPES)
+def test_rotary_tables_equal_hugging_face_s_far_on(rope):
+    """Frequencies are multiplied by the position: at 8192 a last bit of one is 5e-4 radians."""
+    torch = pytest.importorskip("torch")
+    from transformers import LlamaConfig as TheirConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    raw = raw_config(rope, 2, False, False, False) | {"head_dim": 64, "rope_theta": 500000.0}
+    theirs = LlamaRotaryEmbedding(TheirConfig(**raw))(torch.zeros(1), torch.arange(8192)[None])
+    ours = jax.jit(rotary_table, static_argnums=(0, 1))(LlamaConfig.from_json(raw), 8192)
+    for found, expected in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(found, expected[0, :, :32].numpy(), rtol=0, atol=2e-6)
+
+
 # The fields of a config
 
 LOGITS = {  # change -> another model from the same weights
@@ -201,6 +214,8 @@ def test_a_field_of_the_computation_changes_the_logits(plain, field):
 def test_a_field_of_the_rotary_scaling_changes_the_logits(plain, rope):
     changed, before = (logits_from_file(plain, PLAIN | {"rope_scaling": scaling}) for scaling in (rope, LLAMA3))
     assert np.abs(changed - before).max() > 1e-3
+    expected = hugging_face(PLAIN | {"rope_scaling": rope}, random_weights(PLAIN))["logits"]
+    np.testing.assert_allclose(changed, expected, rtol=0, atol=1e-5)
 
 
 def test_the_factor_of_linear_scaling_changes_the_logits(plain):

@@ -3,16 +3,15 @@
 import hashlib
 import json
 import os
+import shutil
 import socket
-import subprocess
-import sys
 import time
 import zipfile
 
 import jax
 import numpy as np
 import pytest
-from gguf_files import TOKENS, small_weights, write_gguf
+from gguf_files import small_weights, write_gguf
 from hub_stand_in import COMMIT, serve
 from huggingface_hub import constants
 from llama_files import SMALL, small_tensors, write_model
@@ -72,8 +71,9 @@ def test_config_and_weights_of_a_folder_are_refused_together(model):
     write_model(model, {"model.norm.weight": np.zeros(8, np.float32)}, hidden_act="gelu", brand_new=3)
     with pytest.raises(UserError) as caught:
         resolve(str(model))
-    for part in ("config.json: hidden_act", "brand_new", "missing: lm_head.weight"):
-        assert part in str(caught.value)
+    assert all(
+        part in str(caught.value) for part in ("config.json: hidden_act", "brand_new", "missing: lm_head.weight")
+    )
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -94,9 +94,7 @@ def test_a_gguf_file_is_a_folder_in_the_cache_that_points_to_it(tmp_path):
     assert config == LlamaConfig.from_json(tmp_path / "converted")
     jax.tree.map(np.testing.assert_array_equal, load_base(folder, config), load_base(tmp_path / "converted", config))
     assert load_tokenizer(folder)("yell 20").input_ids == load_tokenizer(tmp_path / "converted")("yell 20").input_ids
-    before = folder.stat().st_mtime_ns
     assert resolve(str(file)) == folder
-    assert folder.stat().st_mtime_ns == before
     # another file of that name is another model
     write_gguf(file, small_weights(tied=False), kind="Q4_0")
     assert not LlamaConfig.from_json(resolve(str(file))).tie_word_embeddings
@@ -108,8 +106,6 @@ def test_a_damaged_gguf_file_is_one_clear_error_and_leaves_nothing(tmp_path):
     with pytest.raises(UserError, match=r"model.gguf: is no readable GGUF file"):
         resolve(str(file))
     assert not list((tmp_path / "cache").rglob("*.json"))
-    with pytest.raises(UserError, match=r"unknown model .*nowhere.gguf"):
-        resolve(str(tmp_path / "nowhere.gguf"))
 
 
 def test_tiny_is_the_folder_in_the_package(model, monkeypatch):
@@ -120,7 +116,7 @@ def test_tiny_is_the_folder_in_the_package(model, monkeypatch):
         resolve("tiny")
 
 
-@pytest.mark.parametrize("name", ["llama", "./nowhere", "a/b/c", "", "../x", "owner/", "/x/y"])
+@pytest.mark.parametrize("name", ["llama", "nowhere.gguf", "./nowhere", "a/b/c", "", "../x", "owner/", "/x/y"])
 def test_an_unknown_name_lists_what_is_possible(name):
     with pytest.raises(UserError) as caught:
         resolve(name)
@@ -164,6 +160,12 @@ def test_a_hub_model_in_flax_msgpack_is_fetched_where_there_are_no_safetensors(t
         base = load_base(folder, config)
         jax.tree.map(np.testing.assert_array_equal, base, load_base(flax, config))
     assert resolve("owner/flax", print) == folder  # the hub is gone now
+    shutil.rmtree(tmp_path / "cache" / "verified")
+    shard = (folder / "flax_model-00002-of-00003.msgpack").resolve()
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(UserError, match="its sha256 is"):
+        resolve("owner/flax", print)
     with serve("owner/both", files | contents(model)) as (address, fetched):
         hub_at(monkeypatch, address)
         resolve("owner/both", print)
@@ -295,49 +297,3 @@ def test_messages_go_to_standard_error(model, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("fetching owner/name from the hub\n")
-
-
-@pytest.fixture
-def tokenizer_folder(tmp_path):
-    convert_gguf(write_gguf(tmp_path / "model.gguf", small_weights()), tmp_path / "out")
-    return tmp_path / "out"
-
-
-def test_a_tokenizer_is_its_file_whatever_class_is_named_beside_it(tokenizer_folder, capfd):
-    before = load_tokenizer(tokenizer_folder)("yell 20").input_ids
-    config = tokenizer_folder / "tokenizer_config.json"
-    written = config.read_text()
-    for name in ("LlamaTokenizer", "GPT2Tokenizer"):
-        config.write_text(written.replace("PreTrainedTokenizerFast", name))
-        assert load_tokenizer(tokenizer_folder)("yell 20").input_ids == before
-    assert capfd.readouterr() == ("", "")
-
-
-def test_a_tokenizer_needs_no_torch_and_says_nothing(tokenizer_folder):
-    program = (
-        "import sys; sys.modules['torch'] = None; from fedmezo_jax.llama.registry import load_tokenizer; "
-        "print(load_tokenizer(sys.argv[1])('20').input_ids)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", program, str(tokenizer_folder)], capture_output=True, text=True
-    )
-    assert done.stderr == ""
-    assert done.stdout == f"{[TOKENS.index('2'), TOKENS.index('0')]}\n"
-
-
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        (None, "cannot be read"),
-        ("{", "is not valid JSON"),
-        ("[]", "holds a JSON list"),
-        ("{}", "is no tokenizer"),
-        ('{"version": "1.0", "model": {"type": "Zoo"}}', "is no tokenizer"),
-    ],
-)
-def test_a_broken_tokenizer_is_one_clear_error(tmp_path, content, reason):
-    (tmp_path / "tokenizer_config.json").write_text("{}")
-    if content is not None:
-        (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(UserError, match=rf"tokenizer.json: {reason}"):
-        load_tokenizer(tmp_path)

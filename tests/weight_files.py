@@ -1,4 +1,4 @@
-"""Any LLaMA in Hugging Face's tensors, written in each format by other means than the code under test."""
+"""Any small LLaMA in Hugging Face's tensors, written in each format by other means than the code under test."""
 
 import json
 import math
@@ -8,8 +8,16 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import serialization, traverse_util
+from llama_files import SMALL
 from safetensors.numpy import save_file
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 128,
+}
 FORMS = ("safetensors", "sharded safetensors", "flax", "sharded flax", "orbax", "gguf")
 
 
@@ -182,3 +190,43 @@ def write_gguf_model(file, raw, tensors, metadata=lambda writer: None, kind="F32
     writer.write_tensors_to_file()
     writer.close()
     return file
+
+
+def shapes_of(heads, tied, attention_bias, mlp_bias):
+    return SMALL | {
+        "num_key_value_heads": heads,
+        "tie_word_embeddings": tied,
+        "attention_bias": attention_bias,
+        "mlp_bias": mlp_bias,
+    }
+
+
+def weights_of(raw, seed=0):
+    """Random weights with every width from the config, exact in sixteen bits."""
+    draw, hidden, mlp = np.random.default_rng(seed), raw["hidden_size"], raw["intermediate_size"]
+    queries, keys = (raw[f"num_{kind}_heads"] * raw["head_dim"] for kind in ("attention", "key_value"))
+    linear = {
+        "self_attn.q_proj": (queries, hidden),
+        "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, queries),
+        "mlp.gate_proj": (mlp, hidden),
+        "mlp.up_proj": (mlp, hidden),
+        "mlp.down_proj": (hidden, mlp),
+    }
+    shapes = {"model.embed_tokens.weight": (raw["vocab_size"], hidden), "model.norm.weight": (hidden,)}
+    if not raw["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (raw["vocab_size"], hidden)
+    for i in range(raw["num_hidden_layers"]):
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            shapes[f"model.layers.{i}.{norm}.weight"] = (hidden,)
+        for name, shape in linear.items():
+            shapes[f"model.layers.{i}.{name}.weight"] = shape
+            if raw["attention_bias"] if name.startswith("self_attn") else raw["mlp_bias"]:
+                shapes[f"model.layers.{i}.{name}.bias"] = shape[:1]
+    return {name: draw.integers(-100, 100, shape).astype(np.float32) / 64 for name, shape in shapes.items()}
+
+
+def assert_same(found, expected):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)

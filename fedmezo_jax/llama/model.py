@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fedmezo_jax.llama.config import LinearRope, Llama3Rope, LlamaConfig
 from fedmezo_jax.llama.precision import Precision, frozen_product, product
@@ -200,18 +201,29 @@ class Embedding(nn.Module):
 
 def rotary_table(config: LlamaConfig, length: int) -> tuple[jax.Array, jax.Array]:
     """cos and sin of position × frequency, each ``[S, h/2]`` float32 (RoPE, arXiv 2104.09864)."""
-    exponent = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    frequency = 1.0 / config.rope_theta**exponent
+    angle = jnp.arange(length, dtype=jnp.float32)[:, None] * rotary_frequencies(config)
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotary_frequencies(config: LlamaConfig) -> np.ndarray:
+    """Radians a position, ``[h/2]`` float32.
+
+    Rounded step by step as PyTorch does for Hugging Face, and on the host: a last bit is 3e-5 radians at position 600.
+    """
+    exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    frequency = np.float32(1) / (config.rope_theta ** exponent.astype(np.float64)).astype(np.float32)
     scaling = config.rope_scaling
     if isinstance(scaling, LinearRope):
-        frequency = frequency / scaling.factor
+        frequency = frequency / np.float32(scaling.factor)
     elif isinstance(scaling, Llama3Rope):
-        turns = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
-        kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-        kept = jnp.clip(kept, 0, 1)
-        frequency = (1 - kept) * frequency / scaling.factor + kept * frequency
-    angle = jnp.arange(length, dtype=jnp.float32)[:, None] * frequency
-    return jnp.cos(angle), jnp.sin(angle)
+        wavelength = 1 / frequency * np.float32(2 * math.pi)
+        turns = 1 / wavelength * np.float32(scaling.original_max_position_embeddings)
+        kept = (turns - np.float32(scaling.low_freq_factor)) / np.float32(
+            scaling.high_freq_factor - scaling.low_freq_factor
+        )
+        kept = np.clip(kept, 0, 1)
+        frequency = (1 - kept) * frequency / np.float32(scaling.factor) + kept * frequency
+    return frequency
 
 
 def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
