@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ _HUB_WEIGHTS = (
 _HUB_FILES = [
     "config.json",
     "tokenizer.json",
+    "tokenizer.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
@@ -67,12 +68,18 @@ def resolve(name: str, notify: Callable[[str], None] | None = None) -> Path:
 
 
 def load_tokenizer(folder: str | PathLike) -> Any:
-    """The ``PreTrainedTokenizerFast`` of a model folder, its ``tokenizer.json`` taken word for word."""
+    """The fast tokenizer of a model folder: its ``tokenizer.json`` word for word, or else its ``tokenizer.model``."""
     # transformers says at import that it found no PyTorch; its tokenizers need none.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import PreTrainedTokenizerFast  # takes seconds to import
 
-    path = Path(folder) / "tokenizer.json"
+    path, older, settings = (
+        Path(folder) / name for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+    )
+    if older.is_file() and not path.exists():
+        from fedmezo_jax.llama.sentencepiece_tokenizer import read_tokenizer_model
+
+        return read_tokenizer_model(older, read_json_object(settings) if settings.exists() else {})
     read_json_object(path)  # transformers, where it finds none, asks for packages that build it from other files
     try:
         return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
@@ -109,7 +116,7 @@ def from_hub(repo: str, notify: Callable[[str], None]) -> Path:
         }
         return _verified(folder, repo, {file: name for file, name in published.items() if len(name) == 64})
     siblings = {file.rfilename: file for file in info.siblings or ()}
-    if absent := [name for name in ("config.json", "tokenizer.json") if name not in siblings]:
+    if absent := _lacking(siblings):
         raise UserError(f"hub model {repo!r} has no {' and no '.join(absent)}; {_REMEDY}")
     weights = next((names for names in _HUB_WEIGHTS if siblings.keys() & set(names)), None)
     if weights is None:
@@ -166,10 +173,15 @@ def _check_sha256(file: Path, expected: str) -> None:
         raise UserError(f"{file}: its sha256 is {actual} and not {expected}; delete it and fetch it again")
 
 
+def _lacking(names: Container[str]) -> list[str]:
+    """What a model folder needs beside weights and is not among ``names``; ``tokenizer.model`` is as good."""
+    tokenizer = ["tokenizer.json"] if "tokenizer.model" not in names else []
+    return [name for name in ["config.json", *tokenizer] if name not in names]
+
+
 def _checked(folder: Path) -> Path:
     """The folder, or ``UserError`` naming what it lacks."""
-    lacking = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
-    if lacking:
+    if lacking := _lacking({file.name for file in folder.glob("*")}):
         raise UserError(
             f"{folder}: has no {' and no '.join(lacking)}; a model folder holds config.json, model.safetensors and "
             "tokenizer.json (transformers' save_pretrained writes them)"
