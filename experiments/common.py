@@ -84,11 +84,14 @@ def print_table(title: str, rows: Sequence[Row]) -> None:
     for key in rows[0]:
         table.add_column(key.replace("_", " "), justify="right" if isinstance(rows[0][key], int | float) else "left")
     for row in rows:
-        table.add_row(*(_shown(value) for value in row.values()))
+        table.add_row(*(shown(value) for value in row.values()))
     Console().print(table)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A cell of a table."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "-"}[value]
     if isinstance(value, float):
         return f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else str(value)

@@ -38,7 +38,7 @@ from fedmezo_jax.llama.generate import generate
 from fedmezo_jax.llama.model import Base, Llama, Lora
 from fedmezo_jax.llama.registry import cache_folder, load_tokenizer, resolve
 from fedmezo_jax.run_folder import write_json
-from fedmezo_jax.training import check_tokens
+from fedmezo_jax.setup import check_tokens
 
 ROWS_AT_ONCE = 16
 """Prompts that are continued together."""

@@ -13,10 +13,13 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import tyro
 from rich.console import Console
@@ -25,11 +28,15 @@ from rich.table import Table
 
 from experiments import common
 from experiments.plots import plot_loss, plot_partition
-from fedmezo_jax import run_folder
+from fedmezo_jax import guard, run_folder
 from fedmezo_jax.config import RunConfig
 from fedmezo_jax.data.buckets import lengths
 from fedmezo_jax.errors import UserError
-from fedmezo_jax.training import Setup, forward_passes, lora_traffic, prepare, seed_traffic, train
+from fedmezo_jax.llama.precision import WORRYING, likely_error
+from fedmezo_jax.setup import Setup, prepare
+from fedmezo_jax.sharding import parse_mesh
+from fedmezo_jax.training import Result, probe_start, train
+from fedmezo_jax.wire import lora_message
 
 
 @dataclass(frozen=True)
@@ -41,17 +48,19 @@ class Config:
     """folder of the run"""
     resume: tyro.conf.FlagCreatePairsOff[bool] = False
     """go on with the run in --out from its last checkpoint"""
-    mesh: str = "clients=1,model=1"
-    """devices along each axis; one device is all that this version runs on"""
+    mesh: str | None = None
+    """devices along each axis, e.g. clients=4,model=2: groups of clients run side by side, and each group splits one
+    copy of the frozen weights; by default all devices go to the clients"""
     checkpoint_every: int = 5
     """rounds between checkpoints"""
     eval_every: int = 5
     """rounds between measurements of the test loss"""
+    guard: bool = True
+    """measure before the first round whether the learning rate is too large (144 forward passes; not in bfloat16, whose
+    losses have no curvature to show)"""
 
     def __post_init__(self):
         """Refuses what cannot run."""
-        if self.mesh.replace(" ", "") != "clients=1,model=1":
-            raise UserError(f"--mesh {self.mesh}: only clients=1,model=1 runs so far")
         for name in ("checkpoint_every", "eval_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
@@ -59,59 +68,94 @@ class Config:
 
 def main(config: Config) -> None:
     """Prepares, trains, prints the table and writes the folder."""
-    start = time.perf_counter()
     run_folder.check_folder(config.out, config.run, config.resume)
-    setup = prepare(config.run)
-    config.out.mkdir(parents=True, exist_ok=True)
+    lock = run_folder.lock(config.out)
+    with run_folder.guarded(config.out), ExitStack() as held:
+        if (config.out / "config.json").exists():
+            held.enter_context(lock)  # so that a second process is refused before it loads anything
+        setup = prepare(config.run, parse_mesh(config.mesh, jax.devices()))
+        config.out.mkdir(parents=True, exist_ok=True)
+        held.enter_context(lock)
+        run_folder.check_folder(config.out, config.run, config.resume)
+        _run(config, setup)
+
+
+def _run(config: Config, setup: Setup) -> None:
+    start = time.perf_counter()
     run_folder.write_json(config.out / "config.json", asdict(config.run))
     describe(setup)
     plot_partition(config.out / "partition.png", setup)
+    run = config.run
+    if run.algorithm == "fedmezo" and (error := likely_error(run.precision, run.perturbation_scale)) > WORRYING:
+        print(
+            f"warning: at --precision {run.precision} and --perturbation-scale {run.perturbation_scale:g} the projected "
+            f"gradient is likely off by {error:.0%}: choose paired or float32, or measure it with experiments.precision"
+        )
+    guarded = config.guard and config.run.algorithm == "fedmezo" and config.run.precision != "bfloat16"
+    if guarded and not (config.out / "metrics.jsonl").exists():
+        for warning in guard.warnings(probe_start(setup), config.run, guard.count(setup.lora)):
+            print("warning:", warning)
     with _progress() as bar:
         task = bar.add_task("rounds", total=config.run.rounds, loss="", pace="")
 
         def show(record: dict[str, Any]) -> None:
             pace = f"{record['seconds']:.2f} s/round"
-            bar.update(task, completed=record["round"], loss=f"loss {record['train_loss']:.4f}", pace=pace)
+            loss = "no loss" if record["train_loss"] is None else f"loss {record['train_loss']:.4f}"
+            bar.update(task, completed=record["round"], loss=loss, pace=pace)
 
         intervals = {"checkpoint_every": config.checkpoint_every, "eval_every": config.eval_every}
-        result = train(setup, config.out, **intervals, on_round=show)
+        notify = partial(bar.console.print, "notice:", soft_wrap=True, markup=False, highlight=False)
+        result = train(setup, config.out, **intervals, on_round=show, notify=notify)
+    rows = _rows(config.run, setup, result)
+    common.write_results(config.out, rows, time.perf_counter() - start)
+    plot_loss(config.out / "loss.png", result.loss_before, result.metrics, config.run)
+    common.print_table(f"bytes are of one client in one round, at most; this run sent {rows[0]['messages']}", rows)
+    change = 100 * (result.loss_after / result.loss_before - 1)
+    print(f"padding: {np.mean([record['padding_share'] for record in result.metrics]):.1%} of the computed tokens")
+    if failed := Counter(event["why"] for record in result.metrics for event in record["failed"]):
+        print("clients left out: " + ", ".join(f"{count} {why}" for why, count in failed.most_common()))
+    print(f"test loss {result.loss_before:.4f} -> {result.loss_after:.4f} ({change:+.1f} %)")
+    ledger = "run.ledger, " if config.run.algorithm == "fedmezo" else ""
+    print(f"{config.out}: {ledger}metrics.jsonl, results.json, loss.png, partition.png, adapter/, checkpoints/")
+
+
+def _rows(config: RunConfig, setup: Setup, result: Result) -> list[dict[str, Any]]:
+    """The table: the messages that were sent, and for comparison the LoRA that was not."""
     later = result.metrics[1:] or result.metrics  # the first round compiles
     pace = sorted(record["seconds"] for record in later)[len(later) // 2]
-    forms = {"lora": lora_traffic(setup)}
-    if config.run.algorithm == "fedmezo":
-        forms["seeds"] = seed_traffic(config.run)
-    rows = [
+    largest = {
+        way: max(size for record in result.metrics for size in record[f"client_{way}link_bytes"])
+        for way in ("up", "down")
+    }
+    forms = {"seeds" if config.sends_seeds else "lora": largest}
+    if config.sends_seeds:
+        forms["lora"] = dict.fromkeys(largest, len(lora_message(setup.lora)))
+    return [
         {
             "messages": form,
             "loss_before": result.loss_before,
             "loss_after": result.loss_after,
-            "uplink_bytes": traffic.up,
-            "downlink_bytes": traffic.down,
-            "forward_passes": forward_passes(config.run) * config.run.rounds,
+            "uplink_bytes": size["up"],
+            "downlink_bytes": size["down"],
+            "forward_passes": sum(record["forward_passes"] for record in result.metrics),
             "seconds_per_round": pace,
         }
-        for form, traffic in forms.items()
+        for form, size in forms.items()
     ]
-    common.write_results(config.out, rows, time.perf_counter() - start)
-    plot_loss(config.out / "loss.png", result.loss_before, result.metrics, config.run)
-    common.print_table("bytes are of one client in one round; this run sent LoRA", rows)
-    change = 100 * (result.loss_after / result.loss_before - 1)
-    print(f"padding: {np.mean([record['padding_share'] for record in result.metrics]):.1%} of the computed tokens")
-    print(f"test loss {result.loss_before:.4f} -> {result.loss_after:.4f} ({change:+.1f} %)")
-    print(f"{config.out}: metrics.jsonl, results.json, loss.png, partition.png, adapter/, checkpoints/")
 
 
 def describe(setup: Setup) -> None:
     """Prints what will run: sizes, and how the categories are spread over the clients."""
     config, llama = setup.config, setup.model.config
-    trained = sum(leaf.size for half in setup.lora.values() for leaf in half.values())
     print(
         f"{config.algorithm}: {config.model} ({llama.num_hidden_layers} layers of {llama.hidden_size}), "
-        f"{trained:,} LoRA parameters at rank {config.lora_rank} on {config.targets}"
+        f"{guard.count(setup.lora):,} LoRA parameters at rank {config.lora_rank} on {config.targets}"
     )
     dropped = f", {setup.dropped} too long for {config.max_length} tokens left out" if setup.dropped else ""
     cut = f", {setup.cut} cut to {config.max_length} tokens" if setup.cut else ""
     print(f"{config.data}: {len(setup.train.tokens)} training and {len(setup.test.tokens)} test rows{dropped}{cut}")
+    if config.algorithm == "fedavg":
+        print("no run.ledger: back-propagated steps are no scalars that could rebuild the run")
     held, wide = lengths(setup.train).mean(), setup.train.tokens.shape[1]
     print(
         f"rows of {held:.0f} tokens on average, padded to {', '.join(str(width.tokens) for width in setup.widths)} "

@@ -1,6 +1,6 @@
 """A client's local work: H steps from the global parameters, zeroth-order or back-propagated.
 
-Both kinds have one signature, ``work(loss, params, batches, key, learning_rate) -> LocalResult``, so that a round does
+Both kinds are called alike, ``work(loss, params, batches, key, learning_rate) -> LocalResult``, so that a round does
 not know which it runs. ``loss`` is a ``jax.tree_util.Partial`` where it holds frozen weights: these are then arguments
 of the compiled round and not constants in it, and one copy serves all clients under ``vmap``.
 """
@@ -8,7 +8,8 @@ of the compiled round and not constants in it, and one copy serves all clients u
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from fedmezo_jax.mezo import Params
 
 
 class LocalResult(NamedTuple):
-    """What a client hands back after its H local steps.
+    """What a client has after its H local steps.
 
     Attributes:
         params: its θ, the tree it was given, moved.
@@ -33,7 +34,23 @@ class LocalResult(NamedTuple):
     losses: jax.Array
 
 
-LocalWork: TypeAlias = Callable[[Any, Params, Any, jax.Array, jax.Array], LocalResult]
+@dataclass(frozen=True)
+class LocalWork:
+    """A way to train locally.
+
+    Attributes:
+        run: ``run(loss, params, batches, key, learning_rate[, limit]) -> LocalResult``; ``limit`` bounds |g| in
+            zeroth-order steps.
+        rebuild: ``rebuild(params, key, coefficients, learning_rate) -> params``, the client's θ without its data and
+            without a model; None where that takes more than scalars.
+    """
+
+    run: Callable[..., LocalResult]
+    rebuild: Callable[[Params, jax.Array, jax.Array, jax.Array], Params] | None
+
+    def __call__(self, loss: Any, params: Params, batches: Any, key: jax.Array, learning_rate: Any, *limit: Any):
+        """One client's local work."""
+        return self.run(loss, params, batches, key, learning_rate, *limit)
 
 
 def mezo_work(config: mezo.MezoConfig) -> LocalWork:
@@ -42,17 +59,24 @@ def mezo_work(config: mezo.MezoConfig) -> LocalWork:
     Step h draws from ``fold_in(key, h)``. ``batches`` has a leading axis of length H.
     """
 
-    def work(loss, params, batches, key, learning_rate) -> LocalResult:
+    def run(loss, params, batches, key, learning_rate, limit=None) -> LocalResult:
         def one(params, h_and_batch):
             h, batch = h_and_batch
-            done = mezo.step(loss, params, batch, jax.random.fold_in(key, h), learning_rate, config)
+            done = mezo.step(loss, params, batch, jax.random.fold_in(key, h), learning_rate, config, limit)
             return done.params, (done.coefficients, done.loss)
 
         steps = jnp.arange(jax.tree.leaves(batches)[0].shape[0])
         params, (coefficients, losses) = jax.lax.scan(one, params, (steps, batches))
         return LocalResult(params, coefficients, losses)
 
-    return work
+    def rebuild(params, key, coefficients, learning_rate) -> Params:
+        def one(params, h_and_coefficients):
+            h, coefficients = h_and_coefficients
+            return mezo.apply_step(params, jax.random.fold_in(key, h), coefficients, learning_rate, config), None
+
+        return jax.lax.scan(one, params, (jnp.arange(coefficients.shape[0]), coefficients))[0]
+
+    return LocalWork(run, rebuild)
 
 
 def backprop_work(optimizer: Callable[[Any], optax.GradientTransformation]) -> LocalWork:
@@ -63,7 +87,7 @@ def backprop_work(optimizer: Callable[[Any], optax.GradientTransformation]) -> L
             round.
     """
 
-    def work(loss, params, batches, key, learning_rate) -> LocalResult:
+    def run(loss, params, batches, key, learning_rate) -> LocalResult:
         del key
         transform = optimizer(learning_rate)
 
@@ -76,4 +100,4 @@ def backprop_work(optimizer: Callable[[Any], optax.GradientTransformation]) -> L
         (params, _), losses = jax.lax.scan(one, (params, transform.init(params)), batches)
         return LocalResult(params, jnp.zeros((losses.shape[0], 0), jnp.float32), losses)
 
-    return work
+    return LocalWork(run, None)

@@ -11,6 +11,7 @@ from fedmezo_jax.data.prompt import Style
 from fedmezo_jax.data.records import parse_fields
 from fedmezo_jax.data.table import PartitionKind
 from fedmezo_jax.errors import UserError
+from fedmezo_jax.federated import Seeds
 from fedmezo_jax.llama.lora import check_targets
 from fedmezo_jax.llama.precision import Precision
 from fedmezo_jax.mezo import Distribution
@@ -88,6 +89,22 @@ class RunConfig:
     """signal behind the clients' own learning rates; frozen gives all η₀"""
     personalize_scale: float = 0.5
     """A in η_i = η₀(1 + A·Φ_i), at least 0 and below 1"""
+    uplink: Literal["seeds", "lora"] | None = None
+    """what a client sends: its coefficients, from which the server rebuilds its update, or its LoRA; by default the
+    coefficients, and the LoRA with fedavg, which has no coefficients"""
+    seeds: Seeds = "per-client"
+    """whether each client of a round draws directions of its own (the paper) or all draw the same, so that the server
+    averages scalars"""
+    dropout: float = 0.0
+    """probability that a participant drops out of a round (simulated)"""
+    deadline: float | None = None
+    """when the server stops waiting for a round's clients, in a typical client's time (simulated: times are
+    log-normal)"""
+    attempts: int = 3
+    """how often a round is tried, with new participants, if all of its clients fail"""
+    on_surge: Literal["warn", "clip", "rollback"] = "warn"
+    """when a round's loss explodes: say so and go on; or clip projected gradients of five times the usual size; or go
+    back to before the round that led there, at half the learning rates"""
     precision: Precision = "float32"
     """of the products with frozen weights: float32, bfloat16, or bfloat16 on the pair's mean and half-difference"""
     seed: int = 0
@@ -97,7 +114,7 @@ class RunConfig:
         """Refuses values that no run can have."""
         whole = (
             *("clients", "rounds", "local_steps", "batch_size"),
-            *("directions", "lora_rank", "test_rows", "length_buckets"),
+            *("directions", "lora_rank", "test_rows", "length_buckets", "attempts"),
         )
         for name in whole:
             self._require(name, getattr(self, name) >= 1, "at least 1")
@@ -111,9 +128,25 @@ class RunConfig:
         self._require("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more")
         self._require("participation", 0 < self.participation <= 1, "above 0 and at most 1")
         self._require("personalize_scale", 0 <= self.personalize_scale < 1, "at least 0 and below 1")
+        self._require("dropout", 0 <= self.dropout < 1, "at least 0 and below 1")
+        self._require("deadline", self.deadline is None or 0 < self.deadline < math.inf, "above 0")
         self._require("seed", 0 <= self.seed < 2**32, "at least 0 and below 2**32")
         check_targets(self.target_names)
         parse_fields(self.fields)
+        if self.algorithm == "fedavg":
+            for name, refused, instead in (
+                ("uplink", "seeds", "lora"),
+                ("seeds", "shared", "per-client"),
+                ("on_surge", "clip", "warn or rollback"),
+            ):
+                rule = f"{instead} with --algorithm fedavg, whose steps are no scalars"
+                self._require(name, getattr(self, name) != refused, rule)
+        if self.seeds == "shared" and self.uplink == "lora":
+            raise UserError("--uplink lora: with --seeds shared the server averages scalars: give --uplink seeds")
+        if self.seeds == "shared" and self.weight_decay:
+            raise UserError(
+                "--weight-decay shrinks each client's θ by its own rate: give --seeds per-client, or no decay"
+            )
 
     def _require(self, name: str, holds: bool, rule: str) -> None:
         if not holds:
@@ -123,6 +156,11 @@ class RunConfig:
     def target_names(self) -> tuple[str, ...]:
         """``targets``, taken apart."""
         return tuple(name.strip() for name in self.targets.split(","))
+
+    @property
+    def sends_seeds(self) -> bool:
+        """Whether clients send coefficients and not their LoRA."""
+        return self.algorithm == "fedmezo" and self.uplink != "lora"
 
     @property
     def participants(self) -> int:

@@ -1,24 +1,33 @@
-"""One round of federated fine-tuning as a pure function: broadcast, local work under ``vmap``, reduce.
+"""One round of federated fine-tuning: the clients' work under ``vmap``, and the server's move from what they say.
 
-:func:`federated` returns a pair ``(init, round)`` in the manner of optax. ``round`` is meant to be jitted once with its
-state donated; nothing in it depends on the round's number, so that it compiles once for a whole run.
+:func:`federated` returns a pair ``(init, round)`` in the manner of optax. A round is two halves: ``round.work`` is what
+the clients do, one compiled program; ``round.apply`` is what the server makes of their numbers. The second half needs
+neither data nor model, and every step of it is a compiled program of its own: a server that is sent scalars, one that
+is sent parameters, and a replay of the run years later execute the very same programs, and so agree bit for bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from fedmezo_jax import server
 from fedmezo_jax.client import LocalWork
 from fedmezo_jax.mezo import Params
 
-WORK, RATES, INIT = 0, 1, 2  # what the run's key is folded with: no two uses share a stream
+WORK, RATES, INIT, SHARED, PROBE = range(5)  # what the run's key is folded with: no two uses share a stream
+CLIENTS = "clients"
+"""The mesh axis along which clients are spread."""
+Seeds: TypeAlias = Literal["per-client", "shared"]
 
 
 class FederatedState(NamedTuple):
@@ -52,30 +61,19 @@ class Cohort(NamedTuple):
 
 
 class RoundReport(NamedTuple):
-    """What a round tells of itself.
+    """What a round's clients tell.
 
     Attributes:
         losses: ``[P, H]`` float32, training loss of each local step.
         coefficients: ``[P, H, n]`` float32, η_i·g/n (``[P, H, 0]`` for back-propagation).
         learning_rates: ``[P]`` float32, η_i.
+        params: the clients' θ_i, leaves ``[P, …]``, where scalars cannot rebuild them (back-propagation), or None.
     """
 
-    losses: jax.Array
-    coefficients: jax.Array
-    learning_rates: jax.Array
-
-
-class Federated(NamedTuple):
-    """A pair of pure functions.
-
-    Attributes:
-        init: ``init(params, clients) -> FederatedState``.
-        round: ``round(state, loss, cohort, key) -> (FederatedState, RoundReport)``; ``key`` is the run's, the same in
-            every round.
-    """
-
-    init: Callable[[Params, int], FederatedState]
-    round: Callable[[FederatedState, Any, Cohort, jax.Array], tuple[FederatedState, RoundReport]]
+    losses: jax.Array | np.ndarray
+    coefficients: jax.Array | np.ndarray
+    learning_rates: jax.Array | np.ndarray
+    params: Params | None = None
 
 
 def client_key(key: jax.Array, round_index: jax.Array | int, client: jax.Array | int) -> jax.Array:
@@ -83,80 +81,218 @@ def client_key(key: jax.Array, round_index: jax.Array | int, client: jax.Array |
     return jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, WORK), round_index), client)
 
 
+def shared_key(key: jax.Array, round_index: jax.Array | int) -> jax.Array:
+    """The key of all clients' local work in one round, where they share their directions."""
+    return jax.random.fold_in(jax.random.fold_in(key, SHARED), round_index)
+
+
+@dataclass(frozen=True)
+class Round:
+    """A round as a pure function, ``round(state, loss, cohort, key) -> (state, report)``, and its two halves.
+
+    Its parts are compiled already: it is not meant to be jitted as a whole. ``key`` is the run's, the same in every
+    round.
+
+    Attributes:
+        work: ``work(state, loss, cohort, key[, limit, damping]) -> RoundReport``: what the clients do. ``limit`` bounds
+            |g|; ``damping`` multiplies the learning rates.
+        apply: ``apply(state, ids, weights, report, key[, uploads]) -> FederatedState``: what the server does.
+            ``weights`` is ``[P]``, zero for a client that is left out. ``uploads`` are θ_i as the clients sent them, in
+            the order of ids; without them the server rebuilds θ_i from the coefficients.
+        upload: ``upload(state, id, report, i, key) -> θ_i`` of participant i of the report, whose id is given.
+        seeds: whether clients share their directions.
+    """
+
+    work: Callable[..., RoundReport]
+    apply: Callable[..., FederatedState]
+    upload: Callable[..., Params]
+    seeds: Seeds
+
+    def __call__(
+        self, state: FederatedState, loss: Any, cohort: Cohort, key: jax.Array
+    ) -> tuple[FederatedState, RoundReport]:
+        """Both halves; a client whose numbers are not finite is left out.
+
+        Raises:
+            FloatingPointError: no client's numbers are finite.
+        """
+        report = self.work(state, loss, cohort, key)
+        weights = np.where(finite(report), np.asarray(cohort.weights), 0)
+        if not weights.any():
+            raise FloatingPointError("no client returned finite numbers")
+        return self.apply(state, np.asarray(cohort.ids), weights, report, key), report
+
+
+class Federated(NamedTuple):
+    """What federated training is.
+
+    Attributes:
+        init: ``init(params, clients) -> FederatedState``.
+        round: see :class:`Round`.
+    """
+
+    init: Callable[[Params, int], FederatedState]
+    round: Round
+
+
+def finite(report: RoundReport) -> np.ndarray:
+    """``[P]`` bool: whose losses, coefficients and parameters, if it sent any, are all finite."""
+    rows = [np.asarray(leaf) for leaf in (report.losses, report.coefficients, *jax.tree.leaves(report.params))]
+    return np.all([np.isfinite(leaf).reshape(len(leaf), -1).all(axis=1) for leaf in rows], axis=0)
+
+
+def mean_losses(losses: np.ndarray) -> np.ndarray:
+    """``[P]`` float32, the mean of each row of ``[P, H]`` over the losses that are finite; 0 where none is."""
+    known = np.isfinite(losses)
+    total = np.sum(np.where(known, losses, 0), axis=1, dtype=np.float64)
+    return (total / np.maximum(known.sum(axis=1), 1)).astype(np.float32)
+
+
 def federated(
     work: LocalWork,
     rates: server.RateConfig,
     optimizer: optax.GradientTransformation | None = None,
     block_size: int | None = None,
+    seeds: Seeds = "per-client",
+    mesh: Mesh | None = None,
 ) -> Federated:
     """Federated training of any loss: FedMeZO with :func:`client.mezo_work`, FedAvg with :func:`client.backprop_work`.
 
-    θ ← θ + Σ_i w_i·Δ_i with Δ_i = θ_i − θ the update of participant i, or the server optimizer's move on it.
+    θ ← θ + Σ_i w_i·Δ_i with Δ_i = θ_i − θ the update of participant i, or the server optimizer's move on it. With
+    shared directions (and no weight decay) that is θ − Σ_h (Σ_i w_i·c_ih)·z_h: the server averages scalars, and no
+    client's θ_i has to be rebuilt.
 
     Args:
         work: the clients' local work.
         rates: learning rates of the clients.
         optimizer: the server's, fed with the pseudo-gradient −Σ_i w_i·Δ_i; None means plain averaging.
-        block_size: how many clients run at once under ``vmap``; None means all. Memory grows with it. The
-            updates are summed one client after another in either case, so the result is the same bit for bit wherever
-            the loss is; a LLaMA's loss on a CPU may differ in its last place, where a product of more rows sums in
-            another order.
+        block_size: how many clients run at once under ``vmap`` (of each group of a mesh); None means all. Memory grows
+            with it. The result is the same bit for bit wherever the loss is; a LLaMA's loss on a CPU may differ in its
+            last place, where a product of more rows sums in another order.
+        seeds: each client draws directions of its own (as in the paper), or all clients of a round draw the same H.
+        mesh: devices to spread the clients over, along its axis ``clients``; a cohort's batches then have as many rows
+            as its groups can share evenly, those after the P clients being copies. Of a round's work its groups tell
+            each other scalars alone (with back-propagation, the clients' parameters).
     """
+    groups = 1 if mesh is None else mesh.shape[CLIENTS]
     optimizer = optimizer or optax.sgd(1.0)
 
     def init(params: Params, clients: int) -> FederatedState:
-        params = jax.tree.map(jnp.array, params)  # a copy: donating the state must not take the caller's arrays away
-        return FederatedState(params, optimizer.init(params), server.init_signals(clients), jnp.int32(0))
+        params = jax.tree.map(jnp.array, params)
+        state = FederatedState(params, optimizer.init(params), server.init_signals(clients), jnp.int32(0))
+        return state if mesh is None else jax.device_put(state, NamedSharding(mesh, P()))
 
-    def round(state: FederatedState, loss: Any, cohort: Cohort, key: jax.Array) -> tuple[FederatedState, RoundReport]:
+    @jax.jit
+    def run(state: FederatedState, loss: Any, cohort: Cohort, key: jax.Array, limit=None, damping=None) -> RoundReport:
         ids = jnp.asarray(cohort.ids)
-        clients = ids.shape[0]
+        clients, held = ids.shape[0], jax.tree.leaves(cohort.batches)[0].shape[0]
+        places = jnp.where(jnp.arange(held) < clients, jnp.arange(held), 0)
         rates_key = jax.random.fold_in(jax.random.fold_in(key, RATES), state.round)
         rate = server.learning_rates(rates, state.signals, rates_key)[ids]
-        keys = jax.vmap(client_key, in_axes=(None, None, 0))(key, state.round, ids)
-        weights = cohort.weights / jnp.sum(cohort.weights)
-        keep_deltas = rates.strategy == "model-diff"
+        rate = rate if damping is None else rate * damping
+        bound = () if limit is None else (limit,)
+        axes = (None, None, 0, None if seeds == "shared" else 0, 0, *(None for _ in bound))
 
-        def run_block(total, block):
-            weights, batches, keys, rate = block
-            done = jax.vmap(work, in_axes=(None, None, 0, 0, 0))(loss, state.params, batches, keys, rate)
-            deltas = jax.tree.map(lambda new, old: new - old, done.params, state.params)
-            total = jax.lax.scan(_add_weighted, total, (weights, deltas))[0]
-            return total, (done.losses, done.coefficients, deltas if keep_deltas else None)
+        def run_block(_, block):
+            batches, ids, rate = block
+            keys = shared_key(key, state.round)
+            if seeds == "per-client":
+                keys = jax.vmap(client_key, in_axes=(None, None, 0))(key, state.round, ids)
+            done = jax.vmap(work, in_axes=axes)(loss, state.params, batches, keys, rate, *bound)
+            return None, (done.losses, done.coefficients, None if work.rebuild else done.params)
 
-        blocks = _in_blocks((weights, cohort.batches, keys, rate), clients, block_size or clients)
-        zero = jax.tree.map(jnp.zeros_like, state.params)
-        mean_delta, outcome = jax.lax.scan(run_block, zero, blocks)
-        losses, coefficients, deltas = jax.tree.map(lambda leaf: jax.lax.collapse(leaf, 0, 2)[:clients], outcome)
+        blocks = _in_blocks((cohort.batches, ids[places], rate[places]), groups, block_size or held)
+        if mesh is not None:
+            blocks = jax.lax.with_sharding_constraint(blocks, NamedSharding(mesh, P(None, CLIENTS)))
+        _, outcome = jax.lax.scan(run_block, None, blocks)
+        outcome = jax.tree.map(lambda leaf: leaf[:clients], _out_of_blocks(outcome, groups, held))
+        if mesh is not None:
+            outcome, rate = jax.lax.with_sharding_constraint((outcome, rate), NamedSharding(mesh, P()))
+        losses, coefficients, params = outcome
+        return RoundReport(losses, coefficients, rate, params)
 
-        params, optimizer_state = server.apply_mean_update(optimizer, state.params, mean_delta, state.optimizer)
-        drift = server.client_drift(deltas) if keep_deltas else None
-        signals = server.observe(state.signals, ids, jnp.mean(losses, axis=1), drift)
-        state = FederatedState(params, optimizer_state, signals, state.round + 1)
-        return state, RoundReport(losses, coefficients, rate)
+    rebuilt = jax.jit(work.rebuild) if work.rebuild else None
+    own_key, common_key = jax.jit(client_key), jax.jit(shared_key)
 
-    return Federated(init, round)
+    def rebuild(state, id, coefficients, rate, key) -> Params:
+        assert rebuilt is not None  # back-propagated work brings its parameters
+        ours = common_key(key, state.round) if seeds == "shared" else own_key(key, state.round, np.int32(id))
+        return rebuilt(state.params, ours, np.asarray(coefficients, np.float32), np.float32(rate))
+
+    def upload(state: FederatedState, id: int, report: RoundReport, i: int, key: jax.Array) -> Params:
+        if report.params is not None:
+            return jax.tree.map(lambda leaf: leaf[i], report.params)
+        return rebuild(state, id, report.coefficients[i], report.learning_rates[i], key)
+
+    def apply(
+        state: FederatedState,
+        ids: np.ndarray,
+        weights: np.ndarray,
+        report: RoundReport,
+        key: jax.Array,
+        uploads: Iterable[Params | None] | None = None,
+    ) -> FederatedState:
+        losses, coefficients = np.asarray(report.losses), np.asarray(report.coefficients)
+        share = (np.asarray(weights, np.float64) / np.sum(weights, dtype=np.float64)).astype(np.float32)
+        from_mean = seeds == "shared" and uploads is None and report.params is None
+        each = uploads or (upload(state, id, report, i, key) if share[i] else None for i, id in enumerate(ids))
+        mean, deltas = jax.tree.map(jnp.zeros_like, state.params), []
+        if from_mean:
+            moved = rebuild(state, 0, server.mean_coefficients(share, coefficients), 0, key)
+            mean = _add_weighted(mean, np.float32(1), moved, state.params)
+        if not from_mean or rates.strategy == "model-diff":
+            for weight, theirs in zip(share, each, strict=True):
+                if weight:
+                    mean = mean if from_mean else _add_weighted(mean, weight, theirs, state.params)
+                    deltas += [_difference(theirs, state.params)] if rates.strategy == "model-diff" else []
+        drift = np.zeros(len(share), np.float32)
+        if deltas:
+            drift[share > 0] = server.client_drift(jax.tree.map(lambda *leaves: jnp.stack(leaves), *deltas))
+        # Two programs, so that a replay, which needs no signals, moves θ by the very same one.
+        params, optimizer_state = move(state.params, mean, state.optimizer)
+        signals = observe(state.signals, ids, mean_losses(losses), drift if deltas else None, share > 0)
+        return FederatedState(params, optimizer_state, signals, state.round + 1)
+
+    move, observe = jax.jit(partial(server.apply_mean_update, optimizer)), jax.jit(server.observe)
+    return Federated(init, Round(run, apply, upload, seeds))
 
 
-def _add_weighted(total: Params, weight_and_delta: tuple[jax.Array, Params]) -> tuple[Params, None]:
-    weight, delta = weight_and_delta
-    return jax.tree.map(lambda t, d: t + weight * d, total, delta), None
+@jax.jit
+def _difference(new: Params, old: Params) -> Params:
+    return jax.tree.map(jnp.subtract, new, old)
 
 
-def _in_blocks(tree: Any, clients: int, block_size: int) -> Any:
-    """Splits leading axes ``[P, …]`` into ``[blocks, size, …]``, the last block filled up with copies of zero weight.
+@jax.jit
+def _add_weighted(total: Params, weight: jax.Array, new: Params, old: Params) -> Params:
+    return jax.tree.map(lambda t, n, o: t + weight * (n - o), total, new, old)
 
-    The first leaf must be the weights. Blocks are made as even as they can be, so that little is spent on the filling.
+
+def _in_blocks(tree: Any, groups: int, block_size: int) -> Any:
+    """Splits leading axes ``[P, …]`` into ``[blocks, groups·size, …]``: each group's clients stay with it.
+
+    Blocks are made as even as they can be, so that little is spent on filling the last one up with copies.
     """
-    blocks = -(-clients // block_size)
-    size = -(-clients // blocks)
-    fill = blocks * size - clients
-    weights, *rest = tree
 
-    def split(leaf, filling):
-        return jnp.concatenate([leaf, filling]).reshape(blocks, size, *leaf.shape[1:])
+    def split(leaf):
+        each = leaf.shape[0] // groups
+        blocks = -(-each // block_size)
+        size = -(-each // blocks)
+        leaf = leaf.reshape(groups, each, *leaf.shape[1:])
+        if fill := blocks * size - each:
+            leaf = jnp.concatenate([leaf, jnp.repeat(leaf[:, :1], fill, axis=1)], axis=1)
+        leaf = jnp.swapaxes(leaf.reshape(groups, blocks, size, *leaf.shape[2:]), 0, 1)
+        return jax.lax.collapse(leaf, 1, 3)
 
-    if fill:
-        weights = split(weights, jnp.zeros((fill,), weights.dtype))
-        return (weights, *jax.tree.map(lambda leaf: split(leaf, jnp.repeat(leaf[:1], fill, axis=0)), tuple(rest)))
-    return jax.tree.map(lambda leaf: leaf.reshape(blocks, size, *leaf.shape[1:]), tree)
+    return jax.tree.map(split, tree)
+
+
+def _out_of_blocks(tree: Any, groups: int, held: int) -> Any:
+    """Undoes :func:`_in_blocks`, the filling left out: ``[blocks, groups·size, …]`` into ``[held, …]``."""
+
+    def join(leaf):
+        blocks, width = leaf.shape[:2]
+        leaf = jnp.swapaxes(leaf.reshape(blocks, groups, width // groups, *leaf.shape[2:]), 0, 1)
+        leaf = jax.lax.collapse(leaf, 1, 3)[:, : held // groups]
+        return jax.lax.collapse(leaf, 0, 2)
+
+    return jax.tree.map(join, tree)

@@ -107,8 +107,14 @@ def shift(params: Params, perturbation: Perturbation) -> Params:
         key = _leaf_key(perturbation.key, path)
         if leaf.ndim < 2:
             return _add(leaf, key, perturbation)
-        rows = jnp.arange(leaf.shape[0])
-        return jax.lax.map(lambda row: _add(row[1], jax.random.fold_in(key, row[0]), perturbation), (rows, leaf))
+
+        def move_row(row, leaf):
+            value = jax.lax.dynamic_index_in_dim(leaf, row, keepdims=False)
+            moved = _add(value, jax.random.fold_in(key, row), perturbation)
+            return jax.lax.dynamic_update_index_in_dim(leaf, moved, row, 0)
+
+        # Row after row in place: a scan would hold a second tree for its results.
+        return jax.lax.fori_loop(0, leaf.shape[0], move_row, leaf)
 
     return jax.tree_util.tree_map_with_path(move, params)
 
@@ -160,6 +166,7 @@ def step(
     key: jax.Array,
     learning_rate: jax.Array | float,
     config: MezoConfig,
+    limit: jax.Array | float | None = None,
 ) -> Step:
     """One FedMeZO step, θ ← (1 − ηλ)·θ − (η/n)·Σ_k g_k·z_k with g_k = (L₊ − L₋)/2μ (Eq. 3 and 4, arXiv 2402.05926).
 
@@ -170,6 +177,7 @@ def step(
         key: the step's key; direction k is drawn from ``fold_in(key, k)``.
         learning_rate: η, scalar.
         config: μ, n, the law of z and λ.
+        limit: largest |g_k| that counts, scalar: a larger one is clipped, and one that is NaN moves nothing.
     """
 
     def probe(k):
@@ -179,6 +187,8 @@ def step(
 
     # One after the other: two forward passes in flight would double the activations.
     gradients, losses = jax.lax.map(probe, jnp.arange(config.directions))
+    if limit is not None:
+        gradients = jnp.where(jnp.isnan(gradients), 0, jnp.clip(gradients, -limit, limit))
     coefficients = learning_rate * gradients / config.directions
     moved = apply_step(params, key, coefficients, learning_rate, config)
     return Step(moved, coefficients, jnp.mean(losses))

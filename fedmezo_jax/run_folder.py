@@ -1,26 +1,36 @@
 """A run's folder: its config, metrics and checkpoints, and the way back into it.
 
 config.json      the resolved configuration
+run.ledger       what rebuilds the run (:mod:`ledger`); written before all that follows from it
 metrics.jsonl    one object a round
-checkpoints/     Orbax checkpoints of the state, the newest two
+checkpoints/     Orbax checkpoints of the run's progress, the newest two
+.lock            held while a process works in the folder
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
+import filelock
 import jax
 import orbax.checkpoint as ocp
 
 from fedmezo_jax.config import RunConfig
 from fedmezo_jax.errors import UserError
-from fedmezo_jax.federated import FederatedState
+from fedmezo_jax.rounds import Progress
+
+LOCK, LEDGER = ".lock", "run.ledger"
+_EMPTY = {LOCK, ".config.json.new"}  # what a run leaves that was stopped before its first file was whole
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every save there
 
@@ -39,7 +49,7 @@ def check_folder(folder: Path, config: RunConfig, resume: bool) -> None:
         raise UserError(f"--out {folder}: {existing} may not be written to: give another folder")
     file = folder / "config.json"
     if not file.exists():
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and any(path.name not in _EMPTY for path in folder.iterdir()):
             raise UserError(f"--out {folder} holds other files and no run: give a new or empty folder")
         return
     if not resume:
@@ -53,6 +63,25 @@ def check_folder(folder: Path, config: RunConfig, resume: bool) -> None:
     if differing:
         described = ", ".join(f"{key} ({before.get(key)} there, {now.get(key)} now)" for key in differing)
         raise UserError(f"--resume: {folder} was run with another configuration: {described}")
+
+
+def lock(folder: Path) -> filelock.BaseFileLock:
+    """The lock of a run's folder, a context manager; it ends with the process that holds it, however that ends."""
+    return filelock.FileLock(folder / LOCK, timeout=0)
+
+
+@contextmanager
+def guarded(folder: Path) -> Iterator[None]:
+    """Turns a folder in use by another process, and a full disk, into the one line that says so."""
+    try:
+        yield
+    except filelock.Timeout:
+        raise UserError(f"--out {folder}: another process is working in it: wait for it, or give another") from None
+    except (OSError, ValueError) as error:
+        # Orbax's storage layer reports a full disk as a ValueError that quotes the system's words.
+        if getattr(error, "errno", None) not in _FULL and not re.search("No space left|File too large", str(error)):
+            raise
+        raise UserError(f"{folder}: the disk is full: make room, then go on with --resume") from None
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
@@ -84,6 +113,8 @@ def append_metrics(folder: Path, record: Mapping[str, Any]) -> None:
     """Adds one round's record."""
     with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
+        file.flush()
+        os.fsync(file.fileno())  # before a checkpoint that counts on it
 
 
 def checkpoints(folder: Path) -> ocp.CheckpointManager:
@@ -92,15 +123,15 @@ def checkpoints(folder: Path) -> ocp.CheckpointManager:
     return ocp.CheckpointManager((folder / "checkpoints").absolute(), options=options)
 
 
-def save(manager: ocp.CheckpointManager, state: FederatedState) -> None:
-    """Saves the state under its number of rounds."""
-    manager.save(int(state.round), args=ocp.args.StandardSave(state))
+def save(manager: ocp.CheckpointManager, progress: Progress) -> None:
+    """Saves a run's progress under its number of rounds."""
+    manager.save(int(progress.state.round), args=ocp.args.StandardSave(progress))
 
 
-def restore(manager: ocp.CheckpointManager, like: FederatedState) -> FederatedState | None:
-    """The newest state, bit for bit, or None where there is no checkpoint yet; ``like`` gives structure and shapes."""
+def restore(manager: ocp.CheckpointManager, like: Progress) -> Progress | None:
+    """The newest progress, bit for bit, or None without a checkpoint; ``like`` gives structure and shapes."""
     step = manager.latest_step()
     if step is None:
         return None
     template = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    return cast(FederatedState, manager.restore(step, args=ocp.args.StandardRestore(template)))
+    return cast(Progress, manager.restore(step, args=ocp.args.StandardRestore(template)))

@@ -52,7 +52,13 @@ def init_signals(clients: int) -> Signals:
     return Signals(jnp.full((clients, HISTORY), jnp.nan), jnp.full((clients,), jnp.nan))
 
 
-def observe(signals: Signals, participants: jax.Array, losses: jax.Array, drift: jax.Array | None) -> Signals:
+def observe(
+    signals: Signals,
+    participants: jax.Array,
+    losses: jax.Array,
+    drift: jax.Array | None,
+    heard: jax.Array | bool = True,
+) -> Signals:
     """Records a round.
 
     Args:
@@ -60,10 +66,15 @@ def observe(signals: Signals, participants: jax.Array, losses: jax.Array, drift:
         participants: ``[P]`` int32, distinct ids of the clients that took part.
         losses: ``[P]`` float32, their mean training losses.
         drift: ``[P]`` float32, their client drift, or None where it is not measured.
+        heard: ``[P]`` bool, whose result came in; of the others nothing new is known.
     """
-    history = jnp.concatenate([losses[:, None], signals.losses[participants, :-1]], axis=1)
-    updated = signals.drift if drift is None else signals.drift.at[participants].set(drift)
-    return Signals(signals.losses.at[participants].set(history), updated)
+    before = signals.losses[participants]
+    heard = jnp.broadcast_to(heard, losses.shape)
+    history = jnp.where(heard[:, None], jnp.concatenate([losses[:, None], before[:, :-1]], axis=1), before)
+    drifts = signals.drift
+    if drift is not None:
+        drifts = drifts.at[participants].set(jnp.where(heard, drift, drifts[participants]))
+    return Signals(signals.losses.at[participants].set(history), drifts)
 
 
 def heterogeneity_index(signal: jax.Array) -> jax.Array:
@@ -109,6 +120,19 @@ def learning_rates(config: RateConfig, signals: Signals, key: jax.Array) -> jax.
     return config.learning_rate * (1 + config.scale * index)
 
 
+def mean_coefficients(share: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
+    """Σ_i w_i·c_i: the ``[H, n]`` float32 mean of ``[P, H, n]`` coefficients along shared directions.
+
+    Summed on the host, client by client in float64, so that every machine gets the same. A client of weight 0 may have
+    sent anything.
+    """
+    total = np.zeros(coefficients.shape[1:], np.float64)
+    for weight, row in zip(share, coefficients, strict=True):
+        if weight:
+            total += np.float64(weight) * row
+    return total.astype(np.float32)
+
+
 def client_drift(deltas: Params) -> jax.Array:
     """‖Δ_i − mean_j Δ_j‖ over all parameters, ``[P]`` float32, from a tree of ``[P, …]`` updates.
 
@@ -134,9 +158,13 @@ def apply_mean_update(
     return optax.apply_updates(params, updates), state
 
 
-def sample_participants(seed: int, round_index: int, clients: int, count: int) -> np.ndarray:
-    """The ids of one round's clients, ``[count]`` int32, sorted and distinct: a function of its arguments alone."""
+def sample_participants(seed: int, round_index: int, clients: int, count: int, attempt: int = 0) -> np.ndarray:
+    """The ids of one round's clients, ``[count]`` int32, sorted and distinct: a function of its arguments alone.
+
+    A further attempt at the round, after all of its clients failed, draws others.
+    """
     if count == clients:
         return np.arange(clients, dtype=np.int32)
-    generator = np.random.default_rng(np.random.SeedSequence([seed, round_index], spawn_key=(0x5A,)))
+    stream = (0x5A, attempt) if attempt else (0x5A,)
+    generator = np.random.default_rng(np.random.SeedSequence([seed, round_index], spawn_key=stream))
     return np.sort(generator.choice(clients, count, replace=False)).astype(np.int32)

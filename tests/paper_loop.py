@@ -60,8 +60,13 @@ def index(signals):
     return [0.0 if s is None or widest == 0 else (s - mean) / widest for s in signals]
 
 
-def fedmezo(loss, params, batches, cohorts, weights, key, learning_rate, strategy, personalize, scale, directions):
-    """Runs ``len(cohorts)`` rounds; ``batches[t][i]`` are the H batches of client i in round t. Yields θ and rates."""
+def fedmezo(
+    loss, params, batches, cohorts, weights, key, learning_rate, strategy, personalize, scale, directions, shared=False
+):
+    """Runs ``len(cohorts)`` rounds; ``batches[t][i]`` are the H batches of client i in round t. Yields θ and rates.
+
+    With ``shared`` all clients of a round draw the same directions.
+    """
     clients = len(weights)
     losses = [[] for _ in range(clients)]
     drift = [None] * clients
@@ -79,6 +84,8 @@ def fedmezo(loss, params, batches, cohorts, weights, key, learning_rate, strateg
         updates = {}
         for i in cohort:
             client_key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, 0), t), i)
+            if shared:
+                client_key = jax.random.fold_in(jax.random.fold_in(key, 3), t)
             local, mean_loss = local_work(loss, params, batches[t][i], client_key, rates[i], scale, directions)
             losses[i].append(mean_loss)
             updates[i] = {name: local[name] - params[name] for name in params}

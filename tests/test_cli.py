@@ -47,7 +47,7 @@ def arguments(place, **changed):
         "precision": "paired",
         "checkpoint-every": 2,
     }
-    return [part for name, value in (given | changed).items() for part in (f"--{name}", str(value))]
+    return [*(part for name, value in (given | changed).items() for part in (f"--{name}", str(value))), "--no-guard"]
 
 
 def command(argv, monkeypatch):
@@ -81,7 +81,7 @@ def finished(place):
 
 def test_a_run_leaves_its_files(place, finished):
     folder, _ = finished
-    names = {"config.json", "results.json", "loss.png", "metrics.jsonl", "adapter", "checkpoints"}
+    names = {"config.json", "run.ledger", "results.json", "loss.png", "metrics.jsonl", "adapter", "checkpoints"}
     assert {file.name for file in folder.iterdir()} >= names
     config = json.loads((folder / "config.json").read_text())
     assert (config["clients"], config["targets"], config["learning_rate"]) == (3, "v_proj", 1e-3)  # given and default
@@ -99,8 +99,8 @@ def test_results_hold_the_printed_table(place, finished):
     assert results["versions"]["jax"] == jax.__version__
     assert results["host"]["devices"] == 1
     assert results["seconds"] > 0
-    lora, seeds = results["rows"]
-    assert (lora["messages"], seeds["messages"]) == ("lora", "seeds")
+    seeds, lora = results["rows"]
+    assert (seeds["messages"], lora["messages"]) == ("seeds", "lora")
     assert all(isinstance(value, str | int | float) for row in results["rows"] for value in row.values())
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for row in (lora, seeds):
@@ -109,9 +109,12 @@ def test_results_hold_the_printed_table(place, finished):
         assert row["seconds_per_round"] in [record["seconds"] for record in metrics[1:]]
         assert f"{row['loss_before']:.4g}" in done.stdout
         assert f"{row['uplink_bytes']:,}" in done.stdout
-    assert lora["uplink_bytes"] * 3 == metrics[0]["uplink_bytes"]
-    assert 2 * 4 <= seeds["uplink_bytes"] < 100  # two float32 coefficients, round and client
-    assert seeds["downlink_bytes"] == 3 * seeds["uplink_bytes"]  # those of all three
+    assert {size for record in metrics for size in record["client_uplink_bytes"]} == {seeds["uplink_bytes"]}
+    assert {size for record in metrics for size in record["client_downlink_bytes"]} == {seeds["downlink_bytes"]}
+    assert seeds["uplink_bytes"] * 3 == metrics[0]["uplink_bytes"]
+    assert 2 * 2 * 4 < seeds["uplink_bytes"] < 40  # two coefficients and two losses
+    assert 2 * 2 * 4 < seeds["downlink_bytes"] < 50  # the two coefficients of each of the two others
+    assert lora["uplink_bytes"] > 4 * 2 * 8 * (32 + 16)
     assert "test loss" in done.stdout
     assert done.stderr == ""
 
@@ -187,6 +190,16 @@ BAD = {
     "learning rate inf": ({"learning-rate": "inf"}, "--learning-rate must be above 0"),
     "no participation": ({"participation": 0}, "--participation must be above 0 and at most 1"),
     "rates below zero": ({"personalize-scale": 1}, "--personalize-scale"),
+    "certain dropout": ({"dropout": 1}, "--dropout must be at least 0 and below 1"),
+    "no time at all": ({"deadline": 0}, "--deadline must be above 0"),
+    "no attempt": ({"attempts": 0}, "--attempts must be at least 1"),
+    "coefficients of fedavg": (
+        {"algorithm": "fedavg", "uplink": "seeds"},
+        "--uplink must be lora with --algorithm fed",
+    ),
+    "seeds of fedavg": ({"algorithm": "fedavg", "seeds": "shared"}, "--seeds must be per-client with --algorithm fed"),
+    "parameters of shared seeds": ({"seeds": "shared", "uplink": "lora"}, "--uplink lora: with --seeds shared"),
+    "decay of shared seeds": ({"seeds": "shared", "weight-decay": 0.1}, "--weight-decay"),
     "no rounds": ({"rounds": 0}, "--rounds must be at least 1"),
     "negative seed": ({"seed": -1}, "--seed"),
     "no checkpoint": ({"checkpoint-every": 0}, "--checkpoint-every must be at least 1"),

@@ -1,5 +1,7 @@
 """The jitted, vectorised round against the paper's loops, and the invariants that a run rests on."""
 
+from dataclasses import replace
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ import paper_loop
 import pytest
 from jax.tree_util import Partial
 
-from fedmezo_jax import client, federated, mezo, server
+from fedmezo_jax import client, federated, mezo, server, wire
 
 CLIENTS, STEPS, WIDTH = 6, 3, 7
 RATE, MU = 0.05, 1e-2
@@ -38,35 +40,35 @@ def cohort(t, ids, weights=None):
     return federated.Cohort(jnp.asarray(ids), jnp.asarray(weights[ids]), jnp.asarray(TARGETS[t][ids]))
 
 
-def run(cohorts, *, strategy="frozen", weights=None, block_size=None, directions=1, optimizer=None, scale=0.5):
-    fed = federated.federated(
-        client.mezo_work(mezo.MezoConfig(MU, directions)),
-        server.RateConfig(RATE, strategy, scale),
-        optimizer,
-        block_size,
-    )
+def make(strategy="frozen", block_size=None, directions=1, optimizer=None, scale=0.5, seeds="per-client", decay=0.0):
+    work = client.mezo_work(mezo.MezoConfig(MU, directions, weight_decay=decay))
+    return federated.federated(work, server.RateConfig(RATE, strategy, scale), optimizer, block_size, seeds)
+
+
+def run(cohorts, *, weights=None, **options):
+    fed = make(**options)
     state = fed.init(jax.tree.map(jnp.asarray, START), CLIENTS)
-    step = jax.jit(fed.round)
     pair_loss = Partial(mezo.pair_loss_of(loss))
     for t, ids in enumerate(cohorts):
-        state, report = step(state, pair_loss, cohort(t, ids, weights), run_key())
+        state, report = fed.round(state, pair_loss, cohort(t, ids, weights), run_key())
         yield state, report
 
 
 @pytest.mark.parametrize("strategy", ["frozen", "round-wise", "five-round", "model-diff"])
-@pytest.mark.parametrize("partial", [False, True])
-@pytest.mark.parametrize("directions", [1, 3])
-def test_rounds_equal_the_papers_loops(strategy, partial, directions):
+@pytest.mark.parametrize(
+    ("partial", "directions", "seeds"), [(False, 1, "per-client"), (True, 3, "per-client"), (True, 1, "shared")]
+)
+def test_rounds_equal_the_papers_loops(strategy, partial, directions, seeds):
     cohorts = [np.arange(CLIENTS)] * 8
     if partial:
         cohorts = [server.sample_participants(1, t, CLIENTS, 4) for t in range(8)]
     weights = np.array([1, 2, 3, 4, 5, 6], np.float32)
     start = {name: leaf.astype(np.float64) for name, leaf in START.items()}
     expected = paper_loop.fedmezo(
-        loss, start, TARGETS, cohorts, weights, run_key(), RATE, strategy, 0.5, MU, directions
+        loss, start, TARGETS, cohorts, weights, run_key(), RATE, strategy, 0.5, MU, directions, seeds == "shared"
     )
     for (state, report), (params, rates) in zip(
-        run(cohorts, strategy=strategy, weights=weights, directions=directions), expected, strict=True
+        run(cohorts, strategy=strategy, weights=weights, directions=directions, seeds=seeds), expected, strict=True
     ):
         for name in START:
             np.testing.assert_allclose(state.params[name], params[name], atol=5e-4)
@@ -86,11 +88,12 @@ def test_block_size_changes_no_bit(block_size):
 def test_a_round_compiles_once():
     fed = federated.federated(client.mezo_work(mezo.MezoConfig(MU)), server.RateConfig(RATE, "five-round"))
     chex.clear_trace_counter()
-    step = jax.jit(chex.assert_max_traces(fed.round, 1), donate_argnums=0)
+    work = jax.jit(chex.assert_max_traces(lambda *given: fed.round.work(*given), 1))
+    round = replace(fed.round, work=work)
     state = fed.init(jax.tree.map(jnp.asarray, START), CLIENTS)
     pair_loss = Partial(mezo.pair_loss_of(loss))
     for t in range(4):
-        state, _ = step(state, pair_loss, cohort(t, server.sample_participants(0, t, CLIENTS, 3)), run_key())
+        state, _ = round(state, pair_loss, cohort(t, server.sample_participants(0, t, CLIENTS, 3)), run_key())
     assert state.round == 4
 
 
@@ -112,7 +115,7 @@ def test_server_optimizer_sees_the_pseudo_gradient():
 def test_fedavg_equals_hand_written_gradient_descent():
     fed = federated.federated(client.backprop_work(optax.sgd), server.RateConfig(RATE))
     state = fed.init(jax.tree.map(jnp.asarray, START), CLIENTS)
-    state, report = jax.jit(fed.round)(state, Partial(loss), cohort(0, np.arange(CLIENTS)), run_key())
+    state, report = fed.round(state, Partial(loss), cohort(0, np.arange(CLIENTS)), run_key())
     ends = []
     for i in range(CLIENTS):
         w, m = START["w"].astype(np.float64), START["m"].astype(np.float64)
@@ -129,3 +132,128 @@ def test_clients_see_different_directions_and_rounds_do_too():
     reports = [report.coefficients for _, report in run([np.arange(CLIENTS)] * 2)]
     values = np.concatenate([np.asarray(c).ravel() for c in reports])
     assert len(np.unique(values)) == values.size
+
+
+OPTIONS = [{}, {"directions": 2, "decay": 0.1}, {"strategy": "model-diff"}, {"optimizer": optax.adam(0.01)}]
+
+
+@pytest.mark.parametrize(("options", "steps"), [*zip(OPTIONS, [STEPS] * len(OPTIONS), strict=True), ({}, 1)])
+def test_a_server_that_is_sent_parameters_gets_the_bits_of_one_that_is_sent_scalars(options, steps):
+    """The parameters pass through bytes on their way."""
+    fed = make(**options)
+    states = [fed.init(jax.tree.map(jnp.asarray, START), CLIENTS) for _ in range(2)]
+    for t in range(3):
+        ids = server.sample_participants(0, t, CLIENTS, 4)
+        batches = jnp.asarray(TARGETS[t][ids][:, :steps])
+        given = federated.Cohort(jnp.asarray(ids), jnp.ones(4), batches)
+        report = jax.device_get(fed.round.work(states[0], Partial(mezo.pair_loss_of(loss)), given, run_key()))
+        weights = np.array([1, 0, 2, 3], np.float32)  # one of them is left out
+        uploads = [fed.round.upload(states[1], id, report, i, run_key()) for i, id in enumerate(ids)]
+        uploads = [wire.unpack_lora_update(wire.pack_lora_update(WORD, theirs), START) for theirs in uploads]
+        states[0] = fed.round.apply(states[0], ids, weights, report, run_key())
+        states[1] = fed.round.apply(states[1], ids, weights, report, run_key(), uploads)
+        chex.assert_trees_all_equal(*states)
+    assert np.abs(states[0].params["m"] - START["m"]).max() > 1e-3
+
+
+WORD = wire.Update(0, 0, 1, np.zeros((1, 1), np.float32), np.zeros(1, np.float32))
+
+
+@pytest.mark.parametrize("seeds", ["per-client", "shared"])
+def test_a_client_that_hears_only_the_broadcast_has_the_servers_parameters(seeds):
+    """It makes every round again from the messages, its own coefficients put in; the server's momentum, too."""
+    fed = make(directions=2, optimizer=optax.sgd(0.7, 0.9), seeds=seeds)
+    theirs = ours = fed.init(jax.tree.map(jnp.asarray, START), CLIENTS)
+    for t in range(3):
+        ids = server.sample_participants(0, t, CLIENTS, 4)
+        report = jax.device_get(fed.round.work(ours, Partial(mezo.pair_loss_of(loss)), cohort(t, ids), run_key()))
+        weights = np.array([1, 1, 0, 1], np.float32)
+        ours = fed.round.apply(ours, ids, weights, report, run_key())
+        heard, me = ids[weights > 0], int(ids[0])
+        sent = report.coefficients[weights > 0].reshape(3, -1)
+        if seeds == "shared":
+            share = (weights / 3).astype(np.float32)
+            _, mean = wire.unpack_mean(wire.pack_mean(t, server.mean_coefficients(share, report.coefficients)))
+            got = wire.Outcome(t, np.array([me]), None, None, mean[None])
+        else:
+            message = wire.pack_outcome(wire.Outcome(t, heard, None, None, sent), CLIENTS, me)
+            got = wire.unpack_outcome(message, me, report.coefficients[0])
+        told = federated.RoundReport(
+            np.zeros((len(got.ids), STEPS), np.float32),
+            got.coefficients.reshape(-1, STEPS, 2),
+            np.zeros(len(got.ids), np.float32),
+        )
+        theirs = fed.round.apply(theirs, got.ids, np.ones(len(got.ids), np.float32), told, run_key())
+        chex.assert_trees_all_equal(theirs.params, ours.params)
+    assert np.abs(ours.params["m"] - START["m"]).max() > 1e-3
+
+
+def test_shared_directions_move_everyone_along_the_same_lines():
+    """Its round moves θ inside the span of its H directions; with own directions it does not."""
+    for seeds, rank in (("shared", STEPS), ("per-client", CLIENTS * STEPS)):
+        *_, (state, report) = run([np.arange(CLIENTS)], seeds=seeds)
+        move = np.concatenate([np.ravel(state.params[name] - START[name]) for name in START])
+        keys = [federated.shared_key(run_key(), 0)]
+        if seeds == "per-client":
+            keys = [federated.client_key(run_key(), 0, i) for i in range(CLIENTS)]
+        zs = [
+            paper_loop.direction(jax.random.fold_in(jax.random.fold_in(key, h), 0), START)
+            for key in keys
+            for h in range(STEPS)
+        ]
+        basis = np.stack([np.concatenate([z[name].ravel() for name in START]) for z in zs], axis=1)
+        coefficients = np.linalg.lstsq(basis, move, rcond=None)[0]
+        mean = np.mean(report.coefficients, axis=0) if seeds == "shared" else np.asarray(report.coefficients) / CLIENTS
+        assert basis.shape[1] == rank
+        np.testing.assert_allclose(coefficients, -mean.ravel(), atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "seeds"), [("frozen", "shared"), ("model-diff", "per-client"), ("round-wise", "per-client")]
+)
+def test_a_client_with_nan_is_left_out_as_if_it_were_not_there(strategy, seeds):
+    pair_loss = Partial(mezo.pair_loss_of(lambda p, b: jnp.where(b[0, 0] > 1e6, jnp.nan, loss(p, b))))
+    fed, weights = make(strategy=strategy, seeds=seeds), np.array([1, 2, 3, 4, 5, 6], np.float32)
+    ill, well = (fed.init(jax.tree.map(jnp.asarray, START), CLIENTS) for _ in range(2))
+    for t in range(3):
+        whole = cohort(t, np.arange(CLIENTS), weights)
+        broken = whole._replace(batches=whole.batches.at[2, 1].set(1e7))  # in the second of its steps
+        ill, report = fed.round(ill, pair_loss, broken, run_key())
+        assert np.isnan(report.coefficients[2]).any()
+        well, _ = fed.round(well, pair_loss, cohort(t, [0, 1, 3, 4, 5], weights), run_key())
+        chex.assert_trees_all_equal(ill, well)
+    assert np.isfinite(ill.params["m"]).all()
+
+
+def test_a_round_without_one_good_client_is_an_error():
+    fed = make()
+    state = fed.init(jax.tree.map(jnp.asarray, START), CLIENTS)
+    with pytest.raises(FloatingPointError, match="no client"):
+        fed.round(state, Partial(mezo.pair_loss_of(lambda p, b: jnp.sum(p["w"]) / 0)), cohort(0, [1, 2]), run_key())
+
+
+def test_parameters_that_are_not_finite_are_seen_too():
+    """A back-propagated client's last step can throw θ away after its last loss was seen."""
+    report = federated.RoundReport(
+        np.ones((2, 3)), np.ones((2, 3, 0)), np.ones(2), {"w": np.array([[1.0, 2.0], [1.0, np.inf]])}
+    )
+    np.testing.assert_array_equal(federated.finite(report), [True, False])
+
+
+def test_a_limit_bounds_projected_gradients_and_stills_nan():
+    fed = make()
+    state = fed.init(jax.tree.map(jnp.asarray, START), CLIENTS)
+    given = cohort(0, np.arange(CLIENTS))
+    pair_loss = Partial(mezo.pair_loss_of(lambda p, b: jnp.where(b[0, 0] > 1e6, jnp.nan, loss(p, b))))
+    free = fed.round.work(state, pair_loss, given, run_key())
+    limit = float(np.median(np.abs(free.coefficients))) / RATE
+    bound = fed.round.work(state, pair_loss, given, run_key(), np.float32(limit))
+    assert np.abs(free.coefficients).max() > limit * RATE
+    np.testing.assert_allclose(np.abs(bound.coefficients).max(), limit * RATE, rtol=1e-6)
+    first = np.clip(free.coefficients[:, 0], -limit * RATE, limit * RATE)  # later steps start from elsewhere
+    np.testing.assert_allclose(bound.coefficients[:, 0], first, rtol=1e-5)
+    broken = given._replace(batches=given.batches.at[2, 1].set(1e7))
+    still = fed.round.work(state, pair_loss, broken, run_key(), np.float32(np.inf))
+    assert still.coefficients[2, 1] == 0
+    assert np.isfinite(still.coefficients).all()
+    assert np.isnan(still.losses[2, 1])

@@ -1,5 +1,6 @@
 """The loss against a plain cross-entropy and Hugging Face's, the layer-wise pair against the tree, paired precision."""
 
+import re
 from functools import partial
 
 import jax
@@ -11,7 +12,7 @@ from llama_cases import golden, load, random_lora, random_rows
 
 from fedmezo_jax import mezo
 from fedmezo_jax.data.examples import Rows
-from fedmezo_jax.llama import loss as loss_module
+from fedmezo_jax.llama import model as model_module
 from fedmezo_jax.llama.loss import loss_of, loss_sums, pair_loss_of
 from fedmezo_jax.llama.model import Llama
 from fedmezo_jax.llama.precision import PAIR, frozen_product
@@ -31,9 +32,9 @@ def cross_entropy(logits, rows):
     return sum(found) / len(found)
 
 
-@pytest.mark.parametrize(("case", "chunk"), [(CASES[0], 27), (CASES[0], 5), (CASES[1], 9)])
-def test_loss_is_the_mean_cross_entropy_of_the_labels(case, chunk, monkeypatch):
-    monkeypatch.setattr(loss_module, "HEAD_CHUNK", chunk)  # 27 label positions: one chunk, a ragged last, whole ones
+@pytest.mark.parametrize(("case", "width"), [(CASES[0], 61), (CASES[0], 23), (CASES[1], 8), (CASES[1], 1)])
+def test_loss_is_the_mean_cross_entropy_of_the_labels(case, width, monkeypatch):
+    monkeypatch.setattr(model_module, "_VOCABULARY_BLOCK", width)  # 61 tokens: one block, blocks that overlap, single
     config, base = load(case)
     model, lora, rows = Llama(config, SCALE), random_lora(config, ("q_proj", "up_proj")), random_rows(3)
     logits = jax.jit(model.apply)({"params": base}, rows.tokens, lora)
@@ -53,14 +54,14 @@ def test_sums_over_parts_of_a_batch_add_up():
     assert sums(base, {}, rows._replace(label_weights=0 * first)) == (0, 0)
 
 
-def test_full_logits_never_exist():
+def test_full_logits_never_exist(monkeypatch):
     config, base = load(CASES[0])
-    model, lora, rows = Llama(config), random_lora(config, ("q_proj",)), random_rows(3, labels=300)
-    text = str(jax.make_jaxpr(partial(loss_of(model, base)))(lora, rows))
-    assert f"f32[{loss_module.HEAD_CHUNK},61]" in text
-    assert "f32[900,61]" not in text
-    assert "f32[3,300,61]" not in text
-    assert "f32[3,16,61]" not in text
+    monkeypatch.setattr(model_module, "_VOCABULARY_BLOCK", 16)
+    model, lora, rows = Llama(config), random_lora(config, ("q_proj",)), random_rows(3, labels=5)
+    for function in (loss_of(model, base), jax.grad(loss_of(model.clone(checkpointed=True), base))):
+        text = str(jax.make_jaxpr(function)(lora, rows))
+        assert "f32[15,16]" in text
+        assert not re.search(r"f32\[[\d,]*,61\]", text.replace("f32[32,61]", ""))  # the head itself
 
 
 def labelled_rows(case):

@@ -162,14 +162,14 @@ def frozen_operands(jaxpr, shapes):
 
 
 def round_jaxpr(config, base, precision):
-    """A whole FedMeZO round, unlowered."""
+    """What all clients do in a FedMeZO round, unlowered."""
     model = Llama(config, 2.0, precision)
     rates, work = server.RateConfig(1e-3, "frozen", 0.5), client.mezo_work(mezo.MezoConfig(1e-3))
     init, round = federated.federated(work, rates)
     lora, rows = random_lora(config, rank=6), random_rows(CLIENTS, STEPS, ROWS, length=17, labels=7)
     cohort = federated.Cohort(np.arange(CLIENTS), np.ones(CLIENTS, np.float32), rows)
     key = jax.random.key(0, impl="threefry2x32")
-    return jax.make_jaxpr(round)(init(lora, CLIENTS), pair_loss_of(model, base), cohort, key).jaxpr
+    return jax.make_jaxpr(round.work)(init(lora, CLIENTS), pair_loss_of(model, base), cohort, key).jaxpr
 
 
 @pytest.mark.parametrize(("case", "precision"), [(PLAIN, "float32"), ("1 key/value heads, tied", "paired")])

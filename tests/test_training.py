@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 import small_run
 
-from fedmezo_jax import run_folder, training
+from fedmezo_jax import ledger, run_folder, training
 from fedmezo_jax.config import RunConfig
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.adapter import load_adapter
 from fedmezo_jax.llama.checkpoint import load_base, save_base
 from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.registry import load_tokenizer
-from fedmezo_jax.training import evaluator, prepare, train
+from fedmezo_jax.setup import evaluator, prepare
+from fedmezo_jax.training import train
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -49,6 +50,7 @@ def config(tmp_path_factory):
         lora_rank=4,
         targets="down_proj",
         personalize="model-diff",
+        uplink="lora",
     )
 
 
@@ -90,8 +92,10 @@ def test_metrics_hold_a_record_for_each_round(undisturbed):
         assert record["seconds"] > 0
         assert record["forward_passes"] == 3 * 2 * 2  # clients, steps, two points
         assert record["tokens"] == 3 * 2 * 2 * 3 * setup.train.tokens.shape[1]
-        assert record["uplink_bytes"] == record["downlink_bytes"]
-        assert 3 * 4 * numbers < record["uplink_bytes"] < 3 * (4 * numbers + 300)  # float32, and the names around them
+        for way in ("up", "down"):
+            assert sum(record[f"client_{way}link_bytes"]) == record[f"{way}link_bytes"]
+            for size in record[f"client_{way}link_bytes"]:
+                assert 4 * numbers < size < 4 * numbers + 400  # float32, and the names around them
     assert len({tuple(record["participants"]) for record in result.metrics}) > 1
     assert any(rate != pytest.approx(1e-2) for rate in result.metrics[-1]["learning_rates"])
 
@@ -127,7 +131,8 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(stop, config, undisturbed, tmp
 
 def test_the_finished_run_is_in_its_folder(config, undisturbed):
     folder, setup, result = undisturbed
-    assert {file.name for file in folder.iterdir()} == {"config.json", "metrics.jsonl", "checkpoints", "adapter"}
+    names = {"config.json", "run.ledger", "metrics.jsonl", "checkpoints", "adapter"}
+    assert {file.name for file in folder.iterdir()} == names
     adapter = load_adapter(folder / "adapter", setup.model.config)
     assert (adapter.rank, adapter.alpha, adapter.targets) == (4, 16.0, ("down_proj",))
     jax.tree.map(np.testing.assert_array_equal, adapter.lora, result.lora)
@@ -182,7 +187,9 @@ def test_a_tokenizer_of_another_model_is_refused(config, tmp_path):
 
 @pytest.mark.parametrize("tokens_at_once", [160, 10**6])
 def test_test_loss_is_the_mean_over_all_labels_of_the_test_rows(tokens_at_once, undisturbed, monkeypatch):
-    monkeypatch.setattr(training, "TOKENS_AT_ONCE", tokens_at_once)  # the first leaves a batch that must be filled up
+    monkeypatch.setattr(
+        "fedmezo_jax.setup.TOKENS_AT_ONCE", tokens_at_once
+    )  # the first leaves a batch that must be filled up
     _, setup, result = undisturbed
     logits = np.asarray(setup.model.apply({"params": setup.base}, setup.test.tokens, result.lora), np.float64)
     losses = [
@@ -195,10 +202,55 @@ def test_test_loss_is_the_mean_over_all_labels_of_the_test_rows(tokens_at_once, 
     np.testing.assert_allclose(evaluator(setup)(result.lora), np.mean(losses), rtol=1e-6)
 
 
+def test_a_round_is_done_once_it_is_in_the_ledger(config, undisturbed, tmp_path, monkeypatch):
+    """Cut right after a record: the resumed run makes that round from it, and no client works on it again."""
+    folder, _, expected = undisturbed
+
+    def cut(*_):
+        raise StopError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.rounds, "conclude", cut)
+        with pytest.raises(StopError):
+            start(tmp_path, config)
+    assert run_folder.read_metrics(tmp_path) == []
+    assert len(list(ledger.entries(tmp_path / "run.ledger"))) == 1
+    worked, run_round = [], training.rounds.run_round
+    monkeypatch.setattr(training.rounds, "run_round", lambda c, t, *rest: worked.append(t) or run_round(c, t, *rest))
+    _, result = start(tmp_path, config)
+    assert worked == [1, 2, 3, 4]
+    assert without_seconds(result.metrics) == without_seconds(expected.metrics)
+    jax.tree.map(np.testing.assert_array_equal, result.lora, expected.lora)
+    assert (tmp_path / "run.ledger").read_bytes() == (folder / "run.ledger").read_bytes()
+
+
+def test_both_uplinks_give_the_same_bits(config, undisturbed, tmp_path):
+    folder, _, expected = undisturbed
+    _, result = start(tmp_path, replace(config, uplink="seeds"))
+    jax.tree.map(np.testing.assert_array_equal, result.lora, expected.lora)
+    bytes_of = [name for name in result.metrics[0] if name.endswith("_bytes")]
+    for record, other in zip(result.metrics, expected.metrics, strict=True):
+        assert all(max(np.ravel(record[name])) * 10 < max(np.ravel(other[name])) for name in bytes_of)
+        assert without_seconds([other | {name: record[name] for name in bytes_of}]) == without_seconds([record])
+    ours, theirs = (list(ledger.entries(place / "run.ledger")) for place in (tmp_path, folder))
+    assert list(map(ledger.pack_entry, ours)) == list(map(ledger.pack_entry, theirs))
+
+
+@pytest.mark.parametrize("name", ["run.ledger", "metrics.jsonl"])
+def test_a_folder_whose_files_do_not_fit_together_is_refused_and_left_alone(name, config, undisturbed, tmp_path):
+    folder = shutil.copytree(undisturbed[0], tmp_path / "run")
+    content = (folder / name).read_bytes()
+    last = content[:-1].rindex(b"\n") + 1 if name == "metrics.jsonl" else -1
+    (folder / name).write_bytes(content[:last])
+    with pytest.raises(UserError, match=f"{name} ends before the checkpoint of round 5"):
+        start(folder, config)
+    assert (folder / "adapter").exists()
+
+
 def test_clients_in_blocks_end_as_all_at_once(config, undisturbed, tmp_path, monkeypatch):
     """To rounding: XLA may sum in another order for another number of clients, at μ = 0.1 worth 1e-6 of a step."""
     _, setup, whole = undisturbed
-    monkeypatch.setattr(training, "TOKENS_AT_ONCE", 2 * setup.train.tokens[0].size * config.batch_size)
+    monkeypatch.setattr("fedmezo_jax.setup.TOKENS_AT_ONCE", 2 * setup.train.tokens[0].size * config.batch_size)
     _, blocked = start(tmp_path, config)  # two of the three clients and then one
     jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=2e-6), blocked.lora, whole.lora)
     for record, expected in zip(blocked.metrics, whole.metrics, strict=True):

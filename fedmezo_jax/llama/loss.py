@@ -1,7 +1,6 @@
 """The instruction-tuning loss of a LLaMA, at θ and at a pair θ ± μz.
 
-The vocabulary's head is by far the widest product, so it runs only where a label is, and in chunks: full logits are
-never materialised.
+The vocabulary's head is by far the widest product, so it runs only where a label is.
 """
 
 from __future__ import annotations
@@ -18,9 +17,6 @@ from fedmezo_jax import mezo
 from fedmezo_jax.data.examples import Rows
 from fedmezo_jax.llama.model import Base, Llama, Lora
 from fedmezo_jax.llama.precision import PAIR
-
-HEAD_CHUNK = 256
-"""Label positions whose logits exist at one time, for each client."""
 
 
 def loss_of(model: Llama, base: Base) -> mezo.LossFn:
@@ -54,26 +50,9 @@ def loss_sums(
     variables = {"params": base}
     hidden = cast(jax.Array, model.apply(variables, rows.tokens, lora, perturbation, method="hidden"))
     at_labels = jnp.take_along_axis(hidden, rows.label_positions[..., None], axis=1)
-
-    def chunk_loss(hidden, labels, weights):
-        logits = cast(jax.Array, model.apply(variables, hidden, method="logits"))
-        picked = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
-        return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - picked) * weights)
-
-    flat = (at_labels.reshape(-1, hidden.shape[-1]), rows.labels.reshape(-1), rows.label_weights.reshape(-1))
-    count = flat[1].shape[0]
-    if count <= HEAD_CHUNK:
-        return chunk_loss(*flat), jnp.sum(rows.label_weights)
-    chunks = -(-count // HEAD_CHUNK)
-
-    def split(leaf):
-        padded = jnp.pad(leaf, [(0, chunks * HEAD_CHUNK - count)] + [(0, 0)] * (leaf.ndim - 1))
-        return padded.reshape(chunks, HEAD_CHUNK, *leaf.shape[1:])
-
-    total, _ = jax.lax.scan(
-        lambda total, chunk: (total + chunk_loss(*chunk), None), jnp.float32(0), jax.tree.map(split, flat)
-    )
-    return total, jnp.sum(rows.label_weights)
+    flat = at_labels.reshape(-1, hidden.shape[-1])
+    losses = cast(jax.Array, model.apply(variables, flat, rows.labels.reshape(-1), method="label_losses"))
+    return jnp.sum(losses * rows.label_weights.reshape(-1)), jnp.sum(rows.label_weights)
 
 
 def _mean_loss(model: Llama, base: Base, lora: Lora, rows: Rows, perturbation=None) -> jax.Array:

@@ -13,9 +13,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from fedmezo_jax.llama.config import LinearRope, Llama3Rope, LlamaConfig
-from fedmezo_jax.llama.precision import Precision, frozen_product, product
+from fedmezo_jax.llama.precision import Precision, frozen_product, in_loop, product
 from fedmezo_jax.mezo import Perturbation, shift_row
 
 Base: TypeAlias = dict[str, Any]
@@ -23,6 +24,8 @@ Lora: TypeAlias = dict[str, dict[str, jax.Array]]
 """``{"q_proj": {"A": [L, in, r], "B": [L, r, out]}, …}``, float32; ``{}`` is the base alone."""
 
 _INIT = nn.initializers.normal(0.02)
+_LEAST_STRIP, _QUERY_BLOCK = 32, 128  # queries, see causal_attention
+_VOCABULARY_BLOCK = 4096
 
 
 class RMSNorm(nn.Module):
@@ -142,11 +145,13 @@ class Llama(nn.Module):
         config: sizes and constants.
         lora_scale: α/r.
         precision: of the products with frozen weights; ``paired`` only under ``vmap`` over a pair.
+        checkpointed: compute a layer's activations a second time when back-propagating, instead of keeping them.
     """
 
     config: LlamaConfig
     lora_scale: float = 1.0
     precision: Precision = "float32"
+    checkpointed: bool = False
 
     def setup(self):  # noqa: D102
         c = self.config
@@ -171,7 +176,21 @@ class Llama(nn.Module):
         x = self.embed_tokens(tokens).astype(jnp.float32)
         rope = rotary_table(self.config, tokens.shape[1])
         layers = jnp.arange(self.config.num_hidden_layers)
-        return self.layers(x, lora, layers, rope, perturbation)[0]
+        if self.is_initializing():
+            return self.layers(x, lora, layers, rope, perturbation)[0]
+        # The same scan, but slicing the weights itself: see in_loop.
+        stacked = self.variables["params"]["layers"]
+        block = Block(self.config, self.lora_scale, self.precision, parent=None)
+
+        def one(x, layer_and_lora):
+            layer, lora = layer_and_lora
+            slices = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(*in_loop(leaf, layer), 0, False), stacked)
+            weights = jax.tree.map(lambda leaf: checkpoint_name(leaf, "weights"), slices)
+            return block.apply({"params": weights}, x, lora, layer, rope, perturbation)
+
+        policy = None if self.checkpointed else jax.checkpoint_policies.save_anything_except_these_names("weights")
+        one = jax.checkpoint(one, prevent_cse=False, policy=policy)
+        return jax.lax.scan(one, x, (layers, lora))[0]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Final norm and head: ``[..., D]`` to ``[..., V]``, float32."""
@@ -179,6 +198,38 @@ class Llama(nn.Module):
         if self.config.tie_word_embeddings:
             return frozen_product(x, self.embed_tokens.embedding.T, self.precision)
         return self.lm_head(x)
+
+    def label_losses(self, hidden: jax.Array, labels: jax.Array) -> jax.Array:
+        """−log softmax(logits)[label] in nats, ``[R]`` float32, from ``[R, D]`` of the residual stream, ``[R]`` labels.
+
+        The logits exist for one block of the vocabulary at a time, no wider than about an MLP's activations; the
+        blocks' maxima and sums are joined as they come (online softmax, arXiv 1805.02867).
+        """
+        vocabulary, rows = self.config.vocab_size, hidden.shape[0]
+        x = self.norm(hidden)
+        tied = self.config.tie_word_embeddings
+        table = self.embed_tokens.embedding if tied else self.variables["params"]["lm_head"]["kernel"]
+        blocks = -(-vocabulary // _VOCABULARY_BLOCK)
+        width = -(-vocabulary // blocks)
+
+        def join(carry, block):
+            largest, total, picked = carry
+            start = jnp.minimum(block * width, vocabulary - width)  # the last block may overlap the one before it
+            part = jax.lax.dynamic_slice_in_dim(*in_loop(table, start), width, axis=0 if tied else 1)
+            logits = frozen_product(x, part.T if tied else part, self.precision)
+            place = labels - start
+            own = jnp.take_along_axis(logits, jnp.clip(place, 0, width - 1)[:, None], axis=1)[:, 0]
+            picked = jnp.where((place >= 0) & (place < width), own, picked)
+            if vocabulary % width:
+                logits = jnp.where(start + jnp.arange(width) >= block * width, logits, -jnp.inf)
+            higher = jnp.maximum(largest, jnp.max(logits, axis=1))
+            total = total * jnp.exp(largest - higher) + jnp.sum(jnp.exp(logits - higher[:, None]), axis=1)
+            return (higher, total, picked), None
+
+        join = jax.checkpoint(join, prevent_cse=False) if self.checkpointed else join
+        start = (jnp.full(rows, -jnp.inf), jnp.zeros(rows), jnp.zeros(rows))
+        (largest, total, picked), _ = jax.lax.scan(join, start, jnp.arange(blocks))
+        return largest + jnp.log(total) - picked
 
     def __call__(self, tokens: jax.Array, lora: Lora) -> jax.Array:
         """Logits ``[B, S, V]`` float32 of every position."""
@@ -234,11 +285,42 @@ def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 def causal_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """softmax(q·kᵀ/√h)·v over earlier positions: ``[B, S, N, h]`` from N query and K key/value heads, in float32."""
-    batch, length, heads, width = query.shape
-    groups = query.reshape(batch, length, key.shape[2], -1, width)
-    exact = jax.lax.Precision.HIGHEST
-    scores = jnp.einsum("bskgh,btkh->bkgst", groups, key, precision=exact) * width**-0.5
-    causal = jnp.tril(jnp.ones((length, length), bool))
-    weights = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf), axis=-1)
-    return jnp.einsum("bkgst,btkh->bskgh", weights, value, precision=exact).reshape(batch, length, heads, width)
+    """softmax(q·kᵀ/√h)·v over earlier positions: ``[B, S, N, h]`` from N query and K key/value heads, in float32.
+
+    Queries go in four strips, each over the keys up to its end, so that little of what causality hides is computed;
+    and in blocks within a strip, so that memory grows with S and not with S².
+    """
+    length = query.shape[1]
+    strip = max(_LEAST_STRIP, -(-length // 4))
+    strips = [
+        _attend(query[:, start : start + strip], key[:, : start + strip], value[:, : start + strip], start)
+        for start in range(0, length, strip)
+    ]
+    return jnp.concatenate(strips, axis=1)
+
+
+def _attend(query: jax.Array, key: jax.Array, value: jax.Array, start: int) -> jax.Array:
+    """Attention of queries at positions from ``start`` on, ``[B, Q, N, h]``, to keys ``[B, T, K, h]`` from 0 on."""
+    batch, rows, heads, width = query.shape
+    key, value = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)  # [B, K, h, T], [B, K, T, h]
+    groups = (query * width**-0.5).reshape(batch, rows, key.shape[1], -1, width).transpose(0, 2, 3, 1, 4)
+
+    def mix(first, groups):
+        """``[B, K, G, Q, h]`` for queries from position ``first`` on."""
+        flat = groups.reshape(batch, key.shape[1], -1, width)  # one product for the queries that share a key
+        scores = product(flat, key).reshape(*groups.shape[:-1], -1)
+        seen = jnp.arange(key.shape[-1]) <= first + jnp.arange(groups.shape[-2])[:, None]
+        weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
+        return product(weights.reshape(*flat.shape[:-1], -1), value).reshape(groups.shape)
+
+    if rows <= _QUERY_BLOCK:
+        mixed = mix(start, groups)
+    else:
+        blocks = -(-rows // _QUERY_BLOCK)
+        padded = jnp.pad(groups, [(0, 0)] * 3 + [(0, blocks * _QUERY_BLOCK - rows), (0, 0)])
+        split = jnp.moveaxis(padded.reshape(*groups.shape[:3], blocks, _QUERY_BLOCK, width), 3, 0)
+        firsts = start + _QUERY_BLOCK * jnp.arange(blocks)
+        # Back-propagation too would otherwise keep all weights.
+        found = jax.lax.map(lambda block: jax.checkpoint(mix)(*block), (firsts, split))
+        mixed = jnp.moveaxis(found, 0, 3).reshape(padded.shape)[..., :rows, :]
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, rows, heads, width)

@@ -1,7 +1,7 @@
 """Products with frozen weights, at a chosen precision.
 
 A projected gradient is the difference of two nearly equal losses, so rounding that a single forward pass would forgive
-drowns it: with bfloat16 inputs its error is tens of per cent at the paper's μ. ``paired`` keeps the speed of bfloat16
+drowns it: with bfloat16 inputs its error is larger than itself at the paper's μ. ``paired`` keeps the speed of bfloat16
 and loses that error. Both points of a pair run side by side and every frozen product is taken on their mean and
 half-difference,
 
@@ -9,8 +9,16 @@ half-difference,
 
 which is the same in exact arithmetic. Rounding m to bfloat16 changes both losses alike and cancels in L₊ − L₋; rounding
 d is relative to d, which is small. Everything but these products stays in float32.
+
+Measured by ``python -m experiments.precision`` on SmolLM2-135M and GSM8K, relative error of the projected gradient:
+
+    μ           3e-4     1e-3     3e-3     1e-2
+    float32    0.4 %   0.08 %    0.3 %    3.4 %
+    bfloat16   426 %    213 %     60 %     18 %
+    paired     1.2 %    2.0 %    2.3 %    2.7 %
 """
 
+import math
 from typing import Literal, TypeAlias
 
 import jax
@@ -37,7 +45,8 @@ def frozen_product(x: jax.Array, kernel: jax.Array, precision: Precision) -> jax
     if precision == "bfloat16":
         return _bfloat16_product(x, kernel)
     sign = 1.0 - 2.0 * jax.lax.axis_index(PAIR).astype(jnp.float32)
-    halves = jnp.stack([jax.lax.pmean(x, PAIR), jax.lax.pmean(sign * x, PAIR)])
+    plus, minus = jax.lax.all_gather(x, PAIR)  # not a mean over the axis: XLA's reductions on CPUs are slow
+    halves = jnp.stack([(plus + minus) / 2, (plus - minus) / 2])
     mean, difference = _bfloat16_product(halves, kernel)
     return mean + sign * difference
 
@@ -47,5 +56,35 @@ def product(x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
 
 
+def in_loop(weights: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Weights to be sliced at the index of a loop, and the index; both as they are.
+
+    XLA's compiler for CPUs slices bfloat16 by way of float32, and would take the conversion of all weights out of the
+    loop: a float32 copy of the base. What depends on the index stays inside.
+    """
+    return jax.lax.optimization_barrier((weights, index))
+
+
 def _bfloat16_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return jnp.matmul(x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
+
+
+WORRYING = 0.2
+"""Relative error of a projected gradient above which a run should be warned."""
+# Rounding of a loss, and of a difference of losses relative to it.
+_ROUNDING: dict[Precision, tuple[float, float]] = {
+    "float32": (1e-6, 0),
+    "paired": (1e-6, 0.02),
+    "bfloat16": (1.8e-3, 0),
+}
+
+
+def likely_error(precision: Precision, scale: float) -> float:
+    """The relative error of the projected gradient to expect at perturbation scale μ.
+
+    √((ρ/μ)² + δ² + (c·μ²)²): the losses' rounding grows as they approach each other, and their third derivative with
+    their distance. ρ, δ and c are fitted to ``python -m experiments.precision`` on SmolLM2-135M and GSM8K; another
+    model's differ, and that command measures them.
+    """
+    loss, difference = _ROUNDING[precision]
+    return math.hypot(loss / scale, difference, 350 * scale**2)

@@ -1,5 +1,8 @@
 """Shapes of well-known LLaMA models, for planning and ahead-of-time compilation: no weights are needed."""
 
+from pathlib import Path
+
+from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.config import LlamaConfig
 
 _LLAMA2 = {"vocab_size": 32000, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096}
@@ -52,3 +55,15 @@ SHAPES: dict[str, LlamaConfig] = {
         eos_token_id=(2,),
     ),
 }
+
+
+def named_shape(name: str) -> LlamaConfig:
+    """The shape known by this name, or of the ``config.json`` (or its folder) at this path.
+
+    Raises ``UserError`` where there is neither.
+    """
+    if name in SHAPES:
+        return SHAPES[name]
+    if Path(name).exists():
+        return LlamaConfig.from_json(Path(name))
+    raise UserError(f"unknown model {name!r}: give {', '.join(SHAPES)} or the path of a config.json")

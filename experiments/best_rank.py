@@ -1,0 +1,131 @@
+"""Whether the best LoRA rank follows the Hessian's effective rank (Conjecture 3.8 of arXiv 2402.05926).
+
+    python -m experiments.effective_rank
+    python -m experiments.best_rank --effective-rank runs/effective_rank/results.json
+
+FedMeZO at each LoRA rank and several learning rates, for the best rate depends on the rank; α = 2r. The conjecture has
+the best LoRA rank at or above the effective rank, whose ``results.json`` the second command names.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+
+from experiments import common, study
+from fedmezo_jax.errors import UserError
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+
+def _variants(ranks: Sequence[int], rates: Sequence[float]) -> dict[str, dict[str, Any]]:
+    return {
+        f"r = {rank}, η = {rate:g}": {"lora_rank": rank, "lora_alpha": 2.0 * rank, "learning_rate": rate}
+        for rank in ranks
+        for rate in rates
+    }
+
+
+PRESETS: dict[study.PresetName, study.Preset] = {
+    "small": study.Preset(replace(study.SMALL, rounds=12), 3, 12, _variants((4, 16, 64, 128), (4e-4, 8e-4, 1.6e-3))),
+    "paper": study.Preset(study.PAPER, 3, 50, _variants((4, 8, 16, 32, 64, 128), (1e-5, 2.5e-5, 5e-5))),
+    "smoke": study.Preset(study.SMOKE, 2, 2, _variants((2, 4), (1e-3, 2e-3))),
+}
+
+
+@dataclass(frozen=True)
+class Config(study.Config):
+    """Which preset, and what of it to change."""
+
+    effective_rank: Path | None = None
+    """results.json of experiments.effective_rank, of the same model and data"""
+
+
+def main(config: Config) -> None:
+    """Runs the study, with a plot of its own."""
+    measured = _effective_ranks(config)
+    out, outcomes = study.run(
+        config, "best_rank", PRESETS, title="best LoRA rank", conclude=partial(conclude, measured=measured)
+    )
+    plot(out / "best_rank.png", conclude(outcomes, measured), outcomes)
+
+
+def conclude(outcomes: Sequence[study.Outcome], measured: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row a LoRA rank: the loss at its best η, and its gap to the best rank, paired by seed."""
+    best = {rank: min(own, key=lambda one: one.after.mean()) for rank, own in _by_rank(outcomes).items()}
+    winner = min(best.values(), key=lambda one: one.after.mean())
+    rows = []
+    for rank, one in best.items():
+        gap = one.after - winner.after
+        rates = [other.config.learning_rate for other in _by_rank(outcomes)[rank]]
+        row = {
+            "lora_rank": rank,
+            "best_learning_rate": one.config.learning_rate,
+            "at_an_end_of_the_sweep": one.config.learning_rate in (min(rates), max(rates)),
+            "seeds": len(one.after),
+            "loss_after": float(one.after.mean()),
+            "band_90": study.half_width(one.after),
+            "above_the_best": float(gap.mean()),
+            "above_band_90": study.half_width(gap),
+        }
+        if measured:
+            row |= {name: measured.get(rank, {}).get(name) for name in ("effective_rank", "effective_rank_positive")}
+        rows.append(row)
+    return rows
+
+
+def _by_rank(outcomes: Sequence[study.Outcome]) -> dict[int, list[study.Outcome]]:
+    ranks = dict.fromkeys(one.config.lora_rank for one in outcomes)
+    return {rank: [one for one in outcomes if one.config.lora_rank == rank] for rank in ranks}
+
+
+def _effective_ranks(config: Config) -> dict[int, dict[str, Any]]:
+    """Rows of the whole Hessian after training, by LoRA rank; ``{}`` where no file is given."""
+    if config.effective_rank is None:
+        return {}
+    run = PRESETS[config.preset].run
+    wanted = (config.model or run.model, config.data or run.data, "trained", "all")
+    try:
+        rows = json.loads(config.effective_rank.read_text(encoding="utf-8"))["rows"]
+        keys = ("model", "data", "state", "layer")
+        return {row["lora_rank"]: row for row in rows if tuple(row[key] for key in keys) == wanted}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(
+            f"--effective-rank {config.effective_rank} is no results.json of experiments.effective_rank"
+        ) from None
+
+
+def plot(file: Path, rows: Sequence[dict[str, Any]], outcomes: Sequence[study.Outcome]) -> None:
+    """Test loss over the LoRA rank, at each η and at each rank's best; the effective rank as a line of its own."""
+    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    for i, rate in enumerate(dict.fromkeys(one.config.learning_rate for one in outcomes)):
+        own = [one for one in outcomes if one.config.learning_rate == rate]
+        ranks = [one.config.lora_rank for one in own]
+        axes.plot(ranks, [one.after.mean() for one in own], ".:", color=f"C{i}", label=f"η = {rate:g}")
+    ranks, after = ([row[name] for row in rows] for name in ("lora_rank", "loss_after"))
+    band = [row["band_90"] or 0 for row in rows]
+    axes.errorbar(ranks, after, band, fmt="ko-", capsize=3, label="at the rank's best η, 90 %")
+    top = np.max([one.after.mean() for one in outcomes if one.config.learning_rate == rows[0]["best_learning_rate"]])
+    axes.set(xscale="log", xlabel="LoRA rank", ylabel="test loss (nats a token)", ylim=(None, top + 0.3))
+    if any("effective_rank_positive" in row for row in rows):
+        other = axes.twinx()
+        other.plot(ranks, [row["effective_rank_positive"] for row in rows], "s-", color="0.6", label="tr H₊/‖H₊‖")
+        other.set_ylabel("effective rank")
+        other.legend(fontsize="x-small", loc="upper center")
+    axes.set_title("best LoRA rank")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="x-small")
+    figure.savefig(file, dpi=90)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    common.run(main, Config, __doc__)

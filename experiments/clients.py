@@ -1,0 +1,27 @@
+"""How the number N of clients matters (Fig. 7 and Tab. 6 of arXiv 2402.05926: little, from 3 to 40 clients).
+
+python -m experiments.clients
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from experiments import common, study
+
+PRESETS = study.three(
+    study.fields_over("clients", (2, 4, 8, 16), "N = {}"),
+    study.fields_over("clients", (3, 5, 9, 20, 40), "N = {}"),
+    paper=replace(study.PAPER, data="alpaca", learning_rate=1e-5),
+    seeds=2,
+)
+PAPER = {"N = 3": "1.51 (round 309)", "N = 9": "1.31 (round 500)", "N = 40": "1.32 (round 500)"}
+
+
+def main(config: study.Config) -> None:
+    """Runs the study."""
+    study.run(config, "clients", PRESETS, title="clients N", paper=PAPER)
+
+
+if __name__ == "__main__":
+    common.run(main, study.Config, __doc__)

@@ -1,0 +1,22 @@
+"""How the LoRA rank r matters (the paper names ranks 32, 64 and 128 as open; arXiv 2402.05926, Sec. 6); α = 2r.
+
+python -m experiments.lora_rank
+"""
+
+from __future__ import annotations
+
+from experiments import common, study
+
+PRESETS = study.three(
+    {f"r = {rank}": {"lora_rank": rank, "lora_alpha": 2.0 * rank} for rank in (2, 8, 32)},
+    {f"r = {rank}": {"lora_rank": rank, "lora_alpha": 2.0 * rank} for rank in (32, 64, 128)},
+)
+
+
+def main(config: study.Config) -> None:
+    """Runs the study."""
+    study.run(config, "lora_rank", PRESETS, title="LoRA rank r")
+
+
+if __name__ == "__main__":
+    common.run(main, study.Config, __doc__)

@@ -1,0 +1,172 @@
+"""Peak memory of a FedMeZO step, of a forward pass and of back-propagation, as the compiler plans it. Needs no weights.
+
+    python -m experiments.memory --model llama-3b --topology v5e:2x2
+    python -m experiments.memory --model smollm2-135m --device cpu --length 128 --rank 8 --precision float32
+    python -m experiments.memory --model llama-3b --topology a100-40gb --sweep length
+
+A topology is compiled for ahead of time, with no such device here.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # shapes are compiled, nothing is run
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+
+from experiments import common
+from experiments.growth_plot import plot_growth
+from fedmezo_jax import client, mezo, run_folder, topology
+from fedmezo_jax.data.examples import Rows
+from fedmezo_jax.errors import UserError
+from fedmezo_jax.llama.layout import base_shapes
+from fedmezo_jax.llama.lora import lora_shapes
+from fedmezo_jax.llama.loss import loss_of, pair_loss_of
+from fedmezo_jax.llama.model import Llama
+from fedmezo_jax.llama.precision import Precision
+from fedmezo_jax.llama.shapes import named_shape
+
+SWEEPS: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "model": ("model", ("smollm2-135m", "llama-3b", "llama-7b", "llama3-8b", "llama-13b", "llama-70b")),
+    "length": ("length", (256, 512, 1024, 2048, 4096, 8192)),
+    "clients": ("clients_per_device", (1, 2, 4, 8, 16)),
+}
+"""The option that each sweep varies, and its values."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to compile."""
+
+    model: str = "llama-3b"
+    """llama-3b, llama-7b, llama3-8b, llama-13b, llama-70b, smollm2-135m, or the path of a config.json"""
+    topology: str | None = None
+    """device to compile for: v5e:2x2, v5p:2x2x1, v6e:2x2, a100-40gb, a100-80gb, h100, h100:8; one chip of it is used"""
+    device: Literal["cpu"] | None = None
+    """compile for this machine instead"""
+    length: int = 1024
+    """tokens in a row, half of them labels"""
+    rank: int = 128
+    """LoRA rank"""
+    targets: str = "q_proj,v_proj"
+    """projections with an adapter"""
+    clients_per_device: int = 1
+    """clients that run at once on a device, one row each"""
+    precision: Precision = "bfloat16"
+    """of the products with frozen weights, which are stored in float32 for float32 and else in bfloat16"""
+    sweep: Literal["model", "length", "clients"] | None = None
+    """vary this and plot the growth"""
+    seed: int = 0
+    """has no part in this: shapes alone are compiled"""
+    out: Path = Path("runs/memory")
+    """folder for config.json, results.json and, for a sweep, growth.png"""
+
+    def __post_init__(self):
+        """Refuses what cannot be compiled."""
+        if self.topology and self.device:
+            raise UserError("--topology and --device exclude each other: give one")
+        for name in ("length", "rank", "clients_per_device"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+
+
+def main(config: Config) -> None:
+    """Compiles the programs, prints the table and writes the folder."""
+    start = time.perf_counter()
+    name = config.device or config.topology or "v5e:2x2"
+    target = topology.host() if name == "cpu" else topology.describe(name)
+    field, values = SWEEPS[config.sweep] if config.sweep else ("model", (config.model,))
+    rows = []
+    for value in values:
+        for row in measure(replace(config, **{field: value}), target):
+            rows.append(row)
+            print(" ".join(str(part) for part in (value, row["what"], row["peak_bytes"])), flush=True)
+    config.out.mkdir(parents=True, exist_ok=True)
+    run_folder.write_json(config.out / "config.json", asdict(config) | {"out": str(config.out)})
+    common.write_results(config.out, rows, time.perf_counter() - start)
+    title = f"{name}, {target.memory / topology.GIB:.2f} GiB a device, {config.precision}, r={config.rank} on "
+    common.print_table(title + config.targets, rows)
+    if config.sweep:
+        plot_growth(config.out / "growth.png", rows, field, target.memory, title + config.targets)
+
+
+def measure(config: Config, target: topology.Topology) -> Iterator[dict[str, Any]]:
+    """One row for each program; ``over_forward`` is the ratio of the peaks."""
+    forward = None
+    for what, function, arguments in programs(config, target.devices[0]):
+        donated = (1,) if what != "forward" else ()  # the LoRA, which these return moved
+        lowered = jax.jit(function, donate_argnums=donated).lower(*arguments)
+        plan = topology.plan(lowered, target)
+        forward = forward or plan.peak
+        yield {
+            "model": config.model,
+            "length": config.length,
+            "clients_per_device": config.clients_per_device,
+            "what": what,
+            "peak_bytes": plan.peak,
+            "temp_bytes": plan.temporary,
+            "fits": plan.peak is not None and plan.peak <= target.memory,
+            "over_forward": plan.peak / forward if plan.peak and forward else None,
+        }
+
+
+def programs(config: Config, device: Any) -> list[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
+    """Name, function and abstract arguments of each program; the LoRA, argument 1, is the one that may be donated."""
+    llama = named_shape(config.model)
+    sharding = SingleDeviceSharding(device)
+
+    def abstract(dtype, shape):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    def tree(dtype, shapes):
+        return jax.tree.map(partial(abstract, dtype), shapes, is_leaf=lambda leaf: isinstance(leaf, tuple))
+
+    clients, labels = config.clients_per_device, max(1, config.length // 2)
+    base = tree(jnp.float32 if config.precision == "float32" else jnp.bfloat16, base_shapes(llama))
+    shapes = lora_shapes(llama, config.rank, config.targets.split(","))
+    lora = tree(
+        jnp.float32, jax.tree.map(lambda s: (clients, *s), shapes, is_leaf=lambda leaf: isinstance(leaf, tuple))
+    )
+    shape = (clients, 1, 1, labels)
+    tokens = abstract(jnp.int32, (clients, 1, 1, config.length))
+    rows = Rows(tokens, abstract(jnp.int32, shape), abstract(jnp.int32, shape), abstract(jnp.float32, shape))  # pyright: ignore
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0, impl="threefry2x32"), clients))
+    keys = abstract(keys.dtype, keys.shape)
+
+    pair = Llama(llama, 2.0, config.precision)
+    single = pair.clone(precision="bfloat16") if config.precision == "paired" else pair
+    checkpointed = single.clone(checkpointed=True)
+
+    def forward(base, lora, rows):
+        return jax.vmap(loss_of(single, base))(lora, jax.tree.map(lambda leaf: leaf[:, 0], rows))
+
+    def step(base, lora, rows, keys):
+        work, loss = client.mezo_work(mezo.MezoConfig()), pair_loss_of(pair, base)
+        return jax.vmap(lambda lora, rows, key: work(loss, lora, rows, key, jnp.float32(1e-5)))(lora, rows, keys)
+
+    def backprop(model, base, lora, rows):
+        def one(lora, row):
+            loss, gradient = jax.value_and_grad(loss_of(model, base))(lora, jax.tree.map(lambda leaf: leaf[0], row))
+            return jax.tree.map(lambda p, g: p - 1e-5 * g, lora, gradient), loss
+
+        return jax.vmap(one)(lora, rows)
+
+    return [
+        ("forward", forward, (base, lora, rows)),
+        ("fedmezo", step, (base, lora, rows, keys)),
+        ("backprop", partial(backprop, single), (base, lora, rows)),
+        ("backprop_checkpointed", partial(backprop, checkpointed), (base, lora, rows)),
+    ]
+
+
+if __name__ == "__main__":
+    common.run(main, Config, __doc__)

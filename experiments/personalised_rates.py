@@ -1,0 +1,48 @@
+"""Which signal should personalise the clients' learning rates (Fig. 4 of arXiv 2402.05926: model-diff is best).
+
+python -m experiments.personalised_rates
+
+Every strategy is held against one rate for all (``frozen``) by a paired t-test over seeds. Two controls are blind to
+heterogeneity: rates drawn at random from the same range, and one rate for all that is a quarter larger.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from experiments import common, study
+from fedmezo_jax.server import STRATEGIES
+
+
+def variants(learning_rate: float) -> study.Variants:
+    """The strategies, and a larger rate for all."""
+    strategies = study.fields_over("personalize", STRATEGIES, "{}")
+    return {**strategies, "frozen, 1.25 η₀": {"learning_rate": 1.25 * learning_rate}}
+
+
+PRESETS = study.three(variants(study.SMALL.learning_rate), variants(study.PAPER.learning_rate), seeds=6)
+
+
+def conclude(outcomes: Sequence[study.Outcome]) -> list[dict[str, Any]]:
+    """A row a strategy, with its mean difference from ``frozen`` and that test's p."""
+    frozen = outcomes[0].after
+    found = []
+    for row, one in zip(study.rows(outcomes, {}), outcomes, strict=True):
+        difference = one.after - frozen
+        tested = one.label != "frozen" and np.ptp(difference) > 0
+        p = float(np.asarray(stats.ttest_rel(one.after, frozen).pvalue)) if tested else None
+        found.append(row | {"over_frozen": float(np.mean(difference)), "p_paired": p})
+    return found
+
+
+def main(config: study.Config) -> None:
+    """Runs the study."""
+    study.run(config, "personalised_rates", PRESETS, title="personalised learning rates", conclude=conclude)
+
+
+if __name__ == "__main__":
+    common.run(main, study.Config, __doc__)

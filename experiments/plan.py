@@ -1,0 +1,143 @@
+"""Plans a run before anything is rented: what fits, what is sent, how long a round takes at the least.
+
+    python -m experiments.plan --model llama-3b --topology v5e:2x4 --clients 64 --length 1024 --rank 128
+    python -m experiments.plan --model llama-70b --topology h100:8 --clients 16 --length 1024
+
+The round is compiled ahead of time by the real compiler for these devices, of which there need be none. All meshes are
+compared unless one is given. A scan in the search of the clients at once takes a few compilations each.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # shapes are compiled, nothing is run
+
+from rich.progress import track
+
+from experiments import common
+from fedmezo_jax import plan, topology
+from fedmezo_jax.errors import UserError
+from fedmezo_jax.federated import Seeds
+from fedmezo_jax.llama.lora import check_targets
+from fedmezo_jax.llama.precision import Precision
+from fedmezo_jax.llama.shapes import named_shape
+from fedmezo_jax.run_folder import write_json
+from fedmezo_jax.sharding import parse_mesh
+
+
+@dataclass(frozen=True)
+class Config:
+    """The run and the devices."""
+
+    model: str = "llama-3b"
+    """llama-3b, llama-7b, llama3-8b, llama-13b, llama-70b, smollm2-135m, or the path of a config.json"""
+    topology: str = "v5e:2x4"
+    """devices: v5e:2x4, v5p:2x2x1, v6e:2x2, a100-40gb:4, a100-80gb:8, h100:8"""
+    mesh: str | None = None
+    """the only mesh to look at, e.g. clients=4,model=2"""
+    clients: int = 64
+    """clients of a round"""
+    local_steps: int = 30
+    """local steps H"""
+    batch_size: int = 1
+    """rows a step"""
+    length: int = 1024
+    """tokens a row, half of them labels"""
+    rank: int = 128
+    """LoRA rank"""
+    targets: str = "q_proj,v_proj"
+    """projections with an adapter"""
+    precision: Precision = "paired"
+    """of the products with frozen weights"""
+    seeds: Seeds = "per-client"
+    """whether clients draw directions of their own or share them"""
+    seed: int = 0
+    """has no part in this: shapes alone are compiled"""
+    out: Path = Path("runs/plan")
+    """folder for config.json and results.json"""
+
+    def __post_init__(self):
+        """Refuses what cannot be planned."""
+        for name in ("clients", "local_steps", "batch_size", "length", "rank"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        check_targets(tuple(self.targets.split(",")))
+
+
+def main(config: Config) -> None:
+    """Compiles the round for every mesh, prints the table and writes the folder."""
+    start = time.perf_counter()
+    target, kind = topology.describe(config.topology), config.topology.partition(":")[0]
+    llama = named_shape(config.model)
+    targets = tuple(name.strip() for name in config.targets.split(","))
+    sizes = (config.clients, config.local_steps, config.batch_size, config.length, config.rank)
+    planned = plan.Round(llama, *sizes, targets, config.precision, config.seeds)
+    shapes = plan.meshes(len(target.devices), llama)
+    if config.mesh:
+        mesh = parse_mesh(config.mesh, target.devices)
+        asked = tuple(mesh.shape.values()) if mesh else (1, 1)
+        if asked not in shapes:
+            raise UserError(f"--mesh {config.mesh} does not divide the heads or the MLP width of {config.model}")
+        shapes = [asked]
+    rows = []
+    for shape in track(shapes, "compiling", transient=True):
+        at_once, found = most_at_once(planned, target, shape)
+        fits = found.peak is not None and found.peak <= target.memory
+        rows.append(
+            {
+                "mesh": f"clients={shape[0]},model={shape[1]}",
+                "clients_at_once": at_once,
+                "clients_per_chip": at_once / shape[1],
+                "peak_bytes_per_chip": found.peak,
+                "fits": fits,
+                "collective_bytes_per_round": found.within + found.between,
+                "between_clients_bytes_per_round": found.between,
+                "flops_per_round": plan.operations(planned),
+                "roofline_seconds_per_round": plan.roofline(planned, plan.CHIPS[kind], shape, at_once, found)
+                if fits
+                else None,
+            }
+        )
+    best = min((row for row in rows if row["fits"]), key=lambda row: row["roofline_seconds_per_round"], default=None)
+    for row in rows:
+        row["best"] = row is best
+    config.out.mkdir(parents=True, exist_ok=True)
+    write_json(config.out / "config.json", asdict(config) | {"out": str(config.out)})
+    common.write_results(config.out, rows, time.perf_counter() - start)
+    title = (
+        f"{config.model} on {config.topology}, {target.memory / topology.GIB:.2f} GiB a chip, {config.clients} clients"
+    )
+    common.print_table(title, rows)
+    print(f"chip: {plan.CHIPS[kind].source}")
+    print(f"best: --mesh {best['mesh']}" if best else "nothing fits: take more or larger chips, or shorter rows")
+
+
+def most_at_once(planned: plan.Round, target: topology.Topology, shape: tuple[int, int]) -> tuple[int, plan.Compiled]:
+    """The most clients that a group can run at once, as a power of two and no more than it has, and that program.
+
+    Peaks grow in a straight line, so two of them say where to look; what is said to fit was compiled.
+    """
+    each = -(-planned.clients // shape[0])
+    found = plan.compile_round(planned, target, shape, 1)
+    if found.peak is None or found.peak > target.memory or each == 1:
+        return 1, found
+    second = plan.compile_round(planned, target, shape, 2)
+    if second.peak is None or second.peak > target.memory:
+        return 1, found
+    growth = max(second.peak - found.peak, 1)
+    room = 2 + int((target.memory - second.peak) / growth)
+    at_once = 1 << (min(room, each).bit_length() - 1)
+    while at_once > 2:
+        third = plan.compile_round(planned, target, shape, at_once)
+        if third.peak is not None and third.peak <= target.memory:
+            return at_once, third
+        at_once //= 2
+    return 2, second
+
+
+if __name__ == "__main__":
+    common.run(main, Config, __doc__)

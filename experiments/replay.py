@@ -1,0 +1,106 @@
+"""Rebuilds the adapter of any round of a run from its ledger alone, without data, and checks it against the run's.
+
+python -m experiments.replay runs/fedmezo/run.ledger
+python -m experiments.replay runs/fedmezo/run.ledger --model FOLDER --round 10 --out runs/round10
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import tyro
+from rich.progress import Progress
+
+from experiments import common
+from fedmezo_jax import ledger, run_folder
+from fedmezo_jax.config import RunConfig
+from fedmezo_jax.errors import UserError
+from fedmezo_jax.llama.adapter import load_adapter, save_adapter
+from fedmezo_jax.llama.checkpoint import load_base
+from fedmezo_jax.llama.config import LlamaConfig
+from fedmezo_jax.llama.registry import resolve
+from fedmezo_jax.replay import largest_difference, replay
+from fedmezo_jax.setup import start, stored_type
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to rebuild."""
+
+    ledger: tyro.conf.Positional[Path]
+    """the run.ledger in a run's folder"""
+    model: str | None = None
+    """the run's base model, whose weights are checked against the ledger; by default from where the run had it"""
+    round: int | None = None
+    """round to go up to; by default the last"""
+    seed: int = 0
+    """has no part in this: the ledger knows the run's"""
+    out: Path = Path("runs/replay")
+    """folder for adapter/, config.json and results.json"""
+
+
+def main(config: Config) -> None:
+    """Verifies the ledger and the base, rebuilds the adapter, compares it and writes the folder."""
+    begin = time.perf_counter()
+    if config.round is not None and config.round < 0:
+        raise UserError(f"--round must be 0 or more, not {config.round}")
+    header = ledger.read_header(config.ledger)
+    *_, last = ledger.records(config.ledger)  # the whole chain, before anything is computed
+    torn = config.ledger.stat().st_size - last.end
+    print(f"{config.ledger}: {last.index} rounds, {last.end:,} bytes, every checksum holds")
+    if torn:
+        print(f"notice: its last record was cut short: {torn} bytes are not looked at")
+    run = _run_config(header, config.ledger)
+    folder = resolve(config.model or run.model)
+    llama = LlamaConfig.from_json(folder)
+    if ledger.tree_hash(load_base(folder, llama, stored_type(run))) != header["base_hash"]:
+        raise UserError(f"--model {config.model or run.model}: its weights are not those that the run was on")
+    verified = time.perf_counter()
+    until = last.index if config.round is None else config.round
+    with Progress() as bar:
+        task = bar.add_task("rounds", total=until)
+        lora, done = replay(config.ledger, run, start(run, llama), until, lambda done: bar.update(task, completed=done))
+    rebuilt = time.perf_counter()
+
+    settings: dict[str, Any] = {"rank": run.lora_rank, "alpha": run.lora_alpha, "targets": run.target_names}
+    save_adapter(config.out / "adapter", lora, **settings, base_name=config.model or run.model)
+    theirs = config.ledger.parent / "adapter"
+    row: dict[str, Any] = {"rounds": done, "ledger_bytes": last.end, "verify_seconds": verified - begin}
+    row |= {"rebuild_seconds": rebuilt - verified, "compared": False, "bit_identical": None, "largest_difference": None}
+    if done == run.rounds and theirs.exists():
+        difference = largest_difference(jax.device_get(load_adapter(theirs, llama).lora), lora)
+        row |= {"compared": True, "bit_identical": difference is None, "largest_difference": difference or 0.0}
+    paths = {"ledger": str(config.ledger), "out": str(config.out)}
+    run_folder.write_json(config.out / "config.json", asdict(config) | paths)
+    common.write_results(config.out, [row], time.perf_counter() - begin)
+    common.print_table(f"adapter after round {done}: {config.out / 'adapter'}", [row])
+    print(_verdict(row, header))
+
+
+def _run_config(header: dict[str, Any], file: Path) -> RunConfig:
+    try:
+        return RunConfig(**header["config"])
+    except TypeError as error:
+        raise UserError(f"{file}: was written by another version of this package ({error})") from None
+
+
+def _verdict(row: dict[str, Any], header: dict[str, Any]) -> str:
+    if not row["compared"]:
+        return "not compared: the run's folder has no adapter of this round"
+    if row["bit_identical"]:
+        return "the rebuilt adapter is the run's, bit for bit"
+    device = jax.devices()[0]
+    here = {"platform": device.platform, "device": device.device_kind, "devices": jax.device_count()}
+    there = header["backend"]
+    return (
+        f"the rebuilt adapter differs from the run's by at most {row['largest_difference']:.3g}: the run was on "
+        f"{there} with JAX {header['versions']['jax']}, this is {here} with JAX {jax.__version__}"
+    )
+
+
+if __name__ == "__main__":
+    common.run(main, Config, __doc__)

@@ -1,0 +1,126 @@
+"""Weak scaling as far as compiled programs show it: the same clients for each device, on 1 to 256 devices.
+
+    python -m experiments.weak_scaling --model llama-3b --topology a100-80gb
+    python -m experiments.weak_scaling --model smollm2-135m --topology v5e --devices 4,16,64,256
+
+Peak memory and traffic of a device are the compiler's, its operations are counted; nothing is run.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # shapes are compiled, nothing is run
+
+import matplotlib as mpl
+from rich.progress import track
+
+from experiments import common
+from fedmezo_jax import plan, topology
+from fedmezo_jax.errors import UserError
+from fedmezo_jax.federated import Seeds
+from fedmezo_jax.llama.shapes import named_shape
+from fedmezo_jax.run_folder import write_json
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+
+@dataclass(frozen=True)
+class Config:
+    """What grows and what does not."""
+
+    model: str = "llama-3b"
+    """llama-3b, llama-7b, llama3-8b, llama-13b, llama-70b, smollm2-135m, or the path of a config.json"""
+    topology: str = "a100-80gb"
+    """kind of device: v5e, v6e, a100-40gb, a100-80gb or h100"""
+    devices: str = "1,4,16,64,256"
+    """numbers of devices; of TPUs those that fill a square slice"""
+    clients_per_device: int = 1
+    """clients of each device in a round"""
+    local_steps: int = 30
+    """local steps H"""
+    length: int = 1024
+    """tokens a row, half of them labels"""
+    rank: int = 128
+    """LoRA rank"""
+    seeds: Seeds = "per-client"
+    """whether clients draw directions of their own or share them"""
+    seed: int = 0
+    """has no part in this: shapes alone are compiled"""
+    out: Path = Path("runs/weak_scaling")
+    """folder for config.json, results.json and weak_scaling.png"""
+
+    @property
+    def counts(self) -> list[int]:
+        """``devices``, taken apart."""
+        try:
+            counts = [int(part) for part in self.devices.split(",")]
+        except ValueError:
+            counts = []
+        if not counts or min(counts) < 1 or self.clients_per_device < 1:
+            raise UserError(f"--devices {self.devices}: give numbers of at least 1, e.g. 1,4,16")
+        return counts
+
+
+def main(config: Config) -> None:
+    """Compiles the round for every number of devices, prints the table and writes the folder."""
+    start = time.perf_counter()
+    llama = named_shape(config.model)
+    rows: list[dict[str, Any]] = []
+    for count in track(config.counts, "compiling", transient=True):
+        target = topology.describe(_slice(config.topology, count))
+        clients = count * config.clients_per_device
+        sizes = (clients, config.local_steps, 1, config.length, config.rank)
+        planned = plan.Round(llama, *sizes, ("q_proj", "v_proj"), "bfloat16", config.seeds)
+        found = plan.compile_round(planned, target, (count, 1), config.clients_per_device)
+        rows.append(
+            {
+                "devices": count,
+                "clients": clients,
+                "program_bytes": found.code,
+                "peak_bytes_per_device": found.peak,
+                "flops_per_device": plan.operations(planned) // count,
+                "collective_bytes_per_round": found.within + found.between,
+            }
+        )
+    config.out.mkdir(parents=True, exist_ok=True)
+    write_json(config.out / "config.json", asdict(config) | {"out": str(config.out)})
+    common.write_results(config.out, rows, time.perf_counter() - start)
+    plot(config.out / "weak_scaling.png", config, rows)
+    common.print_table(f"{config.model} on {config.topology}, {config.clients_per_device} client(s) a device", rows)
+
+
+def _slice(kind: str, count: int) -> str:
+    if kind not in topology.TPUS:
+        return f"{kind}:{count}"
+    side = math.isqrt(count)
+    if side * side != count or side < 2:
+        raise UserError(f"--devices: {count} TPU chips are no square slice; take 4, 16, 64 or 256")
+    return f"{kind}:{side}x{side}"
+
+
+def plot(file: Path, config: Config, rows: list[dict[str, Any]]) -> None:
+    """Memory and traffic of a device over the number of devices."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained")
+    devices = [row["devices"] for row in rows]
+    left.plot(devices, [row["peak_bytes_per_device"] / topology.GIB for row in rows], "o-", label="peak memory")
+    left.plot(devices, [row["program_bytes"] / topology.GIB for row in rows], "s-", label="program")
+    left.set(xscale="log", xlabel="devices", ylabel="GiB a device", ylim=(0, None))
+    left.legend(fontsize="small")
+    right.plot(devices, [row["collective_bytes_per_round"] for row in rows], "o-", color="C2")
+    right.set(xscale="log", xlabel="devices", ylabel="bytes received by a device in a round")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.suptitle(f"{config.model} on {config.topology}, {config.clients_per_device} client(s) a device", fontsize=11)
+    figure.savefig(file, dpi=100)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    common.run(main, Config, __doc__)

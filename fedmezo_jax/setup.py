@@ -1,0 +1,217 @@
+"""What a run works with: model, data, partition and the federated algorithm, put together from its configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from fedmezo_jax import client, federated, mezo, server, sharding
+from fedmezo_jax.config import RunConfig
+from fedmezo_jax.data.buckets import Widths, lengths, narrowed, widths
+from fedmezo_jax.data.examples import Rows
+from fedmezo_jax.data.partition import heterogeneity
+from fedmezo_jax.data.table import Table, deal, tabulate
+from fedmezo_jax.errors import UserError
+from fedmezo_jax.ledger import tree_hash
+from fedmezo_jax.llama.checkpoint import load_base
+from fedmezo_jax.llama.config import LlamaConfig
+from fedmezo_jax.llama.lora import init_lora
+from fedmezo_jax.llama.loss import loss_of, loss_sums, pair_loss_of
+from fedmezo_jax.llama.model import Base, Llama
+from fedmezo_jax.llama.registry import cache_folder, load_tokenizer, resolve
+
+TOKENS_AT_ONCE = 8192
+"""Clients run at once so long as their batches hold no more tokens than this; further ones follow in blocks."""
+
+
+class Setup(NamedTuple):
+    """What a run works with, loaded and checked.
+
+    Attributes:
+        config: the run's.
+        model: the decoder, with the run's α/r and precision.
+        base: its frozen weights, on the device.
+        lora: θ at the start.
+        train: training rows.
+        test: test rows.
+        parts: for each client the indices of its rows in ``train``.
+        categories: category of each training row, or what stands for it where the partition goes by something else.
+        dropped: rows left out because they are longer than ``max_length``.
+        cut: rows that lost their end for it.
+        widths: at which steps run.
+        base_hash: of the frozen weights as loaded (:func:`ledger.tree_hash`).
+        mesh: the devices it is spread over; None for one.
+    """
+
+    config: RunConfig
+    model: Llama
+    base: Base
+    lora: mezo.Params
+    train: Rows
+    test: Rows
+    parts: list[np.ndarray]
+    categories: list[str]
+    dropped: int
+    cut: int
+    widths: Widths
+    base_hash: str
+    mesh: Mesh | None
+
+    @property
+    def heterogeneity(self) -> float:
+        """Mean total-variation distance between a client's categories and all rows' categories."""
+        return heterogeneity(self.parts, self.categories)
+
+
+def run_key(seed: int) -> jax.Array:
+    """The run's key. The generator is named: under ``vmap`` some of JAX's others differ from a loop."""
+    return jax.random.key(seed, impl="threefry2x32")
+
+
+def start(config: RunConfig, llama: LlamaConfig) -> mezo.Params:
+    """θ at the start: a function of the seed and of the model's shape."""
+    key = jax.random.fold_in(run_key(config.seed), federated.INIT)
+    return init_lora(key, llama, config.lora_rank, config.target_names)
+
+
+def stored_type(config: RunConfig) -> Any:
+    """The dtype that the run holds the frozen weights in."""
+    return jnp.float32 if config.precision == "float32" else jnp.bfloat16
+
+
+def prepare(config: RunConfig, mesh: Mesh | None = None) -> Setup:
+    """Loads model and data and deals the rows to clients.
+
+    Args:
+        config: the run's.
+        mesh: what to spread it over; the weights are read straight onto its devices.
+
+    Raises:
+        UserError: anything about model, data, partition or mesh that does not fit.
+    """
+    folder = resolve(config.model)
+    llama = LlamaConfig.from_json(folder)
+    sharding.check_mesh(mesh, llama)
+    if config.max_length > llama.max_position_embeddings:
+        raise UserError(
+            f"--max-length {config.max_length}: the model takes {llama.max_position_embeddings} tokens at most"
+        )
+    tokenizer = load_tokenizer(folder)
+    table = table_of(config, tokenizer)
+    check_tokens(table.rows, tokenizer, llama, folder)
+    train, test = (Rows(*(leaf[picked] for leaf in table.rows)) for picked in (table.train, table.test))
+    trained = [table.examples[i] for i in table.train]
+    how = (config.clients, config.dirichlet_alpha, config.seed)
+    parts, categories = deal(config.partition, trained, lengths(train), *how)
+
+    base = load_base(folder, llama, stored_type(config), sharding.base_sharding(mesh))
+    base_hash = tree_hash(base)
+    model = Llama(llama, config.lora_alpha / config.lora_rank, config.precision)
+    among = widths(train, config.length_buckets)
+    lora = sharding.whole(mesh, start(config, llama))
+    counted = (table.dropped, table.cut)
+    return Setup(config, model, base, lora, train, test, parts, categories, *counted, among, base_hash, mesh)
+
+
+def table_of(config: RunConfig, tokenizer: Any) -> Table:
+    """The run's rows, tokenised and split into training and test ones."""
+    return tabulate(
+        config.data,
+        tokenizer,
+        data_dir=config.data_dir,
+        fields=config.fields,
+        style=config.prompt_style,
+        max_length=config.max_length,
+        long_rows=config.long_rows,
+        test_rows=config.test_rows,
+        seed=config.seed,
+        cache=cache_folder() / "tokens",
+    )
+
+
+def check_tokens(rows: Rows, tokenizer: Any, llama: LlamaConfig, folder: Path) -> None:
+    """Refuses tokens that the embedding has no row for, which a look-up would quietly take from its last row.
+
+    A padding token beyond the vocabulary, as many a tokenizer has been given, is harmless: no loss depends on it.
+    """
+    largest = np.max(rows.tokens, where=rows.tokens != tokenizer.pad_token_id, initial=0)
+    if largest >= llama.vocab_size:
+        raise UserError(
+            f"{folder}: its tokenizer makes token {largest}, but the model's vocabulary has {llama.vocab_size}: "
+            "give the tokenizer that belongs to the model"
+        )
+
+
+def build(setup: Setup) -> tuple[federated.Federated, Any]:
+    """The run's ``(init, round)`` and the loss that its rounds take."""
+    config = setup.config
+    if config.algorithm == "fedmezo":
+        loss = pair_loss_of(setup.model, setup.base)
+    else:
+        loss = loss_of(single(setup.model), setup.base)
+    at_once = max(1, TOKENS_AT_ONCE // (config.batch_size * setup.train.tokens.shape[1]))
+    return algorithm(config, min(at_once, config.participants), setup.mesh), narrowed(loss, setup.widths)
+
+
+def algorithm(config: RunConfig, block_size: int | None = None, mesh: Mesh | None = None) -> federated.Federated:
+    """The run's ``(init, round)``; its server's half needs neither model nor data."""
+    if config.algorithm == "fedmezo":
+        settings = (config.perturbation_scale, config.directions, config.distribution, config.weight_decay)
+        work = client.mezo_work(mezo.MezoConfig(*settings))
+    else:
+        work = client.backprop_work(local_optimizer(config))
+    rates = server.RateConfig(config.learning_rate, config.personalize, config.personalize_scale)
+    return federated.federated(work, rates, server_optimizer(config), block_size, config.seeds, mesh)
+
+
+def local_optimizer(config: RunConfig) -> Callable[[Any], optax.GradientTransformation]:
+    """The optimizer of back-propagated local steps, made of a learning rate."""
+    if config.local_optimizer == "adam":
+        return partial(optax.adamw, weight_decay=config.weight_decay)
+    return lambda rate: optax.chain(optax.add_decayed_weights(config.weight_decay), optax.sgd(rate))
+
+
+def server_optimizer(config: RunConfig) -> optax.GradientTransformation:
+    """The server's, fed with the pseudo-gradient."""
+    if config.server_optimizer == "adam":
+        return optax.adam(config.server_learning_rate)
+    return optax.sgd(config.server_learning_rate, 0.9 if config.server_optimizer == "momentum" else None)
+
+
+def single(model: Llama) -> Llama:
+    """The model for losses at one θ: ``paired`` needs two."""
+    return model.clone(precision="bfloat16") if model.precision == "paired" else model
+
+
+def evaluator(setup: Setup) -> Callable[[mezo.Params], float]:
+    """``test_loss(lora)``: mean cross-entropy over the label tokens of all test rows, in nats."""
+    model, count = single(setup.model), len(setup.test.tokens)
+    size = min(count, max(1, TOKENS_AT_ONCE // setup.test.tokens.shape[1]))
+    fill = -count % size  # copies of the first row without weight, so that all batches have one shape
+
+    def batched(leaf):
+        filled = np.concatenate([leaf, np.repeat(leaf[:1], fill, axis=0)])
+        return jnp.asarray(filled.reshape(-1, size, *leaf.shape[1:]))
+
+    weights = np.concatenate(
+        [setup.test.label_weights, np.zeros_like(setup.test.label_weights[:1].repeat(fill, axis=0))]
+    )
+    rows = Rows(*map(batched, setup.test))._replace(
+        label_weights=jnp.asarray(weights.reshape(-1, size, weights.shape[1]))
+    )
+
+    @jax.jit
+    def mean(base, lora, rows):
+        sums = jax.lax.map(lambda batch: loss_sums(model, base, lora, batch), rows)
+        total, labels = (jnp.sum(column) for column in sums)
+        return total / labels
+
+    return lambda lora: float(mean(setup.base, lora, rows))

@@ -1,0 +1,158 @@
+"""Devices that are not here: descriptions of TPUs and GPUs that XLA compiles for ahead of time.
+
+A TPU needs the ``libtpu`` package and a GPU the CUDA plugin (``jax-cuda12-plugin`` and ``jax-cuda12-pjrt`` of JAX's own
+version, installed with ``--no-deps``); neither needs a device. Nothing compiled this way can run here.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental import topologies
+
+from fedmezo_jax.errors import UserError
+
+
+class Gpu(NamedTuple):
+    """A GPU as XLA's compiler needs to know it.
+
+    Attributes:
+        capability: CUDA compute capability, (major, minor).
+        cores: streaming multiprocessors.
+        memory: bytes of device memory.
+        bandwidth: bytes a second to that memory.
+        l2: bytes of level-2 cache.
+        shared: bytes of shared memory of a multiprocessor.
+        clock: GHz.
+    """
+
+    capability: tuple[int, int]
+    cores: int
+    memory: int
+    bandwidth: int
+    l2: int
+    shared: int
+    clock: float
+
+
+GIB = 2**30
+# NVIDIA's A100 and H100 (SXM) data sheets and white papers.
+GPUS = {
+    "a100-40gb": Gpu((8, 0), 108, 40 * GIB, 1_555_000_000_000, 40 * 2**20, 167_936, 1.41),
+    "a100-80gb": Gpu((8, 0), 108, 80 * GIB, 2_039_000_000_000, 40 * 2**20, 167_936, 1.41),
+    "h100": Gpu((9, 0), 132, 80 * GIB, 3_350_000_000_000, 50 * 2**20, 233_472, 1.98),
+}
+# Kernels are neither tried out, which needs the device, nor written by Triton, whose tools may be missing here.
+_GPU_OPTIONS: dict[str, Any] = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+
+
+class Tpu(NamedTuple):
+    """A TPU generation.
+
+    Attributes:
+        memory: bytes that a program can use on a chip: its high-bandwidth memory less what the system keeps.
+        slice: the smallest slice that libtpu describes for it.
+    """
+
+    memory: int
+    slice: str
+
+
+TPUS = {"v5e": Tpu(63 * GIB // 4, "2x2"), "v5p": Tpu(95 * GIB, "2x2x1"), "v6e": Tpu(125 * GIB // 4, "2x2")}
+
+
+class Topology(NamedTuple):
+    """Devices to compile for.
+
+    Attributes:
+        devices: descriptions of them, in JAX's terms.
+        memory: bytes a program can use on one of them.
+        options: XLA's, to compile with.
+    """
+
+    devices: list[Any]
+    memory: int
+    options: dict[str, Any]
+
+
+def describe(name: str) -> Topology:
+    """The devices of ``v5e:2x2`` (TPU generation and slice), ``a100-40gb`` or ``h100:8`` (GPU and number).
+
+    Raises:
+        UserError: unknown name, or the compiler for it is not installed.
+    """
+    kind, _, shape = name.partition(":")
+    if kind in TPUS:
+        # Without this the TPU's library asks the network for the machine's metadata.
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        return Topology(_load("libtpu", "tpu", f"{kind}:{shape or TPUS[kind].slice}"), TPUS[kind].memory, {})
+    if kind in GPUS and (shape or "1").isdecimal():
+        package = f"--no-deps jax-cuda12-plugin=={jax.__version__} jax-cuda12-pjrt=={jax.__version__}"
+        options = {"target_config": _target_config(kind, GPUS[kind]), "topology": f"1x1x{shape or 1}"}
+        return Topology(_load(package, "cuda", kind, **options), GPUS[kind].memory, _GPU_OPTIONS)
+    known = ", ".join([*(f"{tpu}:{about.slice}" for tpu, about in TPUS.items()), *GPUS])
+    raise UserError(f"unknown topology {name!r}: give one of {known} (a GPU with :N for N of them)")
+
+
+def host() -> Topology:
+    """This machine's CPU, and all of its memory."""
+    return Topology(jax.devices("cpu"), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), {})
+
+
+class Plan(NamedTuple):
+    """What a program takes on one device, as the compiler plans it.
+
+    Attributes:
+        peak: bytes of arguments, results and temporaries at the worst moment; None where the compiler gave up because
+            the device's memory is too small.
+        temporary: bytes of temporaries; None likewise.
+    """
+
+    peak: int | None
+    temporary: int | None
+
+
+def plan(lowered: Any, target: Topology) -> Plan:
+    """Compiles a lowered program for a topology and reads the compiler's plan of its memory."""
+    try:
+        found = lowered.compile(compiler_options=target.options).memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return Plan(None, None)
+    if target.devices and target.devices[0].platform == "cpu":  # whose compiler leaves temporaries out of its peak
+        kept = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+        return Plan(kept + found.temp_size_in_bytes, found.temp_size_in_bytes)
+    return Plan(found.peak_memory_in_bytes, found.temp_size_in_bytes)
+
+
+def _load(package: str, platform: str, name: str, **options: str) -> list[Any]:
+    try:
+        return list(topologies.get_topology_desc(topology_name=name, platform=platform, **options).devices)
+    except Exception as error:  # a missing plugin and a wrong slice surface as errors of several kinds
+        reason = next(iter(str(error).splitlines()), "")
+        raise UserError(
+            f"no compiler for {name} ({reason}): pip install {package}, "
+            "and set JAX_PLATFORMS=cpu where there is no such device"
+        ) from None
+
+
+def _target_config(name: str, gpu: Gpu) -> str:
+    """XLA's GpuTargetConfigProto in text form."""
+    major, minor = gpu.capability
+    return f"""
+gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 fpus_per_core: 64
+  shared_memory_per_block: 49152 shared_memory_per_core: {gpu.shared} shared_memory_per_block_optin: {gpu.shared - 1024}
+  core_count: {gpu.cores} block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: {gpu.bandwidth} l2_cache_size: {gpu.l2} clock_rate_ghz: {gpu.clock}
+  device_memory_size: {gpu.memory} cuda_compute_capability {{ major: {major} minor: {minor} }}
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 8 }}
+runtime_version {{ major: 12 minor: 8 }}
+device_description_str: "{name}"
+"""

@@ -1,0 +1,39 @@
+"""The precision experiment, and what a run is told to expect of its pair."""
+
+import json
+import sys
+
+import pytest
+import small_run
+
+from experiments import common, precision
+from fedmezo_jax.llama.precision import WORRYING, likely_error
+
+
+def test_errors_are_measured_against_the_derivative(tmp_path, monkeypatch, capsys):
+    small_run.write_model(tmp_path / "model")
+    small_run.write_data(tmp_path / "data.jsonl", 60)
+    monkeypatch.setenv("FEDMEZO_CACHE", str(tmp_path / "cache"))
+    arguments = ["--model", tmp_path / "model", "--data", tmp_path / "data.jsonl", "--max-length", 64]
+    arguments += ["--scales", "1e-3,1e-2", "--probes", 4, "--out", tmp_path / "out", "--test-rows", 4]
+    monkeypatch.setattr(sys, "argv", ["precision", *map(str, arguments)])
+    common.run(precision.main, precision.Config, precision.__doc__)
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    error = {(row["precision"], row["perturbation_scale"]): row["error"] for row in rows}
+    assert len(error) == 6
+    assert error["float32", 1e-3] < 0.005
+    assert error["paired", 1e-3] < error["bfloat16", 1e-3] / 5
+    assert (tmp_path / "out" / "precision.png").exists()
+    assert "float32: take --perturbation-scale 0.0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("kind", "scale"), [("bfloat16", 1e-3), ("bfloat16", 1e-4), ("float32", 0.1), ("paired", 1e-6)]
+)
+def test_a_noisy_pair_is_worth_a_warning(kind, scale):
+    assert likely_error(kind, scale) > WORRYING
+
+
+@pytest.mark.parametrize(("kind", "scale"), [("float32", 1e-3), ("paired", 1e-3), ("paired", 1e-2), ("bfloat16", 1e-2)])
+def test_a_sound_pair_is_not(kind, scale):
+    assert likely_error(kind, scale) < WORRYING

@@ -1,0 +1,73 @@
+"""Studies: each runs at its smallest scale, is resumed, and says with what certainty."""
+
+import importlib
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+
+from experiments import common, study
+
+STUDIES = [
+    *("batch_size", "clients", "convergence", "local_steps", "lora_rank", "model_size"),
+    *("personalised_rates", "perturbation_scale", "splitters"),
+]
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_study_s_paper_preset_is_the_paper_s(name):
+    paper = importlib.import_module(f"experiments.{name}").PRESETS["paper"]
+    assert (paper.run.rounds, paper.run.lora_rank, paper.run.lora_alpha, paper.seeds) == (500, 128, 256.0, 3)
+    assert paper.run.model == "openlm-research/open_llama_3b_v2"
+    assert len(paper.variants) > 1
+
+
+def run(monkeypatch, name, *arguments):
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    module = importlib.import_module(f"experiments.{name}")
+    try:
+        common.run(module.main, study.Config, module.__doc__)
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def test_a_study_runs_and_is_not_run_twice(tmp_path, monkeypatch, capsys):
+    given = ("perturbation_scale", "--preset", "smoke", "--out", tmp_path / "out")
+    assert run(monkeypatch, *given) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [row["variant"] for row in results["rows"]] == ["μ = 0.0002", "μ = 0.001", "μ = 0.005", "μ = 0.02"]
+    assert (tmp_path / "out" / "perturbation_scale.png").read_bytes()[:4] == b"\x89PNG"
+    curves = json.loads((tmp_path / "out" / "curves.json").read_text())
+    assert [curve["variant"] for curve in curves[:2]] == ["μ = 0.0002"] * 2
+    assert [curve["rounds"] for curve in curves] == [[0, 1, 2]] * 8
+    losses = [curve["test_loss"][-1] for curve in curves[:2]]
+    assert results["rows"][0]["loss_after"] == pytest.approx(np.mean(losses))
+    # A second time everything is read from what is finished.
+    monkeypatch.setattr(study, "sweep", None)
+    assert run(monkeypatch, *given) == 0
+    again = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert again["rows"] == results["rows"]
+    # What is not finished is run, and nothing else.
+    asked = []
+
+    def noted(setups, *rest):
+        asked.extend(setup.config.seed for setup in setups)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study, "sweep", noted)
+    assert run(monkeypatch, *given, "--seeds", 3) == 130
+    assert set(asked) == {2}
+
+
+def test_a_confidence_interval_by_hand():
+    # Of 1, 2, 3: mean 2, standard error 1/√3, and Student's t with 2 degrees of freedom has 2.92 at 95 %.
+    assert study.half_width(np.array([1.0, 2.0, 3.0])) == pytest.approx(2.91998558 / math.sqrt(3))
+    assert study.half_width(np.array([1.0])) is None
+
+
+def test_an_unknown_preset_is_one_line(monkeypatch, capsys):
+    assert run(monkeypatch, "splitters", "--preset", "huge") == 2
+    assert capsys.readouterr().err.count("\n") == 1
