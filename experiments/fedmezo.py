@@ -88,7 +88,7 @@ def _run(config: Config, setup: Setup) -> None:
     run = config.run
     if run.algorithm == "fedmezo" and (error := likely_error(run.precision, run.perturbation_scale)) > WORRYING:
         print(
-            f"warning: at --precision {run.precision} and --perturbation-scale {run.perturbation_scale:g} the projected "
+            f"warning: at --precision {run.precision}, --perturbation-scale {run.perturbation_scale:g} the projected "
             f"gradient is likely off by {error:.0%}: choose paired or float32, or measure it with experiments.precision"
         )
     guarded = config.guard and config.run.algorithm == "fedmezo" and config.run.precision != "bfloat16"

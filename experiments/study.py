@@ -166,7 +166,7 @@ def run(
     write_json(out / "config.json", asdict(config) | {"out": str(out), "run": asdict(base)})
     write_json(
         out / "curves.json",
-        [{"variant": one.label, **curve._asdict()} for one in outcomes for curve in one.curves],
+        {"curves": [{"variant": one.label, **curve._asdict()} for one in outcomes for curve in one.curves]},
     )
     found = conclude(outcomes) if conclude else rows(outcomes, paper or {})
     seconds = time.perf_counter() - begun
@@ -215,7 +215,7 @@ def plot(file: Path, title: str, outcomes: Sequence[Outcome]) -> None:
     plt.close(figure)
 
 
-def draw(axes: Any, x: Sequence[float], values: np.ndarray, label: str) -> None:
+def draw(axes: Any, x: Sequence[float] | np.ndarray, values: np.ndarray, label: str) -> None:
     """One line: the mean of ``[seeds, len(x)]`` values and its 90 % band."""
     mean = np.mean(values, axis=0)
     (line,) = axes.plot(x, mean, ".-", label=label)

@@ -129,13 +129,13 @@ def lower(planned: Round, mesh: Mesh, at_once: int) -> Any:
     labels = (*held, max(1, planned.length // 2))
     of = partial(jax.ShapeDtypeStruct, sharding=spread)
     rows: Any = (of((*held, planned.length), jnp.int32), *(of(labels, t) for t in (jnp.int32, jnp.int32, jnp.float32)))
-    ids, weights = (
+    chosen: Any = (
         jax.ShapeDtypeStruct((planned.clients,), dtype, sharding=everywhere) for dtype in (jnp.int32, jnp.float32)
     )
     key = whole(jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32")))
     loss = pair_loss_of(Llama(config, 2.0, planned.precision), base)
     round = federated.federated(*settings, mesh).round
-    return round.work.lower(state, loss, federated.Cohort(ids, weights, Rows(*rows)), key, None, None)
+    return round.work.lower(state, loss, federated.Cohort(*chosen, Rows(*rows)), key, None, None)
 
 
 def compile_round(planned: Round, target: Topology, shape: tuple[int, int], at_once: int) -> Compiled:

@@ -134,7 +134,7 @@ def over_clients(mesh: Mesh | None, count: int, make: Callable[[np.ndarray], Any
     leaves, structure = jax.tree.flatten(first)
     known: dict[tuple[int, ...], list[Any]] = {}
 
-    def part(i: int, index: tuple[slice, ...]) -> Any:
+    def part(i: int, index: Any) -> Any:
         places = filled[index[0]]
         if tuple(places) not in known:
             known[tuple(places)] = jax.tree.leaves(make(places))

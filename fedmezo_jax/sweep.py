@@ -91,13 +91,15 @@ def sweep(setups: Sequence[Setup], eval_every: int, on_round: Callable[[int], No
     evaluate = jax.jit(partial(_test_losses, single(model)))
 
     def cohort(t: int) -> federated.Cohort:
-        settings = {"local_steps": config.local_steps, "batch_size": config.batch_size}
+        steps, size = config.local_steps, config.batch_size
         each = []
         for setup, rows in zip(setups, train, strict=True):
             ids = server.sample_participants(setup.config.seed, t, config.clients, clients)
             sizes = np.array([len(setup.parts[i]) for i in ids], np.float32)
             weights = sizes if config.weighting == "samples" else np.ones(clients, np.float32)
-            batches = round_batches(rows, setup.parts, ids, t, seed=setup.config.seed, **settings)
+            batches = round_batches(
+                rows, setup.parts, ids, t, seed=setup.config.seed, local_steps=steps, batch_size=size
+            )
             each.append(federated.Cohort(ids, weights, batches))
         return jax.device_put(_stack(each))
 
@@ -124,6 +126,7 @@ def _round(config: RunConfig, knobs: Knobs, states, loss, cohorts: federated.Coh
     optimizer = server_optimizer(config)
 
     def one(knobs: Knobs, state: federated.FederatedState, cohort: federated.Cohort, key: jax.Array):
+        ids = jnp.asarray(cohort.ids)
         if config.algorithm == "fedmezo":
             settings = (knobs.perturbation_scale, config.directions, config.distribution, config.weight_decay)
             work = client.mezo_work(mezo.MezoConfig(*settings))
@@ -131,11 +134,11 @@ def _round(config: RunConfig, knobs: Knobs, states, loss, cohorts: federated.Coh
             work = client.backprop_work(local_optimizer(config))
         rates = server.RateConfig(knobs.learning_rate, config.personalize, knobs.personalize_scale)
         rates_key = jax.random.fold_in(jax.random.fold_in(key, federated.RATES), state.round)
-        rate = server.learning_rates(rates, state.signals, rates_key)[cohort.ids]
+        rate = server.learning_rates(rates, state.signals, rates_key)[ids]
         if config.seeds == "shared":
             work_keys = jnp.stack([federated.shared_key(key, state.round)] * config.participants)
         else:
-            work_keys = jax.vmap(federated.client_key, in_axes=(None, None, 0))(key, state.round, cohort.ids)
+            work_keys = jax.vmap(federated.client_key, in_axes=(None, None, 0))(key, state.round, ids)
         done = jax.vmap(work, in_axes=(None, None, 0, 0, 0))(loss, state.params, cohort.batches, work_keys, rate)
         deltas = jax.tree.map(jnp.subtract, done.params, state.params)
         share = cohort.weights / jnp.sum(cohort.weights)
@@ -143,7 +146,7 @@ def _round(config: RunConfig, knobs: Knobs, states, loss, cohorts: federated.Coh
         params, moved = server.apply_mean_update(optimizer, state.params, mean, state.optimizer)
         drift = server.client_drift(deltas)
         losses = jnp.mean(done.losses, axis=1)
-        signals = server.observe(state.signals, cohort.ids, losses, drift)
+        signals = server.observe(state.signals, ids, losses, drift)
         return federated.FederatedState(params, moved, signals, state.round + 1), jnp.mean(losses)
 
     return jax.vmap(one)(knobs, states, cohorts, keys)

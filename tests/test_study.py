@@ -40,7 +40,7 @@ def test_a_study_runs_and_is_not_run_twice(tmp_path, monkeypatch, capsys):
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [row["variant"] for row in results["rows"]] == ["μ = 0.0002", "μ = 0.001", "μ = 0.005", "μ = 0.02"]
     assert (tmp_path / "out" / "perturbation_scale.png").read_bytes()[:4] == b"\x89PNG"
-    curves = json.loads((tmp_path / "out" / "curves.json").read_text())
+    curves = json.loads((tmp_path / "out" / "curves.json").read_text())["curves"]
     assert [curve["variant"] for curve in curves[:2]] == ["μ = 0.0002"] * 2
     assert [curve["rounds"] for curve in curves] == [[0, 1, 2]] * 8
     losses = [curve["test_loss"][-1] for curve in curves[:2]]
