@@ -163,7 +163,8 @@ def run(
     plan = {label: [replace(base, **fields, seed=seed) for seed in seeds] for label, fields in preset.variants.items()}
     curves = _finish([one for runs in plan.values() for one in runs], preset.eval_every, out / "finished")
     outcomes = [Outcome(label, runs[0], [curves[one] for one in runs]) for label, runs in plan.items()]
-    write_json(out / "config.json", asdict(config) | {"out": str(out), "run": asdict(base)})
+    given = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
+    write_json(out / "config.json", given | {"out": str(out), "run": asdict(base)})
     write_json(
         out / "curves.json",
         {"curves": [{"variant": one.label, **curve._asdict()} for one in outcomes for curve in one.curves]},
