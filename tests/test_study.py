@@ -12,7 +12,7 @@ from experiments import common, study
 
 STUDIES = [
     *("batch_size", "clients", "convergence", "local_steps", "lora_rank", "model_size"),
-    *("personalised_rates", "perturbation_scale", "splitters"),
+    *("personalised_rates", "perturbation_scale", "shared_directions", "splitters"),
 ]
 
 

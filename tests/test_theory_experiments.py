@@ -15,7 +15,6 @@ from experiments import (
     points,
     study,
     theory_bounds,
-    theory_constants,
 )
 from fedmezo_jax.config import RunConfig
 from fedmezo_jax.errors import UserError
