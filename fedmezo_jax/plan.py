@@ -129,13 +129,15 @@ def lower(planned: Round, mesh: Mesh, at_once: int) -> Any:
     labels = (*held, max(1, planned.length // 2))
     of = partial(jax.ShapeDtypeStruct, sharding=spread)
     rows: Any = (of((*held, planned.length), jnp.int32), *(of(labels, t) for t in (jnp.int32, jnp.int32, jnp.float32)))
-    chosen: Any = (
-        jax.ShapeDtypeStruct((planned.clients,), dtype, sharding=everywhere) for dtype in (jnp.int32, jnp.float32)
-    )
+
+    def each(dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct((planned.clients,), dtype, sharding=everywhere)
+
     key = whole(jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32")))
     loss = pair_loss_of(Llama(config, 2.0, planned.precision), base)
     round = federated.federated(*settings, mesh).round
-    return round.work.lower(state, loss, federated.Cohort(*chosen, Rows(*rows)), key, None, None)
+    cohort = federated.Cohort(each(jnp.int32), each(jnp.float32), Rows(*rows))
+    return round.work.lower(state, loss, cohort, key, None, None)
 
 
 def compile_round(planned: Round, target: Topology, shape: tuple[int, int], at_once: int) -> Compiled:
