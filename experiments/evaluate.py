@@ -28,7 +28,6 @@ from fedmezo_jax.data.examples import Example, Rows
 from fedmezo_jax.data.partition import hold_out
 from fedmezo_jax.data.prompt import Style, prompts
 from fedmezo_jax.data.sources import load_records
-from fedmezo_jax.data.table import Table, tabulate
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.evaluation import choice, gsm8k, likelihood
 from fedmezo_jax.llama.adapter import load_adapter
@@ -36,9 +35,9 @@ from fedmezo_jax.llama.checkpoint import load_base
 from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.generate import generate
 from fedmezo_jax.llama.model import Base, Llama, Lora
-from fedmezo_jax.llama.registry import cache_folder, load_tokenizer, resolve
+from fedmezo_jax.llama.registry import load_tokenizer, resolve
 from fedmezo_jax.run_folder import write_json
-from fedmezo_jax.setup import check_tokens
+from fedmezo_jax.setup import check_tokens, table_of
 
 ROWS_AT_ONCE = 16
 """Prompts that are continued together."""
@@ -109,7 +108,7 @@ def main(config: Config) -> None:
     llama, tokenizer = LlamaConfig.from_json(folder), load_tokenizer(folder)
     adapter = None if config.adapter is None else load_adapter(config.adapter, llama)
     scale, lora = (1.0, {}) if adapter is None else (adapter.alpha / adapter.rank, adapter.lora)
-    table = _table(config, tokenizer) if set(config.metrics) - {"choice"} else None
+    table = table_of(config, tokenizer) if set(config.metrics) - {"choice"} else None
     if table:
         check_tokens(table.rows, tokenizer, llama, folder)
     asked = _questions(config) if "choice" in config.metrics else []
@@ -170,21 +169,6 @@ def generator(subject: Subject, max_new_tokens: int) -> Callable[[list[str]], li
         return found
 
     return run
-
-
-def _table(config: Config, tokenizer: Any) -> Table:
-    return tabulate(
-        config.data,
-        tokenizer,
-        data_dir=config.data_dir,
-        fields=config.fields,
-        style=config.prompt_style,
-        max_length=config.max_length,
-        long_rows=config.long_rows,
-        test_rows=config.test_rows,
-        seed=config.seed,
-        cache=cache_folder() / "tokens",
-    )
 
 
 def _questions(config: Config) -> list[choice.Question]:

@@ -20,7 +20,6 @@ from fedmezo_jax.data.examples import Rows
 from fedmezo_jax.data.partition import heterogeneity
 from fedmezo_jax.data.table import Table, deal, tabulate
 from fedmezo_jax.errors import UserError
-from fedmezo_jax.ledger import tree_hash
 from fedmezo_jax.llama.checkpoint import load_base
 from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.lora import init_lora
@@ -47,7 +46,6 @@ class Setup(NamedTuple):
         dropped: rows left out because they are longer than ``max_length``.
         cut: rows that lost their end for it.
         widths: at which steps run.
-        base_hash: of the frozen weights as loaded (:func:`ledger.tree_hash`).
         mesh: the devices it is spread over; None for one.
     """
 
@@ -62,7 +60,6 @@ class Setup(NamedTuple):
     dropped: int
     cut: int
     widths: Widths
-    base_hash: str
     mesh: Mesh | None
 
     @property
@@ -113,16 +110,15 @@ def prepare(config: RunConfig, mesh: Mesh | None = None) -> Setup:
     parts, categories = deal(config.partition, trained, lengths(train), *how)
 
     base = load_base(folder, llama, stored_type(config), sharding.base_sharding(mesh))
-    base_hash = tree_hash(base)
     model = Llama(llama, config.lora_alpha / config.lora_rank, config.precision)
     among = widths(train, config.length_buckets)
     lora = sharding.whole(mesh, start(config, llama))
     counted = (table.dropped, table.cut)
-    return Setup(config, model, base, lora, train, test, parts, categories, *counted, among, base_hash, mesh)
+    return Setup(config, model, base, lora, train, test, parts, categories, *counted, among, mesh)
 
 
-def table_of(config: RunConfig, tokenizer: Any) -> Table:
-    """The run's rows, tokenised and split into training and test ones."""
+def table_of(config: Any, tokenizer: Any) -> Table:
+    """The rows that a configuration's data options mean, those of :class:`RunConfig`, tokenised and split."""
     return tabulate(
         config.data,
         tokenizer,

@@ -188,7 +188,7 @@ def _open_ledger(setup: Setup, folder: Path, notify: Callable[[str], None]) -> l
     if config.algorithm != "fedmezo":
         return None
     versions = {name: version(name) for name in _PACKAGES}
-    header = ledger.make_header(asdict(config), setup.base_hash, versions)
+    header = ledger.make_header(asdict(config), ledger.tree_hash(setup.base), versions)
     file = folder / run_folder.LEDGER
     if not file.exists():
         return ledger.create(file, header)

@@ -7,15 +7,15 @@ together without padding that anything sees. Letters as in ``model.py``; T is th
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from fedmezo_jax.llama.config import LlamaConfig
-from fedmezo_jax.llama.model import Dense, Embedding, Lora, Mlp, RMSNorm, rotary_table, rotate
-from fedmezo_jax.llama.precision import Precision, frozen_product
+from fedmezo_jax.llama.model import Dense, Llama, Lora, Mlp, RMSNorm, rotary_table, rotate
+from fedmezo_jax.llama.precision import Precision
 
 
 class Cache(NamedTuple):
@@ -72,27 +72,10 @@ class _Block(nn.Module):
         return (x, cache), None
 
 
-class Decoder(nn.Module):
+class Decoder(Llama):
     """``model.Llama`` one stretch of tokens after another; attributes as there, but for ``paired``."""
 
-    config: LlamaConfig
-    lora_scale: float = 1.0
-    precision: Precision = "float32"
-
-    def setup(self):  # noqa: D102
-        c = self.config
-        self.embed_tokens = Embedding(c.vocab_size, c.hidden_size)
-        layers = nn.scan(
-            _Block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, 0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
-            length=c.num_hidden_layers,
-        )
-        self.layers = layers(c, self.lora_scale, self.precision)
-        self.norm = RMSNorm(c.rms_norm_eps)
-        if not c.tie_word_embeddings:
-            self.lm_head = Dense(c.vocab_size, False, 0.0, self.precision)
+    block: ClassVar[type[nn.Module]] = _Block
 
     def __call__(
         self, tokens: jax.Array, lora: Lora, cache: Cache, start: jax.Array, last: jax.Array
@@ -114,10 +97,7 @@ class Decoder(nn.Module):
         rope = tuple(table[positions] for table in rotary_table(self.config, cache.keys.shape[2]))
         x = self.embed_tokens(tokens).astype(jnp.float32)
         (x, cache), _ = self.layers((x, cache), lora, jnp.arange(self.config.num_hidden_layers), positions, rope)
-        x = self.norm(jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0])
-        if self.config.tie_word_embeddings:
-            return frozen_product(x, self.embed_tokens.embedding.T, self.precision), cache
-        return self.lm_head(x), cache
+        return self.logits(jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]), cache
 
 
 def attend(query: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Array) -> jax.Array:

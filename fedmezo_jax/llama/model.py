@@ -7,7 +7,7 @@ MLP size, V vocabulary, N query heads, K key/value heads, h head width, L layers
 from __future__ import annotations
 
 import math
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -152,12 +152,13 @@ class Llama(nn.Module):
     lora_scale: float = 1.0
     precision: Precision = "float32"
     checkpointed: bool = False
+    block: ClassVar[type[nn.Module]] = Block
 
     def setup(self):  # noqa: D102
         c = self.config
         self.embed_tokens = Embedding(c.vocab_size, c.hidden_size)
         layers = nn.scan(
-            Block,
+            self.block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(0, 0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
