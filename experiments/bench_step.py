@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rich.progress import track
 
 from experiments import common
 from experiments.peer import peer_step
@@ -73,7 +74,7 @@ def main(config: Config) -> None:
         raise UserError(f"--repeats must be at least 1, not {config.repeats}")
     llama = named_shape(config.model)
     rows = []
-    for setting in settings:
+    for setting in track(settings, "settings timed", transient=True):
         rows += bench(config, llama, setting)
     config.out.mkdir(parents=True, exist_ok=True)
     run_folder.write_json(config.out / "config.json", asdict(config) | {"out": str(config.out)})

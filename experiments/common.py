@@ -19,6 +19,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from fedmezo_jax import processes
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.run_folder import write_json
 
@@ -38,10 +39,12 @@ def run(main: Callable[[T], None], config: type[T], description: str | None) -> 
     try:
         main(_parse(config, description))
     except UserError as error:
-        print("error:", *str(error).splitlines(), file=sys.stderr)  # a file's name may hold a line break
+        print("error:", *str(error).splitlines(), file=sys.stderr, flush=True)  # a file's name may hold a line break
+        processes.leave(2)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        print("stopped", file=sys.stderr, flush=True)
+        processes.leave(130)
         sys.exit(130)
 
 

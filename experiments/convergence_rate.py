@@ -52,7 +52,7 @@ class Preset(NamedTuple):
 
 
 _SMALL = Preset(
-    RunConfig(clients=4, local_steps=5, rounds=8, partition="iid", length_buckets=1),
+    RunConfig(clients=4, local_steps=5, rounds=8, partition="iid", length_buckets=1, precision="float32"),
     {"clients": (1, 2, 4, 8), "local_steps": (2, 5, 10, 20), "rounds": (4, 8, 16, 32)},
     2,
     3,

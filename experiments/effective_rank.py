@@ -158,7 +158,7 @@ def _trained(
     """
     lora = {"lora_rank": rank, "lora_alpha": 2.0 * rank}
     what = {"model": model, "data": data, "data_dir": data_dir, "max_length": max_length}
-    setup = prepare(RunConfig(**what, **lora, partition="iid", clients=1, seed=seed))
+    setup = prepare(RunConfig(**what, **lora, partition="iid", clients=1, precision="float32", seed=seed))
     optimizer = optax.adam(1e-3)
 
     @jax.jit

@@ -11,10 +11,12 @@ A real model on real data:
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from collections import Counter
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,12 +30,13 @@ from rich.table import Table
 
 from experiments import common
 from experiments.plots import plot_loss, plot_partition
-from fedmezo_jax import guard, run_folder
+from fedmezo_jax import guard, processes, run_folder
 from fedmezo_jax.config import RunConfig
 from fedmezo_jax.data.buckets import lengths
 from fedmezo_jax.errors import UserError
+from fedmezo_jax.journal import versions
 from fedmezo_jax.llama.precision import WORRYING, likely_error
-from fedmezo_jax.setup import Setup, prepare
+from fedmezo_jax.setup import Setup, prepare, settled
 from fedmezo_jax.sharding import parse_mesh
 from fedmezo_jax.training import Result, probe_start, train
 from fedmezo_jax.wire import lora_message
@@ -51,6 +54,12 @@ class Config:
     mesh: str | None = None
     """devices along each axis, e.g. clients=4,model=2: groups of clients run side by side, and each group splits one
     copy of the frozen weights; by default all devices go to the clients"""
+    processes: str | None = None
+    """several processes for one run: ADDRESS:PORT,COUNT,INDEX of this one, or auto for what SLURM, Open MPI, GKE or a
+    TPU pod says; by default what a launcher's environment says, if it has started several. --out is one folder to all
+    of them"""
+    process_timeout: int = 300
+    """seconds after which another process that does not answer is given up"""
     checkpoint_every: int = 5
     """rounds between checkpoints"""
     eval_every: int = 5
@@ -61,40 +70,71 @@ class Config:
 
     def __post_init__(self):
         """Refuses what cannot run."""
-        for name in ("checkpoint_every", "eval_every"):
+        for name in ("checkpoint_every", "eval_every", "process_timeout"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
 
 
 def main(config: Config) -> None:
     """Prepares, trains, prints the table and writes the folder."""
-    run_folder.check_folder(config.out, config.run, config.resume)
-    lock = run_folder.lock(config.out)
-    with run_folder.guarded(config.out), ExitStack() as held:
-        if (config.out / "config.json").exists():
-            held.enter_context(lock)  # so that a second process is refused before it loads anything
-        setup = prepare(config.run, parse_mesh(config.mesh, jax.devices()))
+    processes.join(config.processes, config.process_timeout)
+    with ExitStack() as held:
+        if not processes.first():
+            held.enter_context(contextlib.redirect_stdout(held.enter_context(open(os.devnull, "w"))))
+        held.enter_context(processes.told())
+        held.enter_context(run_folder.guarded(config.out))
+        _main(config, held)
+
+
+def _main(config: Config, held: ExitStack) -> None:
+    said = asdict(config) | asdict(config.run) | versions() | {"devices a process": jax.local_device_count()}
+    processes.agree({name: value for name, value in said.items() if name not in ("run", "processes")})
+    first, lock = processes.first(), run_folder.lock(config.out)
+    config = replace(config, run=processes.together(lambda: settled(config.run)))
+
+    def open_folder() -> None:
+        run_folder.check_folder(config.out, config.run, config.resume)
+        if first and (config.out / "config.json").exists():
+            held.enter_context(lock)  # so that a second run is refused before it loads anything
+
+    def make_folder() -> None:
         config.out.mkdir(parents=True, exist_ok=True)
         held.enter_context(lock)
         run_folder.check_folder(config.out, config.run, config.resume)
-        _run(config, setup)
+        run_folder.write_json(config.out / "config.json", asdict(config.run))
 
-
-def _run(config: Config, setup: Setup) -> None:
+    processes.together(open_folder)
+    setup = processes.together(lambda: prepare(config.run, parse_mesh(config.mesh, jax.devices())))
+    begun = processes.together((config.out / "metrics.jsonl").exists)
+    processes.together(make_folder if first else lambda: None)
+    processes.together(lambda: run_folder.check_shared(config.out))
     start = time.perf_counter()
-    run_folder.write_json(config.out / "config.json", asdict(config.run))
     describe(setup)
-    plot_partition(config.out / "partition.png", setup)
+    warn(config, setup, begun)
+    if first:
+        plot_partition(config.out / "partition.png", setup)
+    result = _train(config, setup)
+    if first:
+        conclude(config, setup, result, time.perf_counter() - start)
+
+
+def warn(config: Config, setup: Setup, begun: bool) -> None:
+    """Says what is likely to go wrong: too coarse a precision; before the first round, too large a learning rate."""
     run = config.run
-    if run.algorithm == "fedmezo" and (error := likely_error(run.precision, run.perturbation_scale)) > WORRYING:
+    if run.algorithm != "fedmezo":
+        return
+    precision = setup.model.precision
+    if (error := likely_error(precision, run.perturbation_scale)) > WORRYING:
         print(
-            f"warning: at --precision {run.precision}, --perturbation-scale {run.perturbation_scale:g} the projected "
+            f"warning: at --precision {precision}, --perturbation-scale {run.perturbation_scale:g} the projected "
             f"gradient is likely off by {error:.0%}: choose paired or float32, or measure it with experiments.precision"
         )
-    guarded = config.guard and config.run.algorithm == "fedmezo" and config.run.precision != "bfloat16"
-    if guarded and not (config.out / "metrics.jsonl").exists():
-        for warning in guard.warnings(probe_start(setup), config.run, guard.count(setup.lora)):
+    if config.guard and precision != "bfloat16" and not begun:
+        for warning in guard.warnings(probe_start(setup), run, guard.count(setup.lora)):
             print("warning:", warning)
+
+
+def _train(config: Config, setup: Setup) -> Result:
     with _progress() as bar:
         task = bar.add_task("rounds", total=config.run.rounds, loss="", pace="")
 
@@ -105,9 +145,13 @@ def _run(config: Config, setup: Setup) -> None:
 
         intervals = {"checkpoint_every": config.checkpoint_every, "eval_every": config.eval_every}
         notify = partial(bar.console.print, "notice:", soft_wrap=True, markup=False, highlight=False)
-        result = train(setup, config.out, **intervals, on_round=show, notify=notify)
+        return train(setup, config.out, **intervals, on_round=show, notify=notify)
+
+
+def conclude(config: Config, setup: Setup, result: Result, seconds: float) -> None:
+    """Writes results and plot, and prints them."""
     rows = _rows(config.run, setup, result)
-    common.write_results(config.out, rows, time.perf_counter() - start)
+    common.write_results(config.out, rows, seconds)
     plot_loss(config.out / "loss.png", result.loss_before, result.metrics, config.run)
     common.print_table(f"bytes are of one client in one round, at most; this run sent {rows[0]['messages']}", rows)
     change = 100 * (result.loss_after / result.loss_before - 1)

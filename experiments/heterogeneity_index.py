@@ -62,7 +62,7 @@ class Preset(NamedTuple):
 
 
 _SMALL = Preset(
-    RunConfig(clients=8, rounds=8, local_steps=5, length_buckets=1),
+    RunConfig(clients=8, rounds=8, local_steps=5, length_buckets=1, precision="float32"),
     (0.05, 0.2, 1.0, 10.0, 100.0),
     3,
     32,

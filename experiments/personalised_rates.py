@@ -2,8 +2,9 @@
 
 python -m experiments.personalised_rates
 
-Every strategy is held against one rate for all (``frozen``) by a paired t-test over seeds. Two controls are blind to
-heterogeneity: rates drawn at random from the same range, and one rate for all that is a quarter larger.
+Every strategy is held against one rate for all (``frozen``) by a paired t-test over seeds. Three controls are blind to
+heterogeneity: rates drawn at random from the same range, model-diff's own rates dealt out at random (``shuffled``), and
+one rate for all that is a quarter larger.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ def main(config: Config) -> None:
     run = _run_config(header, config.ledger)
     folder = resolve(config.model or run.model)
     llama = LlamaConfig.from_json(folder)
-    if ledger.tree_hash(load_base(folder, llama, stored_type(run))) != header["base_hash"]:
+    if ledger.tree_hash(load_base(folder, llama, stored_type(run.precision or "float32"))) != header["base_hash"]:
         raise UserError(f"--model {config.model or run.model}: its weights are not those that the run was on")
     verified = time.perf_counter()
     until = last.index if config.round is None else config.round

@@ -46,7 +46,7 @@ PAPER = RunConfig(
     precision="paired",
 )
 """The paper's setting (Sec. 4.1, arXiv 2402.05926) on GSM8K; it ran in fp16, where ``paired`` is exact enough."""
-SMALL = RunConfig(clients=4, rounds=20, learning_rate=5e-4, length_buckets=1)
+SMALL = RunConfig(clients=4, rounds=20, learning_rate=5e-4, length_buckets=1, precision="float32")
 """A question in minutes on two CPU cores: the shipped model, bundled tasks dealt by Dirichlet shares."""
 SMOKE = replace(SMALL, clients=2, rounds=2, local_steps=2, test_rows=8, lora_rank=2)
 

@@ -46,7 +46,7 @@ def main(config: Config) -> None:
         raise UserError(f"--out {config.out} is there already: give a new folder")
     setup = prepare(config.run)
     config.out.mkdir(parents=True)
-    run_folder.write_json(config.out / "config.json", asdict(config.run) | {"factors": config.factors})
+    run_folder.write_json(config.out / "config.json", asdict(setup.config) | {"factors": config.factors})
     probe = probe_start(setup)
     trained = guard.count(setup.lora)
     rows: list[dict[str, Any]] = []

@@ -25,7 +25,7 @@ from fedmezo_jax.data.examples import Example
 from fedmezo_jax.data.prompt import prompts
 from fedmezo_jax.evaluation import gsm8k
 from fedmezo_jax.llama.registry import load_tokenizer, resolve
-from fedmezo_jax.setup import prepare, table_of
+from fedmezo_jax.setup import prepare, settled, table_of
 from fedmezo_jax.training import train
 
 SMALL = RunConfig(
@@ -63,7 +63,7 @@ def main(config: Config) -> None:
     """Answers, trains, answers again."""
     start = time.perf_counter()
     run, count, tokens = PRESETS[config.preset]
-    run = replace(run, seed=config.seed, data_dir=config.data_dir, test_rows=count)
+    run = settled(replace(run, seed=config.seed, data_dir=config.data_dir, test_rows=count))
     folder = config.out / "run"
     run_folder.check_folder(folder, run, resume=True)
     setup = prepare(run)

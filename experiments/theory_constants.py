@@ -55,7 +55,10 @@ class Preset(NamedTuple):
 
 
 _SMALL = Preset(
-    RunConfig(clients=4, local_steps=5, rounds=8, length_buckets=1), 3, 40, 8, 6, (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), 64
+    RunConfig(clients=4, local_steps=5, rounds=8, length_buckets=1, precision="float32"),
+    *(3, 40, 8, 6),
+    (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+    64,
 )
 PRESETS = {
     "small": _SMALL,

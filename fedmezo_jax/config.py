@@ -86,7 +86,8 @@ class RunConfig:
     targets: str = "q_proj,v_proj"
     """projections with an adapter, among q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"""
     personalize: Strategy = "frozen"
-    """signal behind the clients' own learning rates; frozen gives all η₀"""
+    """signal behind the clients' own learning rates; frozen gives all η₀, shuffled deals model-diff's out at random (a
+    control)"""
     personalize_scale: float = 0.5
     """A in η_i = η₀(1 + A·Φ_i), at least 0 and below 1"""
     uplink: Literal["seeds", "lora"] | None = None
@@ -105,8 +106,9 @@ class RunConfig:
     on_surge: Literal["warn", "clip", "rollback"] = "warn"
     """when a round's loss explodes: say so and go on; or clip projected gradients of five times the usual size; or go
     back to before the round that led there, at half the learning rates"""
-    precision: Precision = "float32"
-    """of the products with frozen weights: float32, bfloat16, or bfloat16 on the pair's mean and half-difference"""
+    precision: Precision | None = None
+    """of the products with frozen weights: float32, bfloat16, or bfloat16 on the pair's mean and half-difference; by
+    default paired where the model's weights are stored in sixteen bits, and else float32"""
     seed: int = 0
     """seed of the data split, the batches, the LoRA start and the directions"""
 

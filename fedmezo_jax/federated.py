@@ -171,16 +171,17 @@ def federated(
             last place, where a product of more rows sums in another order.
         seeds: each client draws directions of its own (as in the paper), or all clients of a round draw the same H.
         mesh: devices to spread the clients over, along its axis ``clients``; a cohort's batches then have as many rows
-            as its groups can share evenly, those after the P clients being copies. Of a round's work its groups tell
-            each other scalars alone (with back-propagation, the clients' parameters).
+            as its groups can share evenly, those after the P clients being copies; the state lies whole on every
+            device. Of a round's work its groups tell each other scalars alone (with back-propagation, the clients'
+            parameters).
     """
     groups = 1 if mesh is None else mesh.shape[CLIENTS]
     optimizer = optimizer or optax.sgd(1.0)
+    by_drift = rates.strategy in server.BY_DRIFT
 
     def init(params: Params, clients: int) -> FederatedState:
         params = jax.tree.map(jnp.array, params)
-        state = FederatedState(params, optimizer.init(params), server.init_signals(clients), jnp.int32(0))
-        return state if mesh is None else jax.device_put(state, NamedSharding(mesh, P()))
+        return FederatedState(params, optimizer.init(params), server.init_signals(clients), jnp.int32(0))
 
     @jax.jit
     def run(state: FederatedState, loss: Any, cohort: Cohort, key: jax.Array, limit=None, damping=None) -> RoundReport:
@@ -240,11 +241,11 @@ def federated(
         if from_mean:
             moved = rebuild(state, 0, server.mean_coefficients(share, coefficients), 0, key)
             mean = _add_weighted(mean, np.float32(1), moved, state.params)
-        if not from_mean or rates.strategy == "model-diff":
+        if not from_mean or by_drift:
             for weight, theirs in zip(share, each, strict=True):
                 if weight:
                     mean = mean if from_mean else _add_weighted(mean, weight, theirs, state.params)
-                    deltas += [_difference(theirs, state.params)] if rates.strategy == "model-diff" else []
+                    deltas += [_difference(theirs, state.params)] if by_drift else []
         drift = np.zeros(len(share), np.float32)
         if deltas:
             drift[share > 0] = server.client_drift(jax.tree.map(lambda *leaves: jnp.stack(leaves), *deltas))

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import msgpack
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.mezo import Params
@@ -93,10 +94,22 @@ def tree_hash(tree: Params) -> str:
     """SHA-256 of a tree of arrays on the host: names, shapes, dtypes and bytes of its leaves."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        leaf = np.ascontiguousarray(leaf)
         digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}\n".encode())
-        digest.update(leaf.reshape(-1).view(np.uint8).data)
+        for part in _on_host(leaf):
+            digest.update(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
+
+
+def _on_host(leaf: Any) -> Iterator[np.ndarray]:
+    """A leaf's rows in order, in one piece or, where other processes hold some of it, one by one: it may not fit."""
+    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
+        yield np.asarray(leaf)
+        return
+    assert isinstance(leaf.sharding, NamedSharding)
+    pick = jax.jit(lambda leaf, i: leaf[i], out_shardings=NamedSharding(leaf.sharding.mesh, PartitionSpec()))
+    # A layer of a stack at a time; a table, whose rows are many and small, by the thousand.
+    rows = np.arange(len(leaf)) if leaf.ndim > 2 else np.array_split(np.arange(len(leaf)), -(-len(leaf) // 1000))
+    yield from (np.asarray(pick(leaf, i)) for i in rows)
 
 
 def make_header(config: Mapping[str, Any], base_hash: str, versions: Mapping[str, str]) -> dict[str, Any]:

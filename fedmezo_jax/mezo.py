@@ -63,6 +63,10 @@ class MezoConfig(NamedTuple):
     weight_decay: float = 0.0
 
 
+AT_ONCE = 1 << 18
+"""Entries of a leaf up to which all its rows are moved at once: a loop over small rows takes twice the time."""
+
+
 class Step(NamedTuple):
     """One local step's outcome.
 
@@ -91,9 +95,8 @@ def draw(key: jax.Array, shape: tuple[int, ...], distribution: Distribution) -> 
 def shift(params: Params, perturbation: Perturbation) -> Params:
     """θ + scale·z(key) over a whole tree.
 
-    A leaf of two or more dimensions is drawn one row of its leading axis at a time, so that a model that stacks its
-    layers there can draw each layer's share on its own (:func:`shift_row`), and no more than one row of z exists at
-    once.
+    Each row of a leaf's leading axis has a draw of its own, so that a model that stacks its layers there can draw each
+    layer's share on its own (:func:`shift_row`). Of a large leaf no more than one row of z exists at once.
 
     Args:
         params: pytree of float arrays. The path of a leaf names its stream, so adding a leaf changes no other leaf's z.
@@ -113,6 +116,10 @@ def shift(params: Params, perturbation: Perturbation) -> Params:
             moved = _add(value, jax.random.fold_in(key, row), perturbation)
             return jax.lax.dynamic_update_index_in_dim(leaf, moved, row, 0)
 
+        if leaf.size <= AT_ONCE:
+            return jax.vmap(lambda row, value: _add(value, jax.random.fold_in(key, row), perturbation))(
+                jnp.arange(leaf.shape[0]), leaf
+            )
         # Row after row in place: a scan would hold a second tree for its results.
         return jax.lax.fori_loop(0, leaf.shape[0], move_row, leaf)
 

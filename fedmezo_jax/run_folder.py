@@ -65,6 +65,12 @@ def check_folder(folder: Path, config: RunConfig, resume: bool) -> None:
         raise UserError(f"--resume: {folder} was run with another configuration: {described}")
 
 
+def check_shared(folder: Path) -> None:
+    """Refuses a folder in which this process does not see what the first one wrote."""
+    if not (folder / "config.json").exists():
+        raise UserError(f"--out {folder}: is not the first process's: give a folder that all processes share")
+
+
 def lock(folder: Path) -> filelock.BaseFileLock:
     """The lock of a run's folder, a context manager; it ends with the process that holds it, however that ends."""
     return filelock.FileLock(folder / LOCK, timeout=0)

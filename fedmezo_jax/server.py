@@ -15,8 +15,10 @@ import optax
 
 from fedmezo_jax.mezo import Params
 
-Strategy: TypeAlias = Literal["frozen", "random", "round-wise", "five-round", "model-diff"]
+Strategy: TypeAlias = Literal["frozen", "random", "round-wise", "five-round", "model-diff", "shuffled"]
 STRATEGIES: tuple[str, ...] = get_args(Strategy)
+BY_DRIFT = ("model-diff", "shuffled")
+"""Strategies for which client drift is measured."""
 HISTORY = 5
 """Rounds that the five-round strategy looks back (Sec. 3.3, arXiv 2402.05926)."""
 
@@ -26,7 +28,8 @@ class RateConfig(NamedTuple):
 
     Attributes:
         learning_rate: η₀ > 0.
-        strategy: what Φ_i is made of; ``frozen`` gives every client η₀.
+        strategy: what Φ_i is made of; ``frozen`` gives every client η₀; ``shuffled`` deals out at random, each round
+            anew, what ``model-diff`` has: a control with the same rates that knows nothing of whom they are for.
         scale: A in [0, 1), with α = A·η₀: rates stay within η₀(1 ± A), above zero. The paper's 5e-6 at 1e-5 is 0.5.
     """
 
@@ -101,7 +104,7 @@ def learning_rates(config: RateConfig, signals: Signals, key: jax.Array) -> jax.
     Args:
         config: η₀, A and the strategy.
         signals: of all N clients.
-        key: the round's key, used by ``random`` alone.
+        key: the round's key, used by ``random`` and ``shuffled``.
 
     Returns:
         ``[N]`` float32.
@@ -117,6 +120,8 @@ def learning_rates(config: RateConfig, signals: Signals, key: jax.Array) -> jax.
         index = heterogeneity_index(jnp.mean(signals.losses, axis=1))  # NaN until all five are there
     else:
         index = heterogeneity_index(signals.drift)
+    if config.strategy == "shuffled":
+        index = jax.random.permutation(key, index)
     return config.learning_rate * (1 + config.scale * index)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,9 @@ from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.lora import init_lora
 from fedmezo_jax.llama.loss import loss_of, loss_sums, pair_loss_of
 from fedmezo_jax.llama.model import Base, Llama
+from fedmezo_jax.llama.precision import Precision
 from fedmezo_jax.llama.registry import cache_folder, load_tokenizer, resolve
+from fedmezo_jax.llama.weights import sixteen_bit
 
 TOKENS_AT_ONCE = 8192
 """Clients run at once so long as their batches hold no more tokens than this; further ones follow in blocks."""
@@ -35,7 +38,7 @@ class Setup(NamedTuple):
     """What a run works with, loaded and checked.
 
     Attributes:
-        config: the run's.
+        config: the run's, settled.
         model: the decoder, with the run's α/r and precision.
         base: its frozen weights, on the device.
         lora: θ at the start.
@@ -79,9 +82,22 @@ def start(config: RunConfig, llama: LlamaConfig) -> mezo.Params:
     return init_lora(key, llama, config.lora_rank, config.target_names)
 
 
-def stored_type(config: RunConfig) -> Any:
-    """The dtype that the run holds the frozen weights in."""
-    return jnp.float32 if config.precision == "float32" else jnp.bfloat16
+def settled(config: RunConfig) -> RunConfig:
+    """The configuration with the precision that it leaves to the model's stored weights.
+
+    Raises:
+        UserError: there is no such model, or its files do not fit together.
+    """
+    if config.precision:
+        return config
+    folder = resolve(config.model)
+    halves = sixteen_bit(folder, LlamaConfig.from_json(folder))
+    return replace(config, precision="paired" if halves else "float32")
+
+
+def stored_type(precision: Precision) -> Any:
+    """The dtype that a run holds the frozen weights in."""
+    return jnp.float32 if precision == "float32" else jnp.bfloat16
 
 
 def prepare(config: RunConfig, mesh: Mesh | None = None) -> Setup:
@@ -94,6 +110,8 @@ def prepare(config: RunConfig, mesh: Mesh | None = None) -> Setup:
     Raises:
         UserError: anything about model, data, partition or mesh that does not fit.
     """
+    config = settled(config)
+    assert config.precision
     folder = resolve(config.model)
     llama = LlamaConfig.from_json(folder)
     sharding.check_mesh(mesh, llama)
@@ -109,7 +127,7 @@ def prepare(config: RunConfig, mesh: Mesh | None = None) -> Setup:
     how = (config.clients, config.dirichlet_alpha, config.seed)
     parts, categories = deal(config.partition, trained, lengths(train), *how)
 
-    base = load_base(folder, llama, stored_type(config), sharding.base_sharding(mesh))
+    base = load_base(folder, llama, stored_type(config.precision), sharding.base_sharding(mesh))
     model = Llama(llama, config.lora_alpha / config.lora_rank, config.precision)
     among = widths(train, config.length_buckets)
     lora = sharding.whole(mesh, start(config, llama))
@@ -195,14 +213,13 @@ def evaluator(setup: Setup) -> Callable[[mezo.Params], float]:
 
     def batched(leaf):
         filled = np.concatenate([leaf, np.repeat(leaf[:1], fill, axis=0)])
-        return jnp.asarray(filled.reshape(-1, size, *leaf.shape[1:]))
+        return filled.reshape(-1, size, *leaf.shape[1:])
 
     weights = np.concatenate(
         [setup.test.label_weights, np.zeros_like(setup.test.label_weights[:1].repeat(fill, axis=0))]
     )
-    rows = Rows(*map(batched, setup.test))._replace(
-        label_weights=jnp.asarray(weights.reshape(-1, size, weights.shape[1]))
-    )
+    rows = Rows(*map(batched, setup.test))._replace(label_weights=weights.reshape(-1, size, weights.shape[1]))
+    rows = jax.device_put(rows) if setup.mesh is None else sharding.whole(setup.mesh, rows)
 
     @jax.jit
     def mean(base, lora, rows):

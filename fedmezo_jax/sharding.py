@@ -109,8 +109,19 @@ def base_sharding(mesh: Mesh | None) -> Callable[[tuple[str, ...], tuple[int, ..
 
 
 def whole(mesh: Mesh | None, tree: Any) -> Any:
-    """The tree on every device of the mesh; as it is where there is none."""
-    return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, P()))
+    """The tree on every device of the mesh; as it is where there is none.
+
+    Every process brings all of it; they do not check that it is the same.
+    """
+    if mesh is None:
+        return tree
+    everywhere = NamedSharding(mesh, P())
+
+    def place(leaf: Any) -> jax.Array:
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(host.shape, everywhere, lambda index: host[index])
+
+    return jax.tree.map(place, tree)
 
 
 def over_clients(mesh: Mesh | None, count: int, make: Callable[[np.ndarray], Any]) -> Any:

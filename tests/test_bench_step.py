@@ -75,7 +75,8 @@ def test_a_setting_must_have_four_numbers(text):
 
 def test_clients_in_blocks_take_no_more_memory(model, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    run(bench_scale, monkeypatch, "--model", model, "--clients", "4,32", "--block", "4", "--out", str(out))
+    brief = ("--block", "4", "--seconds", "0.01", "--beside", "1")
+    run(bench_scale, monkeypatch, "--model", model, "--clients", "4,32", *brief, "--out", str(out))
     few, many = json.loads((out / "results.json").read_text())["rows"]
     assert many["temp_bytes"] < 1.2 * few["temp_bytes"]
-    assert few["over_first"] == 1
+    assert min(few["over_smallest"], many["over_smallest"]) > 0

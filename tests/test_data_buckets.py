@@ -223,5 +223,5 @@ def test_computed_tokens_by_hand():
     # Two clients, two steps of one row each: step 0 needs 16 for both, step 1 only 8.
     rows = table([5, 9, 10, 3])
     batches = Rows(*(leaf[np.array([[[1], [0]], [[2], [3]]])] for leaf in rows))
-    assert computed_tokens(batches, (Width(8, 8), Width(16, 8))) == (27, 48)
-    assert computed_tokens(batches, (Width(16, 8),)) == (27, 64)
+    assert computed_tokens(lengths(batches), (Width(8, 8), Width(16, 8))) == (27, 48)
+    assert computed_tokens(lengths(batches), (Width(16, 8),)) == (27, 64)

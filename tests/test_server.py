@@ -35,7 +35,7 @@ def test_rates_stay_within_their_band(signal):
 
 
 def test_nothing_known_means_one_rate_for_all():
-    for strategy in ("frozen", "round-wise", "five-round", "model-diff"):
+    for strategy in ("frozen", "round-wise", "five-round", "model-diff", "shuffled"):
         rates = server.learning_rates(server.RateConfig(1e-3, strategy), server.init_signals(4), KEY)
         np.testing.assert_array_equal(rates, np.full(4, 1e-3, np.float32))
 
@@ -44,6 +44,17 @@ def test_random_rates_change_with_the_key():
     config = server.RateConfig(1e-3, "random")
     one, two = (server.learning_rates(config, server.init_signals(50), jax.random.key(k)) for k in (0, 1))
     assert len(np.unique(np.concatenate([one, two]))) == 100
+
+
+def test_shuffled_deals_out_the_rates_of_model_diff():
+    signals = server.init_signals(30)._replace(drift=jnp.arange(30.0) ** 2)
+    meant, dealt, again = (
+        np.asarray(server.learning_rates(server.RateConfig(1e-3, strategy), signals, jax.random.key(k)))
+        for strategy, k in (("model-diff", 0), ("shuffled", 0), ("shuffled", 1))
+    )
+    np.testing.assert_array_equal(np.sort(dealt), np.sort(meant))
+    assert not np.array_equal(dealt, meant)
+    assert not np.array_equal(dealt, again)
 
 
 def test_five_round_waits_for_five():

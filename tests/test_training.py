@@ -70,7 +70,7 @@ def undisturbed(config, tmp_path_factory):
 
 
 def without_seconds(records):
-    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+    return [{key: value for key, value in record.items() if "seconds" not in key} for record in records]
 
 
 def test_metrics_hold_a_record_for_each_round(undisturbed):
@@ -98,6 +98,22 @@ def test_metrics_hold_a_record_for_each_round(undisturbed):
                 assert 4 * numbers < size < 4 * numbers + 400  # float32, and the names around them
     assert len({tuple(record["participants"]) for record in result.metrics}) > 1
     assert any(rate != pytest.approx(1e-2) for rate in result.metrics[-1]["learning_rates"])
+
+
+def test_nothing_is_compiled_after_the_first_round(config, tmp_path):
+    compiled, after = [], []
+
+    def listen(event, seconds, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        start(tmp_path, config, on_round=lambda record: after.append(len(compiled)))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert after[0] > 0
+    assert after == [after[0]] * 5
 
 
 class StopError(Exception):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -32,7 +33,7 @@ def _take(seed: int, client: int, n: int, start: int, count: int) -> np.ndarray:
     return steps[start - blocks[0] * length :][:count]
 
 
-def round_batches(
+def round_picks(
     rows: Rows,
     parts: Partition,
     participants: Sequence[int] | np.ndarray,
@@ -42,8 +43,8 @@ def round_batches(
     local_steps: int,
     batch_size: int,
     by_length: bool = False,
-) -> Rows:
-    """The batches that the participants of one round work on.
+) -> np.ndarray:
+    """The rows that the participants of one round work on.
 
     Each client walks through its own rows, permuted anew in every epoch; round t takes the steps from t*H*batch on,
     whether or not the client took part in the rounds before. A client with fewer rows than a batch meets rows twice.
@@ -64,7 +65,7 @@ def round_batches(
         by_length: whether rows of like length meet in a step, or any rows.
 
     Returns:
-        `Rows` whose leaves have the leading axes [clients, H, batch].
+        Indices into `rows`, int64 [clients, H, batch].
     """
     count = local_steps * batch_size
     picked = np.stack(
@@ -79,4 +80,14 @@ def round_batches(
     picked = picked.reshape(-1, local_steps, batch_size)
     if by_length:
         picked = picked[:, generator(seed, "steps", round_index).permutation(local_steps)]
+    return picked
+
+
+def take(rows: Rows, picked: np.ndarray) -> Rows:
+    """The picked rows; their leaves have the leading axes of `picked`."""
     return Rows(*(leaf[picked] for leaf in rows))
+
+
+def round_batches(rows: Rows, *args: Any, **settings: Any) -> Rows:
+    """The rows of :func:`round_picks` themselves, of the same arguments: leaves [clients, H, batch, ...]."""
+    return take(rows, round_picks(rows, *args, **settings))

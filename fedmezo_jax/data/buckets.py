@@ -79,14 +79,13 @@ def widths(rows: Rows, buckets: int) -> Widths:
     )
 
 
-def computed_tokens(batches: Rows, among: Widths) -> tuple[int, int]:
+def computed_tokens(length: np.ndarray, among: Widths) -> tuple[int, int]:
     """Tokens of one pass over a round's batches: how many the rows have, and how many are computed with the padding.
 
     Args:
-        batches: leaves [clients, H, batch, ...], as from :func:`batches.round_batches`.
+        length: [clients, H, batch] tokens of the rows, as :func:`batches.round_picks` picks them.
         among: the widths at which steps run, all clients at once (in blocks of clients a little less is computed).
     """
-    length = lengths(batches)
     offered = np.array([width.tokens for width in among])
     taken = offered[np.searchsorted(offered, length.max(axis=(0, 2)))]
     return int(length.sum()), int(taken.sum()) * length.shape[0] * length.shape[2]

@@ -1,5 +1,7 @@
 """The weights of a model folder in whichever format it holds, tensor by tensor under Hugging Face's names."""
 
+import math
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +30,14 @@ def open_weights(folder: Path, config: LlamaConfig) -> dict[str, Entry]:
     if problems:
         raise UserError(f"{folder}: the weights do not fit config.json: " + "; ".join(problems))
     return entries
+
+
+def sixteen_bit(folder: Path, config: LlamaConfig) -> bool:
+    """Whether most of a model's weights are stored in sixteen bits; raises as :func:`open_weights`."""
+    sizes: Counter[bool] = Counter()
+    for entry in open_weights(folder, config).values():
+        sizes[entry.dtype != "F32"] += math.prod(entry.shape)
+    return sizes[True] > sizes[False]
 
 
 def check_folder(folder: Path) -> None:
