@@ -4,7 +4,7 @@
     python -m experiments.plan --model llama-70b --topology h100:8 --clients 16 --length 1024
 
 The round is compiled ahead of time by the real compiler for these devices, of which there need be none. All meshes are
-compared unless one is given. A scan in the search of the clients at once takes a few compilations each.
+compared unless one is given; each takes about four compilations, to find the most clients that a chip holds.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ from fedmezo_jax.llama.precision import Precision
 from fedmezo_jax.llama.shapes import named_shape
 from fedmezo_jax.run_folder import write_json
 from fedmezo_jax.sharding import parse_mesh
+
+MOST = 1024
+"""Clients at once beyond which none are looked for."""
 
 
 @dataclass(frozen=True)
@@ -85,13 +88,15 @@ def main(config: Config) -> None:
         shapes = [asked]
     rows = []
     for shape in track(shapes, "compiling", transient=True):
-        at_once, found = most_at_once(planned, target, shape)
+        most = most_at_once(planned, target, shape)
+        at_once = max(1, min(most, -(-planned.clients // shape[0])))
+        found = plan.compile_round(planned, target, shape, at_once)
         fits = found.peak is not None and found.peak <= target.memory
         rows.append(
             {
                 "mesh": f"clients={shape[0]},model={shape[1]}",
                 "clients_at_once": at_once,
-                "clients_per_chip": at_once / shape[1],
+                "most_clients_per_chip": most / shape[1],
                 "peak_bytes_per_chip": found.peak,
                 "fits": fits,
                 "collective_bytes_per_round": found.within + found.between,
@@ -116,27 +121,25 @@ def main(config: Config) -> None:
     print(f"best: --mesh {best['mesh']}" if best else "nothing fits: take more or larger chips, or shorter rows")
 
 
-def most_at_once(planned: plan.Round, target: topology.Topology, shape: tuple[int, int]) -> tuple[int, plan.Compiled]:
-    """The most clients that a group can run at once, as a power of two and no more than it has, and that program.
+def most_at_once(planned: plan.Round, target: topology.Topology, shape: tuple[int, int]) -> int:
+    """The most clients that a group could run at once, had it as many: a power of two, or 0 where not one fits.
 
     Peaks grow in a straight line, so two of them say where to look; what is said to fit was compiled.
     """
-    each = -(-planned.clients // shape[0])
-    found = plan.compile_round(planned, target, shape, 1)
-    if found.peak is None or found.peak > target.memory or each == 1:
-        return 1, found
-    second = plan.compile_round(planned, target, shape, 2)
-    if second.peak is None or second.peak > target.memory:
-        return 1, found
-    growth = max(second.peak - found.peak, 1)
-    room = 2 + int((target.memory - second.peak) / growth)
-    at_once = 1 << (min(room, each).bit_length() - 1)
-    while at_once > 2:
-        third = plan.compile_round(planned, target, shape, at_once)
-        if third.peak is not None and third.peak <= target.memory:
-            return at_once, third
-        at_once //= 2
-    return 2, second
+
+    def peak(count: int) -> int | None:
+        found = plan.compile_round(planned._replace(clients=count * shape[0]), target, shape, count).peak
+        return found if found is not None and found <= target.memory else None
+
+    first = peak(1)
+    second = first and peak(2)
+    if first is None or second is None:
+        return 0 if first is None else 1
+    room = 2 + int((target.memory - second) / max(second - first, 1))
+    most = 1 << (min(room, MOST).bit_length() - 1)
+    while most > 2 and peak(most) is None:
+        most //= 2
+    return most
 
 
 if __name__ == "__main__":

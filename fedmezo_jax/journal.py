@@ -69,10 +69,12 @@ def open_journal(setup: Setup, folder: Path, first: int, notify: Callable[[str],
         return book
 
     book = processes.together(open_both)
-    # Read while the first process may be appending already: what it appends comes after a round that takes all of them.
+    # The first process may be appending already: metrics of later rounds, and to the ledger once all have reached a new
+    # round.
+    metrics = run_folder.read_metrics(folder)[:first]
     known = iter(()) if header is None else ledger.entries(file, first)
     record = (lambda metrics: run_folder.append_metrics(folder, metrics)) if processes.first() else _nowhere
-    return Journal(known, run_folder.read_metrics(folder), book.append if book else _nowhere, record)
+    return Journal(known, metrics, book.append if book else _nowhere, record)
 
 
 def _open_ledger(file: Path, header: Mapping[str, Any], notify: Callable[[str], None]) -> ledger.Ledger:

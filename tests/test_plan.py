@@ -92,6 +92,7 @@ def test_the_plan_command_writes_its_rows(here, tmp_path, monkeypatch, capsys):
     (row,) = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
     assert row["mesh"] == "clients=1,model=1"
     assert row["clients_at_once"] == 4
+    assert row["most_clients_per_chip"] == command.MOST  # of so small a model
     assert row["fits"]
     assert row["best"]
     assert row["collective_bytes_per_round"] == 0
