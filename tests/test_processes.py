@@ -13,7 +13,7 @@ import jax
 import pytest
 import small_run
 
-from fedmezo_jax import processes
+from fedmezo_jax import ledger, processes
 from fedmezo_jax.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -132,6 +132,8 @@ def test_a_copy_of_the_weights_may_lie_across_processes(place, alone):
     assert [code for code, *_ in found] == [0, 0], found
     records = [json.loads((folder / "results.json").read_text())["rows"][0] for folder in (place / "split", alone)]
     assert records[0]["loss_after"] == pytest.approx(records[1]["loss_after"], rel=1e-5)
+    ours, theirs = (ledger.read_header(folder / "run.ledger") for folder in (place / "split", alone))
+    assert ours == theirs  # with the hash of all weights, of which each process holds half
 
 
 def test_a_process_that_dies_ends_the_run_and_it_can_be_resumed(place, alone):
