@@ -99,7 +99,7 @@ def main(config: Config) -> None:
                 "most_clients_per_chip": most / shape[1],
                 "peak_bytes_per_chip": found.peak,
                 "fits": fits,
-                "collective_bytes_per_round": found.within + found.between,
+                "collective_bytes_per_round": found.received,
                 "between_clients_bytes_per_round": found.between,
                 "flops_per_round": plan.operations(planned),
                 "roofline_seconds_per_round": plan.roofline(planned, plan.CHIPS[kind], shape, at_once, found)
@@ -118,6 +118,8 @@ def main(config: Config) -> None:
     )
     common.print_table(title, rows)
     print(f"chip: {plan.CHIPS[kind].source}")
+    if any(row["fits"] and row["collective_bytes_per_round"] is None for row in rows):
+        print("traffic unknown (-), and not in the time: the compiler's text could not be read")
     print(f"best: --mesh {best['mesh']}" if best else "nothing fits: take more or larger chips, or shorter rows")
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.progress import Progress
 
 from experiments import common
 from experiments.evaluate import Subject, generator
@@ -78,8 +79,9 @@ def main(config: Config) -> None:
         subject = Subject(setup.model.clone(precision="float32"), setup.base, lora, tokenizer)
         return gsm8k.score(generator(subject, tokens)(texts), [one.response for one in asked])
 
-    with run_folder.guarded(folder), run_folder.lock(folder):
-        result = train(setup, folder, checkpoint_every=5, eval_every=run.rounds)
+    with run_folder.guarded(folder), run_folder.lock(folder), Progress() as bar:
+        task = bar.add_task("rounds", total=run.rounds)
+        result = train(setup, folder, checkpoint_every=1, eval_every=run.rounds, on_round=lambda _: bar.advance(task))
     rows = [
         {
             "rounds": rounds,

@@ -86,7 +86,7 @@ def main(config: Config) -> None:
                 "program_bytes": found.code,
                 "peak_bytes_per_device": found.peak,
                 "flops_per_device": plan.operations(planned) // count,
-                "collective_bytes_per_round": found.within + found.between,
+                "collective_bytes_per_round": found.received,
             }
         )
     config.out.mkdir(parents=True, exist_ok=True)

@@ -85,15 +85,21 @@ class Compiled(NamedTuple):
 
     Attributes:
         peak: bytes at the worst moment; None where it found no room.
-        within: bytes that collectives between the devices of one copy of the model yield in a round.
+        within: bytes that collectives between the devices of one copy of the model yield in a round; None where the
+            compiler's text cannot be had: libtpu may know instructions that jaxlib does not.
         between: the same between groups of clients.
         code: bytes of the program itself.
     """
 
     peak: int | None
-    within: int
-    between: int
+    within: int | None
+    between: int | None
     code: int
+
+    @property
+    def received(self) -> int | None:
+        """Bytes of both kinds together."""
+        return None if self.within is None or self.between is None else self.within + self.between
 
 
 def meshes(devices: int, config: LlamaConfig) -> list[tuple[int, int]]:
@@ -149,16 +155,23 @@ def compile_round(planned: Round, target: Topology, shape: tuple[int, int], at_o
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return Compiled(None, 0, 0, 0)
-    sent = hlo.collectives(compiled.as_text())
+    memory = compiled.memory_analysis()
+    try:
+        within, between = _traffic(compiled.as_text(), shape)
+    except jax.errors.JaxRuntimeError:
+        within, between = None, None
+    return Compiled(memory.peak_memory_in_bytes, within, between, memory.generated_code_size_in_bytes)
+
+
+def _traffic(text: str, shape: tuple[int, int]) -> tuple[int, int]:
+    """Bytes within copies of the model and between groups of clients, by a compiled round's text."""
+    sent = hlo.collectives(text)
     crossing = [
         not one.groups or any(len({at // shape[1] for at in group}) > 1 for group in one.groups) for one in sent
     ]
-    between = sum(one.bytes * one.times for one, crosses in zip(sent, crossing, strict=True) if crosses)
     total = sum(one.bytes * one.times for one in sent)
-    if shape[0] == 1:
-        between = 0
-    memory = compiled.memory_analysis()
-    return Compiled(memory.peak_memory_in_bytes, total - between, between, memory.generated_code_size_in_bytes)
+    between = sum(one.bytes * one.times for one, crosses in zip(sent, crossing, strict=True) if crosses)
+    return (total, 0) if shape[0] == 1 else (total - between, between)
 
 
 def operations(planned: Round) -> int:
@@ -185,10 +198,11 @@ def weight_bytes(planned: Round) -> int:
 def roofline(planned: Round, chip: Chip, shape: tuple[int, int], at_once: int, compiled: Compiled) -> float:
     """Seconds a round at the least: the slower of arithmetic and memory, and the traffic, none of it overlapped.
 
-    Every block of clients reads the weights twice a step, once for each loss. Activations' traffic is left out.
+    Every block of clients reads the weights twice a step, once for each loss. Activations' traffic is left out, and so
+    is the devices' where it is not known.
     """
     groups, width = shape
     each = -(-planned.clients // groups)
     arithmetic = operations(planned) / planned.clients * each / width / chip.operations
     reads = 2 * planned.local_steps * -(-each // at_once) * weight_bytes(planned) / width
-    return max(arithmetic, reads / chip.memory) + (compiled.within + compiled.between) / chip.links
+    return max(arithmetic, reads / chip.memory) + (compiled.received or 0) / chip.links

@@ -3,6 +3,7 @@
 import json
 import sys
 
+import jax
 import pytest
 
 from experiments import common, weak_scaling
@@ -51,6 +52,16 @@ def test_what_the_compiler_says_holds_the_weights_and_sends_nothing_on_one_devic
     assert found.peak is not None
     assert found.peak > plan.weight_bytes(ROUND)
     assert (found.within, found.between) == (0, 0)
+
+
+def test_a_compiler_whose_text_cannot_be_read_leaves_the_traffic_unknown(monkeypatch):
+    def unreadable(self):
+        raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")
+
+    monkeypatch.setattr(jax.stages.Compiled, "as_text", unreadable)
+    found = plan.compile_round(ROUND, topology.host(), (1, 1), 4)
+    assert found.peak is not None
+    assert found.received is None
 
 
 def test_the_roofline_is_the_slowest_of_its_parts():
