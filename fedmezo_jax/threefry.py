@@ -1,9 +1,9 @@
 """Random numbers by Threefry-2x32 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
 
-The numbers are those of :mod:`jax.random` for ``threefry2x32`` keys, bit for bit. JAX makes them on CPUs in a loop over
-the whole array, round by round; written out, XLA makes each of them in registers: 2 to 5 times as fast, in half the
-time to compile (SmolLM2-135M's leaves, two cores). Where a step's directions are large beside its products, that is a
-seventh of the step.
+The bits are those of :mod:`jax.random` for ``threefry2x32`` keys, and so are the normal numbers, but for the last place
+of erf⁻¹, which XLA may round in another program in another way. On CPUs JAX loops over the whole array, round by round;
+written out, XLA makes each number in registers: 2 to 5 times as fast, in half the time to compile (SmolLM2-135M's
+leaves, two cores). Where a step's directions are large beside its products, that is a seventh of the step.
 """
 
 from __future__ import annotations
