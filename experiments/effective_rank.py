@@ -63,7 +63,7 @@ class Case(NamedTuple):
 
 
 _TINY = Case("tiny", "bundled", 160, (4, 8, 32, 128), (0, 1, 2, 3, 4), 4, 8, 2, 16, 60)
-_REAL = Case("smollm2-135m", "gsm8k", 112, (4, 128), (0, 14, 29), 3, 1, 1, 8, 15)
+_REAL = Case("smollm2-135m", "gsm8k", 128, (4, 128), (0, 29), 3, 1, 1, 8, 15)
 _PAPER = Case(
     "openlm-research/open_llama_3b_v2", "gsm8k", 512, (4, 8, 16, 32, 64, 128), (0, 8, 17, 25), 8, 4, 2, 24, 60
 )
