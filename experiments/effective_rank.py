@@ -229,6 +229,8 @@ def plot(file: Path, rows: Sequence[dict[str, Any]]) -> None:
             color=f"C{i}",
             label=f"{model}, {data}",
         )
+    for axes in (left, right):
+        axes.set_yscale("symlog", linthresh=10)
     left.set(xscale="log", xlabel="LoRA rank", ylabel="effective rank", title="whole Hessian (error: over batches)")
     right.set(xlabel="layer", ylabel="tr H₊/‖H₊‖", title="a layer's diagonal block, trained")
     for axes in (left, right):
