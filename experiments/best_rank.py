@@ -26,18 +26,25 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 
-def _variants(ranks: Sequence[int], rates: Sequence[float]) -> dict[str, dict[str, Any]]:
+def _variants(ranks: Sequence[int], products: Sequence[float]) -> dict[str, dict[str, Any]]:
+    """Each rank at rates of these products η·r: the rates at which runs surge fall about as 1/r."""
     return {
-        f"r = {rank}, η = {rate:g}": {"lora_rank": rank, "lora_alpha": 2.0 * rank, "learning_rate": rate}
+        f"r = {rank}, η = {product / rank:g}": {
+            "lora_rank": rank,
+            "lora_alpha": 2.0 * rank,
+            "learning_rate": product / rank,
+        }
         for rank in ranks
-        for rate in rates
+        for product in products
     }
 
 
 PRESETS: dict[study.PresetName, study.Preset] = {
-    "small": study.Preset(replace(study.SMALL, rounds=12), 3, 12, _variants((4, 16, 64, 128), (4e-4, 8e-4, 1.6e-3))),
-    "paper": study.Preset(study.PAPER, 3, 50, _variants((4, 8, 16, 32, 64, 128), (1e-5, 2.5e-5, 5e-5))),
-    "smoke": study.Preset(study.SMOKE, 2, 2, _variants((2, 4), (1e-3, 2e-3))),
+    "small": study.Preset(
+        replace(study.SMALL, rounds=12), 3, 12, _variants((4, 16, 64, 128), (3.2e-3, 6.4e-3, 1.28e-2))
+    ),
+    "paper": study.Preset(study.PAPER, 3, 50, _variants((4, 8, 16, 32, 64, 128), (1.6e-3, 3.2e-3, 6.4e-3))),
+    "smoke": study.Preset(study.SMOKE, 2, 2, _variants((2, 4), (4e-3, 8e-3))),
 }
 
 

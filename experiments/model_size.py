@@ -11,7 +11,8 @@ PRESETS = study.three(
     study.fields_over("model", ("tiny", "smollm2-135m"), "{}"),
     study.fields_over("model", ("openlm-research/open_llama_3b_v2", "openlm-research/open_llama_7b_v2"), "{}"),
     seeds=2,
-    rounds=6,
+    rounds=4,
+    precision="paired",
 )
 PRESETS["smoke"] = PRESETS["smoke"]._replace(variants=study.fields_over("lora_rank", (2, 3), "tiny, rank {}"))
 PAPER = {
