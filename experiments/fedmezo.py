@@ -90,7 +90,7 @@ def _main(config: Config, held: ExitStack) -> None:
     said = asdict(config) | asdict(config.run) | versions() | {"devices a process": jax.local_device_count()}
     processes.agree({name: value for name, value in said.items() if name not in ("run", "processes")})
     first, lock = processes.first(), run_folder.lock(config.out)
-    config = replace(config, run=processes.together(lambda: settled(config.run)))
+    config = replace(config, run=processes.together(lambda: settled(config.run, notify=print)))
 
     def open_folder() -> None:
         run_folder.check_folder(config.out, config.run, config.resume)

@@ -38,6 +38,7 @@ PAPER = RunConfig(
     rounds=500,
     local_steps=30,
     batch_size=1,
+    length_buckets=1,
     max_length=1000,
     learning_rate=2.5e-5,
     perturbation_scale=1e-3,

@@ -108,7 +108,7 @@ class RunConfig:
     back to before the round that led there, at half the learning rates"""
     precision: Precision | None = None
     """of the products with frozen weights: float32, bfloat16, or bfloat16 on the pair's mean and half-difference; by
-    default paired where the model's weights are stored in sixteen bits, and else float32"""
+    default paired where the weights are stored in sixteen bits and the device multiplies bfloat16, and else float32"""
     seed: int = 0
     """seed of the data split, the batches, the LoRA start and the directions"""
 

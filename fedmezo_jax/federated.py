@@ -155,6 +155,7 @@ def federated(
     block_size: int | None = None,
     seeds: Seeds = "per-client",
     mesh: Mesh | None = None,
+    least_width: int = 1,
 ) -> Federated:
     """Federated training of any loss: FedMeZO with :func:`client.mezo_work`, FedAvg with :func:`client.backprop_work`.
 
@@ -167,13 +168,13 @@ def federated(
         rates: learning rates of the clients.
         optimizer: the server's, fed with the pseudo-gradient −Σ_i w_i·Δ_i; None means plain averaging.
         block_size: how many clients run at once under ``vmap`` (of each group of a mesh); None means all. Memory grows
-            with it. The result is the same bit for bit wherever the loss is; a LLaMA's loss on a CPU may differ in its
-            last place, where a product of more rows sums in another order.
+            with it. The result is the same bit for bit wherever the loss is (see :func:`llama.precision.least_rows`).
         seeds: each client draws directions of its own (as in the paper), or all clients of a round draw the same H.
         mesh: devices to spread the clients over, along its axis ``clients``; a cohort's batches then have as many rows
             as its groups can share evenly, those after the P clients being copies; the state lies whole on every
             device. Of a round's work its groups tell each other scalars alone (with back-propagation, the clients'
             parameters).
+        least_width: how many clients run at once at least; where there are fewer, copies fill the block.
     """
     groups = 1 if mesh is None else mesh.shape[CLIENTS]
     optimizer = optimizer or optax.sgd(1.0)
@@ -194,18 +195,19 @@ def federated(
         bound = () if limit is None else (limit,)
         axes = (None, None, 0, None if seeds == "shared" else 0, 0, *(None for _ in bound))
 
-        def run_block(_, block):
+        def run_block(block):
             batches, ids, rate = block
             keys = shared_key(key, state.round)
             if seeds == "per-client":
                 keys = jax.vmap(client_key, in_axes=(None, None, 0))(key, state.round, ids)
             done = jax.vmap(work, in_axes=axes)(loss, state.params, batches, keys, rate, *bound)
-            return None, (done.losses, done.coefficients, None if work.rebuild else done.params)
+            return done.losses, done.coefficients, None if work.rebuild else done.params
 
-        blocks = _in_blocks((cohort.batches, ids[places], rate[places]), groups, block_size or held)
+        block = (cohort.batches, ids[places], rate[places])
+        blocks = _in_blocks(block, groups, block_size or held, least_width)
         if mesh is not None:
             blocks = jax.lax.with_sharding_constraint(blocks, NamedSharding(mesh, P(None, CLIENTS)))
-        _, outcome = jax.lax.scan(run_block, None, blocks)
+        outcome = _map_blocks(run_block, blocks, state.round)
         outcome = jax.tree.map(lambda leaf: leaf[:clients], _out_of_blocks(outcome, groups, held))
         if mesh is not None:
             outcome, rate = jax.lax.with_sharding_constraint((outcome, rate), NamedSharding(mesh, P()))
@@ -268,16 +270,42 @@ def _add_weighted(total: Params, weight: jax.Array, new: Params, old: Params) ->
     return jax.tree.map(lambda t, n, o: t + weight * (n - o), total, new, old)
 
 
-def _in_blocks(tree: Any, groups: int, block_size: int) -> Any:
-    """Splits leading axes ``[P, …]`` into ``[blocks, groups·size, …]``: each group's clients stay with it.
+def _map_blocks(run: Callable[[Any], Any], blocks: Any, round_index: jax.Array) -> Any:
+    """``jax.lax.map(run, blocks)`` with the same bits for one block as for several.
+
+    XLA unrolls a loop of one trip and fuses its body with what surrounds it, and the numbers of a single client then
+    differ from those that it has in a loop. So a single block becomes one trip, unknown to the compiler, over two.
+    """
+    if jax.tree.leaves(blocks)[0].shape[0] > 1:
+        return jax.lax.map(run, blocks)
+    blocks = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), blocks)
+
+    def step(i, outcome):
+        new = run(jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False), blocks))
+        return jax.tree.map(lambda old, new: jax.lax.dynamic_update_index_in_dim(old, new, i, 0), outcome, new)
+
+    shapes = jax.eval_shape(run, jax.tree.map(lambda leaf: leaf[0], blocks))
+    outcome = jax.tree.map(lambda shape: jnp.zeros((2, *shape.shape), shape.dtype), shapes)
+    trips = jnp.where(round_index < 0, 2, 1)  # always 1
+    return jax.tree.map(lambda leaf: leaf[:1], jax.lax.fori_loop(0, trips, step, outcome))
+
+
+def block_width(clients: int, block_size: int) -> int:
+    """How many of a group's clients run at once, in blocks of at most ``block_size``.
 
     Blocks are made as even as they can be, so that little is spent on filling the last one up with copies.
     """
+    blocks = -(-clients // block_size)
+    return -(-clients // blocks)
+
+
+def _in_blocks(tree: Any, groups: int, block_size: int, least_width: int) -> Any:
+    """Splits leading axes ``[P, …]`` into ``[blocks, groups·size, …]``: each group's clients stay with it."""
 
     def split(leaf):
         each = leaf.shape[0] // groups
-        blocks = -(-each // block_size)
-        size = -(-each // blocks)
+        size = max(least_width, block_width(each, block_size))
+        blocks = -(-each // size)
         leaf = leaf.reshape(groups, each, *leaf.shape[1:])
         if fill := blocks * size - each:
             leaf = jnp.concatenate([leaf, jnp.repeat(leaf[:, :1], fill, axis=1)], axis=1)

@@ -26,7 +26,7 @@ from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.lora import init_lora
 from fedmezo_jax.llama.loss import loss_of, loss_sums, pair_loss_of
 from fedmezo_jax.llama.model import Base, Llama
-from fedmezo_jax.llama.precision import Precision
+from fedmezo_jax.llama.precision import Precision, default_precision, least_clients, least_rows
 from fedmezo_jax.llama.registry import cache_folder, load_tokenizer, resolve
 from fedmezo_jax.llama.weights import sixteen_bit
 
@@ -82,8 +82,12 @@ def start(config: RunConfig, llama: LlamaConfig) -> mezo.Params:
     return init_lora(key, llama, config.lora_rank, config.target_names)
 
 
-def settled(config: RunConfig) -> RunConfig:
-    """The configuration with the precision that it leaves to the model's stored weights.
+def settled(config: RunConfig, notify: Callable[[str], None] = lambda notice: None) -> RunConfig:
+    """The configuration with a precision, chosen for the model's stored weights and this device where none is given.
+
+    Args:
+        config: the run's.
+        notify: called with what was chosen and why, where none was given.
 
     Raises:
         UserError: there is no such model, or its files do not fit together.
@@ -91,8 +95,9 @@ def settled(config: RunConfig) -> RunConfig:
     if config.precision:
         return config
     folder = resolve(config.model)
-    halves = sixteen_bit(folder, LlamaConfig.from_json(folder))
-    return replace(config, precision="paired" if halves else "float32")
+    precision, reason = default_precision(sixteen_bit(folder, LlamaConfig.from_json(folder)))
+    notify(f"precision {precision}: {reason}")
+    return replace(config, precision=precision)
 
 
 def stored_type(precision: Precision) -> Any:
@@ -166,16 +171,19 @@ def check_tokens(rows: Rows, tokenizer: Any, llama: LlamaConfig, folder: Path) -
 
 def build(setup: Setup) -> tuple[federated.Federated, Any]:
     """The run's ``(init, round)`` and the loss that its rounds take."""
-    config = setup.config
-    if config.algorithm == "fedmezo":
-        loss = pair_loss_of(setup.model, setup.base)
-    else:
-        loss = loss_of(single(setup.model), setup.base)
+    config, mesh = setup.config, setup.mesh
     at_once = max(1, TOKENS_AT_ONCE // (config.batch_size * setup.train.tokens.shape[1]))
-    return algorithm(config, min(at_once, config.participants), setup.mesh), narrowed(loss, setup.widths)
+    groups = 1 if mesh is None else mesh.shape[federated.CLIENTS]
+    least = least_clients(setup.model.precision, config.batch_size)
+    width = max(least, federated.block_width(-(-config.participants // groups), at_once))
+    model = setup.model.clone(least_rows=least_rows(setup.model.precision, width))
+    loss = pair_loss_of(model, setup.base) if config.algorithm == "fedmezo" else loss_of(single(model), setup.base)
+    return algorithm(config, width, mesh, least), narrowed(loss, setup.widths)
 
 
-def algorithm(config: RunConfig, block_size: int | None = None, mesh: Mesh | None = None) -> federated.Federated:
+def algorithm(
+    config: RunConfig, block_size: int | None = None, mesh: Mesh | None = None, least_width: int = 1
+) -> federated.Federated:
     """The run's ``(init, round)``; its server's half needs neither model nor data."""
     if config.algorithm == "fedmezo":
         settings = (config.perturbation_scale, config.directions, config.distribution, config.weight_decay)
@@ -183,7 +191,7 @@ def algorithm(config: RunConfig, block_size: int | None = None, mesh: Mesh | Non
     else:
         work = client.backprop_work(local_optimizer(config))
     rates = server.RateConfig(config.learning_rate, config.personalize, config.personalize_scale)
-    return federated.federated(work, rates, server_optimizer(config), block_size, config.seeds, mesh)
+    return federated.federated(work, rates, server_optimizer(config), block_size, config.seeds, mesh, least_width)
 
 
 def local_optimizer(config: RunConfig) -> Callable[[Any], optax.GradientTransformation]:

@@ -21,6 +21,7 @@ from fedmezo_jax import client, federated, mezo, server
 from fedmezo_jax.config import RunConfig
 from fedmezo_jax.data.batches import round_batches
 from fedmezo_jax.data.examples import Rows
+from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.loss import loss_of, loss_sums, pair_loss_of
 from fedmezo_jax.llama.model import Base, Llama
 from fedmezo_jax.setup import TOKENS_AT_ONCE, Setup, local_optimizer, run_key, server_optimizer, single
@@ -61,6 +62,25 @@ def shape_of(config: RunConfig) -> RunConfig:
     return replace(config, seed=0, learning_rate=1.0, perturbation_scale=1.0, personalize_scale=0.0)
 
 
+def check_supported(config: RunConfig) -> None:
+    """Refuses a configuration of which a sweep would leave something out.
+
+    Raises:
+        UserError: with the first option that a sweep cannot follow.
+    """
+    for option, value, needed in (
+        ("dropout", config.dropout, 0.0),
+        ("deadline", config.deadline, None),
+        ("on_surge", config.on_surge, "warn"),
+        ("length_buckets", config.length_buckets, 1),
+    ):
+        if value != needed:
+            raise UserError(
+                f"--{option.replace('_', '-')} {value}: runs side by side cannot follow it: use experiments.fedmezo, "
+                f"or {needed}"
+            )
+
+
 def runs_at_once(config: RunConfig) -> int:
     """How many runs are one program: as many as keep its batches within ``TOKENS_AT_ONCE``, and at least one."""
     return max(1, TOKENS_AT_ONCE // (config.participants * config.batch_size * config.max_length))
@@ -73,9 +93,13 @@ def sweep(setups: Sequence[Setup], eval_every: int, on_round: Callable[[int], No
         setups: runs of one :func:`shape_of`.
         eval_every: rounds between measurements of the test loss; the last round always gets one.
         on_round: called with the number of rounds done.
+
+    Raises:
+        UserError: a run asks for what a sweep cannot do.
     """
     configs = [setup.config for setup in setups]
     config, model, base = configs[0], setups[0].model, setups[0].base
+    check_supported(config)
     assert len({shape_of(other) for other in configs}) == 1, "these runs are of several shapes"
     clients, count = config.participants, len(setups)
     loss = pair_loss_of(model, base) if config.algorithm == "fedmezo" else loss_of(single(model), base)

@@ -6,7 +6,9 @@ import sys
 import pytest
 import small_run
 
-from experiments import common, precision
+from experiments import common
+from experiments import precision as experiment
+from fedmezo_jax.llama import precision
 from fedmezo_jax.llama.precision import WORRYING, likely_error
 
 
@@ -17,7 +19,7 @@ def test_errors_are_measured_against_the_derivative(tmp_path, monkeypatch, capsy
     arguments = ["--model", tmp_path / "model", "--data", tmp_path / "data.jsonl", "--max-length", 64]
     arguments += ["--scales", "1e-3,1e-2", "--probes", 4, "--out", tmp_path / "out", "--test-rows", 4]
     monkeypatch.setattr(sys, "argv", ["precision", *map(str, arguments)])
-    common.run(precision.main, precision.Config, precision.__doc__)
+    common.run(experiment.main, experiment.Config, experiment.__doc__)
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
     error = {(row["precision"], row["perturbation_scale"]): row["error"] for row in rows}
     assert len(error) == 6
@@ -37,3 +39,25 @@ def test_a_noisy_pair_is_worth_a_warning(kind, scale):
 @pytest.mark.parametrize(("kind", "scale"), [("float32", 1e-3), ("paired", 1e-3), ("paired", 1e-2), ("bfloat16", 1e-2)])
 def test_a_sound_pair_is_not(kind, scale):
     assert likely_error(kind, scale) < WORRYING
+
+
+CPUS = {
+    "Intel without bfloat16": ("flags\t\t: fpu avx2 avx512f avx512_vnni", False),
+    "Intel with AVX-512 bfloat16": ("flags\t\t: fpu avx2 avx512f avx512_bf16", True),
+    "Arm with bfloat16": ("Features\t: fp asimd bf16 i8mm", True),
+    "Arm without": ("Features\t: fp asimd", False),
+}
+
+
+@pytest.mark.parametrize(("text", "has"), CPUS.values(), ids=CPUS)
+def test_the_default_looks_at_the_cpu(monkeypatch, tmp_path, text, has):
+    file = tmp_path / "cpuinfo"
+    file.write_text(f"processor\t: 0\n{text}\n")
+    assert precision._multiplies_bfloat16(file) == has
+    assert not precision._multiplies_bfloat16(tmp_path / "absent")
+    monkeypatch.setattr(precision, "_multiplies_bfloat16", lambda: has)
+    monkeypatch.setattr(precision.jax, "default_backend", lambda: "cpu")
+    assert precision.default_precision(sixteen_bit=True)[0] == ("paired" if has else "float32")
+    assert precision.default_precision(sixteen_bit=False)[0] == "float32"
+    monkeypatch.setattr(precision.jax, "default_backend", lambda: "tpu")
+    assert precision.default_precision(sixteen_bit=True)[0] == "paired"

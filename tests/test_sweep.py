@@ -7,6 +7,7 @@ import pytest
 from small_run import write_data, write_model
 
 from fedmezo_jax.config import RunConfig
+from fedmezo_jax.errors import UserError
 from fedmezo_jax.setup import prepare
 from fedmezo_jax.sweep import shape_of, sweep
 from fedmezo_jax.training import train
@@ -65,3 +66,11 @@ def test_each_run_is_the_main_job_s(tmp_path, base, fields):
 def test_only_runs_of_one_shape_go_together(base):
     assert shape_of(base) == shape_of(replace(base, seed=9, learning_rate=5.0, perturbation_scale=0.1))
     assert shape_of(base) != shape_of(replace(base, clients=4))
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("dropout", 0.2), ("deadline", 1.5), ("on_surge", "rollback"), ("length_buckets", 4)]
+)
+def test_an_option_that_a_sweep_cannot_follow_is_refused(base, option, value):
+    with pytest.raises(UserError, match=f"--{option.replace('_', '-')} {value}"):
+        sweep([prepare(replace(base, **{option: value}))], eval_every=1)

@@ -51,12 +51,13 @@ class Dense(nn.Module):
     bias: bool
     lora_scale: float
     precision: Precision
+    least_rows: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array, adapter: dict[str, jax.Array] | None = None) -> jax.Array:
         """Maps ``[..., in]`` to ``[..., features]``; ``adapter`` holds A ``[in, r]`` and B ``[r, features]``."""
         kernel = self.param("kernel", _INIT, (x.shape[-1], self.features))
-        y = frozen_product(x, kernel, self.precision)
+        y = frozen_product(x, kernel, self.precision, self.least_rows)
         if self.bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(y.dtype)
         if adapter is not None:
@@ -70,6 +71,7 @@ class SelfAttention(nn.Module):
     config: LlamaConfig
     lora_scale: float
     precision: Precision
+    least_rows: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array, lora: Lora, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -77,14 +79,16 @@ class SelfAttention(nn.Module):
         c = self.config
 
         def project(name, heads):
-            dense = Dense(heads * c.head_dim, c.attention_bias, self.lora_scale, self.precision, name=name)
+            dense = Dense(
+                heads * c.head_dim, c.attention_bias, self.lora_scale, self.precision, self.least_rows, name=name
+            )
             return dense(x, lora.get(name)).reshape(*x.shape[:2], heads, c.head_dim)
 
         query = rotate(project("q_proj", c.num_attention_heads), rope)
         key = rotate(project("k_proj", c.num_key_value_heads), rope)
         value = project("v_proj", c.num_key_value_heads)
         mixed = causal_attention(query, key, value).reshape(*x.shape[:2], -1)
-        output = Dense(c.hidden_size, c.attention_bias, self.lora_scale, self.precision, name="o_proj")
+        output = Dense(c.hidden_size, c.attention_bias, self.lora_scale, self.precision, self.least_rows, name="o_proj")
         return output(mixed, lora.get("o_proj"))
 
 
@@ -94,6 +98,7 @@ class Mlp(nn.Module):
     config: LlamaConfig
     lora_scale: float
     precision: Precision
+    least_rows: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array, lora: Lora) -> jax.Array:
@@ -101,7 +106,9 @@ class Mlp(nn.Module):
         c = self.config
 
         def project(name, x, features):
-            return Dense(features, c.mlp_bias, self.lora_scale, self.precision, name=name)(x, lora.get(name))
+            return Dense(features, c.mlp_bias, self.lora_scale, self.precision, self.least_rows, name=name)(
+                x, lora.get(name)
+            )
 
         gated = nn.silu(project("gate_proj", x, c.intermediate_size)) * project("up_proj", x, c.intermediate_size)
         return project("down_proj", gated, c.hidden_size)
@@ -113,6 +120,7 @@ class Block(nn.Module):
     config: LlamaConfig
     lora_scale: float
     precision: Precision
+    least_rows: int = 1
 
     @nn.compact
     def __call__(
@@ -131,8 +139,8 @@ class Block(nn.Module):
         if perturbation is not None:
             lora = shift_row(lora, perturbation, layer)
         c = self.config
-        attention = SelfAttention(c, self.lora_scale, self.precision, name="self_attn")
-        mlp = Mlp(c, self.lora_scale, self.precision, name="mlp")
+        attention = SelfAttention(c, self.lora_scale, self.precision, self.least_rows, name="self_attn")
+        mlp = Mlp(c, self.lora_scale, self.precision, self.least_rows, name="mlp")
         x = x + attention(RMSNorm(c.rms_norm_eps, name="input_layernorm")(x), lora, rope)
         x = x + mlp(RMSNorm(c.rms_norm_eps, name="post_attention_layernorm")(x), lora)
         return x, None
@@ -145,12 +153,14 @@ class Llama(nn.Module):
         config: sizes and constants.
         lora_scale: α/r.
         precision: of the products with frozen weights; ``paired`` only under ``vmap`` over a pair.
+        least_rows: products with frozen weights are padded to this many rows, see :func:`precision.least_rows`.
         checkpointed: compute a layer's activations a second time when back-propagating, instead of keeping them.
     """
 
     config: LlamaConfig
     lora_scale: float = 1.0
     precision: Precision = "float32"
+    least_rows: int = 1
     checkpointed: bool = False
     block: ClassVar[type[nn.Module]] = Block
 
@@ -164,10 +174,10 @@ class Llama(nn.Module):
             in_axes=(0, 0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=c.num_hidden_layers,
         )
-        self.layers = layers(c, self.lora_scale, self.precision)
+        self.layers = layers(c, self.lora_scale, self.precision, self.least_rows)
         self.norm = RMSNorm(c.rms_norm_eps)
         if not c.tie_word_embeddings:
-            self.lm_head = Dense(c.vocab_size, False, 0.0, self.precision)
+            self.lm_head = Dense(c.vocab_size, False, 0.0, self.precision, self.least_rows)
 
     def hidden(self, tokens: jax.Array, lora: Lora, perturbation: Perturbation | None = None) -> jax.Array:
         """Residual stream after the last layer, ``[B, S, D]`` float32, for ``[B, S]`` int32 tokens.
@@ -181,7 +191,7 @@ class Llama(nn.Module):
             return self.layers(x, lora, layers, rope, perturbation)[0]
         # The same scan, but slicing the weights itself: see in_loop.
         stacked = self.variables["params"]["layers"]
-        block = Block(self.config, self.lora_scale, self.precision, parent=None)
+        block = Block(self.config, self.lora_scale, self.precision, self.least_rows, parent=None)
 
         def one(x, layer_and_lora):
             layer, lora = layer_and_lora
@@ -197,7 +207,7 @@ class Llama(nn.Module):
         """Final norm and head: ``[..., D]`` to ``[..., V]``, float32."""
         x = self.norm(hidden)
         if self.config.tie_word_embeddings:
-            return frozen_product(x, self.embed_tokens.embedding.T, self.precision)
+            return frozen_product(x, self.embed_tokens.embedding.T, self.precision, self.least_rows)
         return self.lm_head(x)
 
     def label_losses(self, hidden: jax.Array, labels: jax.Array) -> jax.Array:
@@ -206,8 +216,10 @@ class Llama(nn.Module):
         The logits exist for one block of the vocabulary at a time, no wider than about an MLP's activations; the
         blocks' maxima and sums are joined as they come (online softmax, arXiv 1805.02867).
         """
-        vocabulary, rows = self.config.vocab_size, hidden.shape[0]
-        x = self.norm(hidden)
+        count = hidden.shape[0]
+        rows, vocabulary = max(count, self.least_rows), self.config.vocab_size
+        labels = jnp.pad(labels, (0, rows - count))
+        x = self.norm(jnp.pad(hidden, [(0, rows - count), (0, 0)]))
         tied = self.config.tie_word_embeddings
         table = self.embed_tokens.embedding if tied else self.variables["params"]["lm_head"]["kernel"]
         blocks = -(-vocabulary // _VOCABULARY_BLOCK)
@@ -230,7 +242,7 @@ class Llama(nn.Module):
         join = jax.checkpoint(join, prevent_cse=False) if self.checkpointed else join
         start = (jnp.full(rows, -jnp.inf), jnp.zeros(rows), jnp.zeros(rows))
         (largest, total, picked), _ = jax.lax.scan(join, start, jnp.arange(blocks))
-        return largest + jnp.log(total) - picked
+        return (largest + jnp.log(total) - picked)[:count]
 
     def __call__(self, tokens: jax.Array, lora: Lora) -> jax.Array:
         """Logits ``[B, S, V]`` float32 of every position."""

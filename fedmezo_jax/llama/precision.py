@@ -19,6 +19,7 @@ Measured by ``python -m experiments.precision`` on SmolLM2-135M and GSM8K, relat
 """
 
 import math
+from pathlib import Path
 from typing import Literal, TypeAlias
 
 import jax
@@ -29,17 +30,75 @@ PAIR = "pair"
 """The ``vmap`` axis, of size 2 in the order (+, −), under which ``paired`` must run."""
 
 
-def frozen_product(x: jax.Array, kernel: jax.Array, precision: Precision) -> jax.Array:
+def default_precision(sixteen_bit: bool) -> tuple[Precision, str]:
+    """The precision to use where none is asked for, and the reason.
+
+    Args:
+        sixteen_bit: whether the model's weights are stored in sixteen bits.
+    """
+    if not sixteen_bit:
+        return "float32", "the weights are stored in float32"
+    if jax.default_backend() == "cpu" and not _multiplies_bfloat16():
+        return "float32", "this CPU has no bfloat16 products, without which paired is slower"
+    return "paired", "the weights are stored in sixteen bits, and this device multiplies bfloat16"
+
+
+def _multiplies_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this machine's CPU has bfloat16 products (AVX-512, AMX or Arm's); False where that cannot be read."""
+    try:
+        flags = cpuinfo.read_text(encoding="utf-8", errors="replace").split()
+    except OSError:
+        return False
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
+
+
+_LEAST_ROWS = 64
+
+
+def least_rows(precision: Precision, clients: int) -> int:
+    """How many rows each client's products need, so that a client's numbers do not depend on who it runs with.
+
+    Under ``vmap`` the rows of all clients are one product. XLA's float32 product for CPUs sums a row in another order
+    where there are few rows in all: below 56 at width 128 and below 40 at width 576, on two cores. With at least 64
+    rows in all, a client that runs alone gets the bits that it gets among others.
+
+    Args:
+        precision: of the products.
+        clients: how many clients run at once.
+    """
+    return -(-_LEAST_ROWS // clients) if _by_shape(precision) else 1
+
+
+def least_clients(precision: Precision, batch_size: int) -> int:
+    """How many clients must run at once, so that a client's numbers do not depend on who it runs with.
+
+    A float32 program for a single example on a CPU is fused otherwise than one for several: a client that runs alone on
+    batches of one example runs beside a copy of itself, at twice the work.
+    """
+    return 2 if _by_shape(precision) and batch_size == 1 else 1
+
+
+def _by_shape(precision: Precision) -> bool:
+    """Whether the order of a sum depends on how many rows there are."""
+    return precision == "float32" and jax.default_backend() == "cpu"
+
+
+def frozen_product(x: jax.Array, kernel: jax.Array, precision: Precision, least_rows: int = 1) -> jax.Array:
     """``x @ kernel`` with float32 accumulation.
 
     Args:
         x: ``[..., in]`` float32 activations.
         kernel: ``[in, out]`` frozen weights of any float dtype, the same for all clients and both points of a pair.
         precision: dtype of the inputs of the product, see the module.
+        least_rows: fewer rows than this are filled up with zeros for the product.
 
     Returns:
         ``[..., out]`` float32.
     """
+    rows = x.size // x.shape[-1]
+    if rows < least_rows:
+        filled = jnp.pad(x.reshape(rows, -1), [(0, least_rows - rows), (0, 0)])
+        return frozen_product(filled, kernel, precision)[:rows].reshape(*x.shape[:-1], -1)
     if precision == "float32":
         return product(x, kernel.astype(jnp.float32))
     if precision == "bfloat16":
