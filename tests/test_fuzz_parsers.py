@@ -7,8 +7,9 @@ import pytest
 from fuzzing import fuzz, mutated_bytes, mutated_json
 from gguf_files import small_weights, write_gguf
 from llama_files import LINEAR, SMALL, small_tensors
+from test_llama_gguf_tokenizer import PIECES
 from test_llama_sentencepiece import LLAMA, train
-from weight_files import write_in
+from weight_files import LLAMA3, shapes_of, weights_of, write_gguf_model, write_in
 
 from fedmezo_jax.llama.adapter import load_adapter, save_adapter
 from fedmezo_jax.llama.checkpoint import load_base
@@ -71,6 +72,21 @@ def gguf(folder):
     return file, lambda: convert_gguf(file, folder / f"out{next(count)}"), mutated_bytes
 
 
+def gguf_of_llama3(folder):
+    """With rotary factors, and a tokenizer of sentencepiece's kind."""
+    raw = shapes_of(2, True, True, False) | {"vocab_size": len(PIECES), "rope_scaling": LLAMA3, "head_dim": 16}
+
+    def metadata(writer):
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list([piece for piece, _, _ in PIECES])
+        writer.add_token_scores([score for _, score, _ in PIECES])
+        writer.add_token_types([kind for _, _, kind in PIECES])
+
+    file = write_gguf_model(folder / "model.gguf", raw, weights_of(raw), metadata=metadata)
+    count = iter(range(10**9))
+    return file, lambda: convert_gguf(file, folder / f"out{next(count)}"), mutated_bytes
+
+
 def tokenizer_json(folder):
     folder = tokenizer_folder(folder)
     return folder / "tokenizer.json", lambda: use_tokenizer(folder), mutated_json
@@ -106,6 +122,7 @@ CASES = {
     "tokenizer.model": tokenizer_model,
     "tokenizer_config.json of tokenizer.model": tokenizer_model_settings,
     "gguf": gguf,
+    "gguf of LLaMA 3.1": gguf_of_llama3,
     "shard index": weights("sharded safetensors", "model.safetensors.index.json", mutated_json),
     "safetensors": weights("safetensors", "model.safetensors", mutated_bytes),
     "safetensors header": safetensors_header,

@@ -2,11 +2,12 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import small_run
 
-from experiments import common, precision
+from experiments import common, fedmezo, precision
 from fedmezo_jax.llama.precision import WORRYING, likely_error
 
 
@@ -37,3 +38,13 @@ def test_a_noisy_pair_is_worth_a_warning(kind, scale):
 @pytest.mark.parametrize(("kind", "scale"), [("float32", 1e-3), ("paired", 1e-3), ("paired", 1e-2), ("bfloat16", 1e-2)])
 def test_a_sound_pair_is_not(kind, scale):
     assert likely_error(kind, scale) < WORRYING
+
+
+@pytest.mark.parametrize(("scale", "size"), [(4e-7, "250%"), (1e-8, "more than 1000%"), (1e-60, "more than 1000%")])
+def test_the_warning_is_a_line_that_can_be_read(capsys, scale, size):
+    run = SimpleNamespace(algorithm="fedmezo", perturbation_scale=scale)
+    setup = SimpleNamespace(model=SimpleNamespace(precision="float32"))
+    fedmezo.warn(SimpleNamespace(run=run, guard=False), setup, begun=False)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert f"is likely off by {size}: choose" in line
+    assert len(line) < 250

@@ -27,6 +27,18 @@ from fedmezo_jax.llama.registry import load_tokenizer, resolve
 
 CONFIG = LlamaConfig.from_json(SMALL)
 NOBODY = 65534
+# A merge that is shorter than the prefix of subwords: the tokenizers library panics.
+PANIC = json.dumps(
+    {
+        "version": "1.0",
+        "model": {
+            "type": "BPE",
+            "continuing_subword_prefix": "a long prefix",
+            "vocab": {"a": 0, "b": 1, "ab": 2},
+            "merges": [["a", "b"]],
+        },
+    }
+)
 
 
 @pytest.fixture
@@ -164,6 +176,7 @@ def test_a_token_id_that_would_exhaust_the_memory_is_refused(tmp_path):
         ({"name": "special_tokens_map.json", "text": "[]"}, "special_tokens_map.json: holds a JSON list"),
         ({"name": "tokenizer_config.json", "text": '{"eos_token": 7}'}, "out: tokenizer_config.json does not fit"),
         ({"name": "tokenizer_config.json", "text": '{"model_max_length": "x"}'}, "out: tokenizer_config.json does not"),
+        ({"name": "tokenizer.json", "text": PANIC}, "tokenizer.json: is no tokenizer that can be read"),
         ({"name": "tokenizer.json", "text": '{"model": 1}'}, "tokenizer.json: is no tokenizer that can be read"),
     ],
 )

@@ -28,7 +28,9 @@ def read_tokenizer_json(folder: Path) -> Any:
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
         tokenizer.decode(tokenizer(_PROBE).input_ids, skip_special_tokens=True)  # some faults show in use alone
-    except Exception as error:  # the tokenizers library raises bare Exception
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the tokenizers library raises bare Exception, and panics that are none
         reason = shorten(" ".join(str(error).split()))
         if settings and _is_sound(path):
             names = " or ".join(file.name for file in settings)
@@ -54,6 +56,8 @@ def _is_sound(path: Path) -> bool:
 
     try:
         Tokenizer.from_file(str(path))
-    except Exception:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:
         return False
     return True
