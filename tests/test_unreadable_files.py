@@ -128,8 +128,8 @@ def test_a_cache_that_cannot_be_written_names_the_variable(public, monkeypatch, 
     else:
         with forbidden(cache):
             message = refusal(lambda: resolve(str(file)))
-    assert message.startswith(f"{cache}: models cannot be kept there")
-    assert "set FEDMEZO_CACHE to a folder" in message
+    assert message.startswith(f"{cache}: the model cache cannot be written")
+    assert "set FEDMEZO_CACHE to another folder" in message
 
 
 def test_a_device_or_a_pipe_is_no_file(tmp_path):

@@ -189,8 +189,8 @@ def _endings(place: str) -> list[str]:
 def _matching(expression: str, places: list[str]) -> list[str]:
     """The places that a regular expression of Python's matches as a whole, as ``re.fullmatch`` would find them.
 
-    RE2 matches, in a time that no expression can make more than linear in the text. Lookarounds and backreferences are
-    beyond it and refused, as is what it reads otherwise than Python does.
+    RE2 does the matching, in time linear in the text for every expression. Lookarounds and backreferences, which it
+    lacks, are refused, and so are expressions that mean something else to Python.
     """
     import pyarrow as pa  # a second to import, for adapters with an expression alone
     import pyarrow.compute as pc

@@ -29,7 +29,7 @@ _DTYPES = {
 }
 _CHUNKED = "__msgpack_chunked_array__"
 _ARRAY = 1  # Flax's extension type of an array
-_LONGEST_LIST = 1000  # the only lists are arrays' shapes; whatever is larger is a map
+_LONGEST_LIST = 1000  # Flax writes lists for shapes alone
 _LONGEST_TEXT = 1 << 20  # keys and names of types; the bytes of arrays are not read with the header
 
 # First bytes of msgpack objects with the number of bytes of the size (or, for an integer, of the value) that follows.

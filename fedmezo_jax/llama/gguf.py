@@ -47,9 +47,9 @@ class Stored(NamedTuple):
 
 
 class _BoundedReader(GGUFReader):
-    """A reader that refuses a part beyond the file's end, of which its parent gives what there is.
+    """A reader that raises ``ValueError`` for a part beyond the file's end.
 
-    Without this, an array said to have 2**60 entries is read for ever.
+    Its parent returns a shorter part instead, and never finishes an array that claims 2**60 entries.
     """
 
     _parts = 0
@@ -133,7 +133,7 @@ def read_stored(file: Path, stored: Stored, heads: int | None = None) -> np.ndar
     if heads and weight.ndim > 1:
         places = np.argsort(rows_for_rotate_half(places, heads))  # of each stored row
     step = max(1, _CHUNK // width)
-    # blocks may hold scales that are not finite, which is for whoever asked for the weights to say
+    # a block's scale may be infinite or NaN; callers check the weights
     with opened(file) as stream, np.errstate(all="ignore"):
         stream.seek(stored.offset)
         for start in range(0, len(rows), step):

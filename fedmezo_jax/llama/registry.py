@@ -175,7 +175,7 @@ def _lacking(names: Container[str]) -> list[str]:
 
 
 def _exists(path: Path) -> bool:
-    """Whether a path leads anywhere; ``UserError`` where the system does not let us see."""
+    """Whether a path exists; ``UserError`` where the system refuses to say."""
     with readable(path):
         try:
             path.stat()
@@ -190,8 +190,8 @@ def _writing_cache() -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"{cache_folder()}: models cannot be kept there ({error.strerror or error}); set FEDMEZO_CACHE to a folder "
-            "that can be written"
+            f"{cache_folder()}: the model cache cannot be written ({error.strerror or error}); set FEDMEZO_CACHE to "
+            "another folder"
         ) from None
 
 
