@@ -125,9 +125,10 @@ def warn(config: Config, setup: Setup, begun: bool) -> None:
         return
     precision = setup.model.precision
     if (error := likely_error(precision, run.perturbation_scale)) > WORRYING:
+        size = f"{error:.0%}" if error < 10 else "more than 1000%"
         print(
             f"warning: at --precision {precision}, --perturbation-scale {run.perturbation_scale:g} the projected "
-            f"gradient is likely off by {error:.0%}: choose paired or float32, or measure it with experiments.precision"
+            f"gradient is likely off by {size}: choose paired or float32, or measure it with experiments.precision"
         )
     if config.guard and precision != "bfloat16" and not begun:
         for warning in guard.warnings(probe_start(setup), run, guard.count(setup.lora)):

@@ -1,5 +1,7 @@
 """Chats and prompt styles: which text a tokenizer's template makes of them, and which tokens are learnt."""
 
+import sys
+
 import numpy as np
 import pytest
 from test_data_prompt import make_tokenizer
@@ -95,6 +97,30 @@ def test_a_template_that_refuses_a_chat_is_named_with_its_reason():
     tokenizer = with_template(LLAMA2)
     with pytest.raises(UserError, match=r"chat 1: .*refuses the chat \(the user must begin\)"):
         encode([TALK, Chat((Message("assistant", "Hello."),), "")], tokenizer, 500)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% set r = range(99999)|list %}{% for i in r %}{% for j in r %}{% if i == j %}x{% endif %}{% endfor %}"
+        "{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+        "{{ lipsum(10**9) }}",
+    ],
+)
+def test_a_template_that_would_run_for_ages_is_refused(template):
+    before = sys.gettrace()
+    with pytest.raises(UserError, match=r"chat 0: .*chat template takes more than 1,000,000 steps"):
+        encode([TALK], with_template(template), 500)
+    assert sys.gettrace() is before
+
+
+def test_a_long_template_and_a_long_chat_are_within_the_limit():
+    """Compiling a template does not count, and a thousand messages are no trouble."""
+    long = "".join(f"{{% if {i} == -1 %}}{{{{ bos_token + '{i}' }}}}{{% endif %}}" for i in range(2000))
+    talk = Chat(tuple(Message("user", "Hi.") for _ in range(1000)), "")
+    assert render(talk, with_template(long + CHATML)).text == "<|im_start|>user\nHi.<|im_end|>\n" * 1000
 
 
 def test_a_tokenizer_without_a_template_names_the_remedy():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import jax
 import numpy as np
@@ -140,11 +141,74 @@ def test_other_ways_to_name_the_targets(saved):
     ):
         change(saved, target_modules=expression)
         assert load_adapter(saved, CONFIG).targets == ("q_proj",)
+    # as Unsloth writes it for every model
+    parts = "(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense)"
+    change(
+        saved,
+        target_modules=rf"(?:.*?(?:vision).*?{parts}.*?(?:q_proj).*?)|(?:\bmodel\.layers\.[\d]{{1,}}\.{parts}\.(?:(?:q_proj)))",
+    )
+    assert load_adapter(saved, CONFIG).targets == ("q_proj",)
     change(saved, target_modules=["q_proj", "query_key_value"])  # the second is in no LLaMA, and PEFT passes over it
     assert load_adapter(saved, CONFIG).targets == ("q_proj",)
     change(saved, target_modules="all-linear")
     with pytest.raises(UserError, match=r"missing: .*down_proj"):
         load_adapter(saved, CONFIG)
+
+
+UNDERSTOOD = [
+    *(".*q_proj", "q_proj", "", "(?i:.*Q_PROJ)", "^.*?layers.*?(q|v)_proj", ".*[qv]_pro[j]{1}", r".*\.q_pro\x6a"),
+    *(r"model\.layers\.\d+\.self_attn\.q_proj", r".*\.[^.]*_proj$", r".*\.0\..*|.*\.1\..*q_proj"),
+    *("(?s).+[^a-z]q_proj", r"\A(\w+\.)+[q]_\w{4}", "(?P<all>lm.*)|.*v_proj"),
+]
+REFUSED = [
+    *(
+        r".*(?<=\.)q_proj",
+        r"(.)*q_proj\1*",
+        "(?x) .* q_proj",
+        r".*q_proj\Z",
+        ".*q_pro{,1}j",
+        "[[a]",
+        "[a[:digit:]]",
+        "[a--q]_proj",
+    ),
+    *(".*q_proj|.*v_proj)|(.*", "[", "a{1,2}{3}", "\ud800"),
+]
+
+
+@pytest.mark.parametrize("expression", UNDERSTOOD)
+def test_an_expression_matches_as_python_s_does(expression):
+    places = [f"model.layers.{i}.{name}" for i in range(12) for name in LINEAR] + ["lm_head"]
+    matching = [place for place in places if re.fullmatch(expression, place)]
+    assert adapter_module._matching(expression, places) == matching
+
+
+@pytest.mark.parametrize("expression", REFUSED, ids=ascii)
+def test_an_expression_that_might_be_read_otherwise_is_refused(expression):
+    with pytest.raises(UserError, match=r"is no regular expression|(is|are) not supported"):
+        adapter_module._matching(expression, ["model.layers.0.self_attn.q_proj"])
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        r"(model|model\.|\w+|[\w.]+)*!",
+        "(a*)*" * 50 + "!",
+        r"(.*)*(.*)*(.*)*q_proj!",
+        "(" * 3000 + ")" * 3000,
+        "a" * 20000,
+    ],
+    ids=lambda text: text[:20],
+)
+def test_an_expression_that_would_match_for_ever_is_refused(saved, expression):
+    change(saved, target_modules=expression)
+    with pytest.raises(UserError, match=r"adapter_config.json: target_modules: ") as caught:
+        load_adapter(saved, CONFIG)
+    assert len(str(caught.value)) < 400
+
+
+def test_a_million_target_names_are_looked_up_once(saved):
+    change(saved, target_modules=["q_proj", *map(str, range(10**6))])
+    assert load_adapter(saved, CONFIG).targets == ("q_proj",)
 
 
 @pytest.mark.parametrize(
@@ -173,6 +237,9 @@ def test_other_ways_to_name_the_targets(saved):
         {"target_modules": ["q_proj", "embed_tokens"]},
         {"r": 0},
         {"r": "4"},
+        {"r": 10**400},
+        {"lora_alpha": 10**400},
+        {"lora_alpha": float("nan")},
         {"lora_alpha": None},
         {"use_rslora": "yes"},
     ],

@@ -167,6 +167,6 @@ def test_damaged_files_are_one_clear_error(tmp_path):
         file.write_bytes(damaged)
         with pytest.raises(UserError, match=r"model.gguf: is no readable GGUF file"):
             convert_gguf(file, tmp_path / "out")
-    with pytest.raises(UserError, match=r"nowhere.gguf: is no readable GGUF file"):
+    with pytest.raises(UserError, match=r"nowhere.gguf: cannot be read"):
         convert_gguf(tmp_path / "nowhere.gguf", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -2,11 +2,12 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import small_run
 
-from experiments import common
+from experiments import common, fedmezo
 from experiments import precision as experiment
 from fedmezo_jax.llama import precision
 from fedmezo_jax.llama.precision import WORRYING, likely_error
@@ -61,3 +62,13 @@ def test_the_default_looks_at_the_cpu(monkeypatch, tmp_path, text, has):
     assert precision.default_precision(sixteen_bit=False)[0] == "float32"
     monkeypatch.setattr(precision.jax, "default_backend", lambda: "tpu")
     assert precision.default_precision(sixteen_bit=True)[0] == "paired"
+
+
+@pytest.mark.parametrize(("scale", "size"), [(4e-7, "250%"), (1e-8, "more than 1000%"), (1e-60, "more than 1000%")])
+def test_the_warning_is_a_line_that_can_be_read(capsys, scale, size):
+    run = SimpleNamespace(algorithm="fedmezo", perturbation_scale=scale)
+    setup = SimpleNamespace(model=SimpleNamespace(precision="float32"))
+    fedmezo.warn(SimpleNamespace(run=run, guard=False), setup, begun=False)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert f"is likely off by {size}: choose" in line
+    assert len(line) < 250

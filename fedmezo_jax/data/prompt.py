@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 from fedmezo_jax.data.examples import Chat, Example, Message
+from fedmezo_jax.data.step_limit import TooManySteps, limit_steps
 from fedmezo_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ question-answer: "Question: ...", and the response after "Answer:". For base mod
 chat: a user's turn, answered by the assistant, in the chat template of the tokenizer. For chat models.
 """
 
+_MOST_STEPS = 1_000_000  # a common template takes some 60 a message
 _ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n"
@@ -119,9 +121,13 @@ def _apply(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], ask:
     turns = [message._asdict() for message in messages]
     try:
         # Some templates write today's date; rows must not change from day to day, so they get their own default.
-        text = tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=ask, date_string="26 Jul 2024"
-        )
+        options = {"tokenize": False, "add_generation_prompt": ask, "date_string": "26 Jul 2024"}
+        text = limit_steps(lambda: tokenizer.apply_chat_template(turns, **options), _MOST_STEPS)
+    except TooManySteps:
+        raise UserError(
+            f"the tokenizer's chat template takes more than {_MOST_STEPS:,} steps for one chat: it may never end; "
+            "mend chat_template.jinja"
+        ) from None
     except ImportError:
         raise  # Jinja is required; its absence is no fault of the chat
     except Exception as error:  # templates raise Jinja's errors and whatever their code runs into

@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import sys
+import warnings
 from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
@@ -13,7 +15,7 @@ import numpy as np
 
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.config import LlamaConfig
-from fedmezo_jax.llama.folder import read_json_object, staged
+from fedmezo_jax.llama.folder import read_json_object, shorten, staged
 from fedmezo_jax.llama.layout import block_of
 from fedmezo_jax.llama.lora import TARGETS, check_targets, lora_shapes
 from fedmezo_jax.llama.tensorfile import misfits, read_header, write_tensors
@@ -34,6 +36,8 @@ _HARMLESS = {
     "revision",
 }
 # The other ways to start A and B in PEFT also change the base weights, which an adapter's folder does not hold.
+_LARGEST_RANK = 2**31 - 1
+_LONGEST_EXPRESSION = 10_000  # characters; PEFT's tools write some hundred
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva")
 
 
@@ -123,21 +127,21 @@ def _read_config(path: Path, config: LlamaConfig) -> tuple[int, float, tuple[str
     problems = []
     rank, alpha, modules = raw.get("r"), raw.get("lora_alpha"), raw.get("target_modules")
     if raw.get("peft_type") != "LORA":
-        problems.append(f"peft_type {raw.get('peft_type')!r} is not LORA")
+        problems.append(f"peft_type {_shown(raw.get('peft_type'))} is not LORA")
     if raw.get("task_type") not in (None, "CAUSAL_LM"):
-        problems.append(f"task_type {raw['task_type']!r} is not CAUSAL_LM")
+        problems.append(f"task_type {_shown(raw['task_type'])} is not CAUSAL_LM")
     if raw.get("bias") not in (None, "none"):
-        problems.append(f"bias {raw['bias']!r} is not supported")
+        problems.append(f"bias {_shown(raw['bias'])} is not supported")
     if raw.get("init_lora_weights") not in _PLAIN_STARTS:
         problems.append(
-            f"init_lora_weights {raw['init_lora_weights']!r} changes the base weights; convert it to plain LoRA"
+            f"init_lora_weights {_shown(raw['init_lora_weights'])} changes the base weights; convert it to plain LoRA"
         )
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        problems.append(f"r must be a whole number from 1, not {rank!r}")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        problems.append(f"lora_alpha must be a number, not {alpha!r}")
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= _LARGEST_RANK:
+        problems.append(f"r must be a whole number from 1 to {_LARGEST_RANK}, not {_shown(rank)}")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= sys.float_info.max:
+        problems.append(f"lora_alpha must be a number, not {_shown(alpha)}")
     if not isinstance(raw.get("use_rslora", False), bool):
-        problems.append(f"use_rslora must be true or false, not {raw['use_rslora']!r}")
+        problems.append(f"use_rslora must be true or false, not {_shown(raw['use_rslora'])}")
     targets: tuple[str, ...] = ()
     try:
         targets = _read_targets(modules, config)
@@ -145,7 +149,7 @@ def _read_config(path: Path, config: LlamaConfig) -> tuple[int, float, tuple[str
         problems.append(f"target_modules: {error}")
     for field in sorted(raw.keys() - _READ - _HARMLESS):
         if raw[field] not in (None, False, [], {}):
-            problems.append(f"{field} = {json.dumps(raw[field])} is not supported")
+            problems.append(f"{shorten(field)} = {shorten(json.dumps(raw[field]))} is not supported")
     if problems:
         raise UserError(f"{path}: " + "; ".join(problems))
     assert isinstance(rank, int)  # as checked above
@@ -162,19 +166,53 @@ def _read_targets(modules: Any, config: LlamaConfig) -> tuple[str, ...]:
         return TARGETS
     layers = config.num_hidden_layers
     places = {f"model.layers.{i}.{block_of(name)}.{name}": name for name in TARGETS for i in range(layers)}
-    others = ("model.embed_tokens", "lm_head")
+    candidates = [*places, "model.embed_tokens", "lm_head"]
     if isinstance(modules, str):
-        try:
-            matches = re.compile(modules).fullmatch
-        except re.error as error:
-            raise UserError(f"{modules!r} is no regular expression ({error})") from None
-        chosen = [place for place in (*places, *others) if matches(place)]
+        chosen = _matching(modules, candidates)
     elif isinstance(modules, list) and all(isinstance(name, str) for name in modules):
-        endings = tuple(f".{name}" for name in modules)
-        chosen = [place for place in (*places, *others) if f".{place}".endswith(endings)]
+        names = set(modules)
+        chosen = [place for place in candidates if not names.isdisjoint(_endings(place))]
     else:
-        raise UserError(f"only names, an expression or 'all-linear' are supported, not {modules!r}")
+        raise UserError(f"only names, an expression or 'all-linear' are supported, not {_shown(modules)}")
     targets = check_targets(dict.fromkeys(places.get(place, place) for place in chosen))
     if partial := [name for name in targets if sum(places.get(place) == name for place in chosen) < layers]:
         raise UserError(f"{', '.join(partial)} of some layers alone, which is not supported")
     return targets
+
+
+def _endings(place: str) -> list[str]:
+    """``a.b.c`` -> ``a.b.c``, ``b.c``, ``c``."""
+    parts = place.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts))]
+
+
+def _matching(expression: str, places: list[str]) -> list[str]:
+    """The places that a regular expression of Python's matches as a whole, as ``re.fullmatch`` would find them.
+
+    RE2 does the matching, in time linear in the text for every expression. Lookarounds and backreferences, which it
+    lacks, are refused, and so are expressions that mean something else to Python.
+    """
+    import pyarrow as pa  # a second to import, for adapters with an expression alone
+    import pyarrow.compute as pc
+
+    shown = shorten(repr(expression))
+    if len(expression) > _LONGEST_EXPRESSION:
+        raise UserError(f"an expression of {len(expression):,} characters is too long; list the projections by name")
+    try:
+        with warnings.catch_warnings(action="error"):  # of sets that Python is going to read otherwise
+            re.compile(expression)
+    except (re.error, RecursionError, OverflowError, FutureWarning) as error:
+        raise UserError(f"{shown} is no regular expression ({error}); list the projections by name") from None
+    if "{," in expression or "[:" in expression:  # a text and a class of characters to RE2
+        raise UserError(f"{shown}: '{{,' and '[:' are not supported; list the projections by name")
+    try:
+        whole = rf"\A(?:{expression})\z"
+        found = pc.match_substring_regex(pa.array(places), whole).to_pylist()  # pyright: ignore[reportAttributeAccessIssue]
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{shown} is not supported ({shorten(reason)}); list the projections by name") from None
+    return [place for place, matches in zip(places, found, strict=True) if matches]
+
+
+def _shown(value: Any) -> str:
+    return shorten(repr(value))

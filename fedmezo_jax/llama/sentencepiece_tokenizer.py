@@ -7,6 +7,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
 
 from fedmezo_jax.errors import UserError
+from fedmezo_jax.llama.folder import opened, shorten
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # kinds of pieces; GGUF has the same numbers
 _BYTE_PAIR = 2
@@ -30,11 +31,12 @@ def read_tokenizer_model(file: Path, settings: Mapping[str, Any]) -> Any:
     from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
     from transformers import PreTrainedTokenizerFast
 
+    with opened(file) as stream:
+        data = stream.read()
     try:
-        data = file.read_bytes()
         model = sentencepiece_model_pb2.ModelProto.FromString(data)  # pyright: ignore[reportAttributeAccessIssue]
         own = SentencePieceProcessor(model_proto=data)
-    except Exception as error:  # protobuf's, sentencepiece's and the system's
+    except Exception as error:  # protobuf's and sentencepiece's
         reason = " ".join(str(error).split())
         raise UserError(f"{file}: is no sentencepiece model that can be read ({reason}); fetch it again") from None
     if model.trainer_spec.model_type != _BYTE_PAIR or not model.trainer_spec.byte_fallback:
@@ -43,30 +45,46 @@ def read_tokenizer_model(file: Path, settings: Mapping[str, Any]) -> Any:
         raise UserError(f"{file}: a tokenizer that ends every text with a token is not supported")
     pieces = [piece.piece for piece in model.pieces]
     rules = model.normalizer_spec
-    tokenizer = byte_pairs(
-        pieces,
-        [piece.score for piece in model.pieces],
-        [piece.type for piece in model.pieces],
-        unknown=pieces[own.unk_id()],
-        prefix=rules.add_dummy_prefix,
-        first=([normalizers.Precompiled(rules.precompiled_charsmap)] if rules.precompiled_charsmap else [])
-        + ([normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")] if rules.remove_extra_whitespaces else []),
-    )
-    if tokenizer.encode(_PROBE, add_special_tokens=False).ids != own.encode(_PROBE):
+    try:
+        tokenizer = byte_pairs(
+            pieces,
+            [piece.score for piece in model.pieces],
+            [piece.type for piece in model.pieces],
+            unknown=pieces[own.unk_id()],
+            prefix=rules.add_dummy_prefix,
+            first=([normalizers.Precompiled(rules.precompiled_charsmap)] if rules.precompiled_charsmap else [])
+            + (
+                [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+                if rules.remove_extra_whitespaces
+                else []
+            ),
+        )
+        same = tokenizer.encode(_PROBE, add_special_tokens=False).ids == own.encode(_PROBE)
+    except Exception as error:  # the tokenizers library raises bare Exception
+        reason = shorten(" ".join(str(error).split()))
+        raise UserError(f"{file}: its parts do not fit together ({reason}); fetch it again") from None
+    if not same:
         raise UserError(f"{file}: it normalises texts in a way that is not supported; {_REMEDY}")
     named = {"unk_token": pieces[own.unk_id()]}
     for role, index in {"bos": own.bos_id(), "eos": own.eos_id(), "pad": own.pad_id()}.items():
         given = settings.get(f"{role}_token") or (pieces[index] if index >= 0 else None)
+        given = given.get("content") if isinstance(given, Mapping) else given
+        if given is not None and not isinstance(given, str):
+            raise UserError(f"{file.with_name('tokenizer_config.json')}: {role}_token must be a text; fetch it again")
         if given:
-            named[f"{role}_token"] = given["content"] if isinstance(given, Mapping) else given
-    if unknown := [name for name in named.values() if tokenizer.token_to_id(name) is None]:
-        raise UserError(f"{file}: has no piece {', '.join(unknown)}, which tokenizer_config.json names")
+            named[f"{role}_token"] = given
+    known = tokenizer.get_vocab()
+    if unknown := [name for name in named.values() if name not in known]:
+        raise UserError(f"{file}: has no piece {shorten(', '.join(unknown))}, which tokenizer_config.json names")
     if settings.get("add_bos_token", True) and "bos_token" in named:
         index = tokenizer.token_to_id(named["bos_token"])
         tokenizer.post_processor = begins_with(named["bos_token"], index)  # pyright: ignore[reportArgumentType]
+    template = settings.get("chat_template")
+    if template is not None and not isinstance(template, str):
+        raise UserError(f"{file.with_name('tokenizer_config.json')}: chat_template must be a text; fetch it again")
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        chat_template=settings.get("chat_template"),
+        chat_template=template,
         clean_up_tokenization_spaces=False,
         **named,
     )

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from fedmezo_jax.errors import UserError
+from fedmezo_jax.llama.folder import opened, shorten
 
 _FLOATS = ("F32", "F16", "BF16")
 _SHOWN = 8  # names listed of each kind of fault before "and n more"
@@ -28,9 +29,10 @@ class Entry(NamedTuple):
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
     try:
-        with safe_open(file, framework="numpy") as handle:
+        # the library takes a file that may not be read for one that is not there, so it is opened here first
+        with opened(file), safe_open(file, framework="numpy") as handle:
             yield handle
-    except (SafetensorError, OSError) as error:
+    except SafetensorError as error:
         raise UserError(f"{file}: is damaged or cut short ({error}); fetch it again") from None
 
 
@@ -57,13 +59,13 @@ def misfits(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Entry])
     """What keeps ``found`` from being ``expected``: a phrase for each kind of fault, naming tensors and files."""
 
     def at(name: str) -> str:
-        return f"{name} in {found[name].file.name}"
+        return f"{shorten(name)} in {found[name].file.name}"
 
     kinds = {
         "missing": sorted(expected.keys() - found.keys()),
         "unexpected": [at(name) for name in sorted(found.keys() - expected.keys())],
         "of another shape": [
-            f"{at(name)} is {list(found[name].shape)} and not {list(shape)}"
+            f"{at(name)} is {shorten(str(list(found[name].shape)))} and not {list(shape)}"
             for name, shape in expected.items()
             if name in found and found[name].shape != tuple(shape)
         ],
@@ -73,10 +75,11 @@ def misfits(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Entry])
             if name in found and found[name].dtype not in _FLOATS
         ],
     }
-    return [f"{kind}: {_listed(names)}" for kind, names in kinds.items() if names]
+    return [f"{kind}: {listed(names)}" for kind, names in kinds.items() if names]
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """The first few names, and how many more there are."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more
 

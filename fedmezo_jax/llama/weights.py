@@ -1,6 +1,7 @@
 """The weights of a model folder in whichever format it holds, tensor by tensor under Hugging Face's names."""
 
 import math
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -9,10 +10,10 @@ import numpy as np
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.config import LlamaConfig, read_config
 from fedmezo_jax.llama.flaxfile import read_flax_header
-from fedmezo_jax.llama.folder import read_json_object
+from fedmezo_jax.llama.folder import read_json_object, shorten
 from fedmezo_jax.llama.layout import layout
 from fedmezo_jax.llama.orbax_base import ORBAX, read_orbax_header
-from fedmezo_jax.llama.tensorfile import Entry, misfits, read_header
+from fedmezo_jax.llama.tensorfile import Entry, listed, misfits, read_header
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SAFETENSORS, FLAX = "model.safetensors", "flax_model.msgpack"
@@ -42,8 +43,8 @@ def sixteen_bit(folder: Path, config: LlamaConfig) -> bool:
 
 def check_folder(folder: Path) -> None:
     """Raise one ``UserError`` with all that is wrong with a folder's config and, by their headers, with its weights."""
-    weight_files(folder)
     config, problems = read_config(folder)
+    weight_files(folder)
     faults = [f"{folder / 'config.json'}: " + "; ".join(problems)] if problems else []
     if config is not None:
         try:
@@ -84,10 +85,10 @@ def _shards(index: Path) -> list[Path]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: has no weight_map from tensors to files; fetch it again")
     names = sorted({str(name) for name in weight_map.values()})
-    if outside := [name for name in names if Path(name).name != name]:
-        raise UserError(f"{index}: names files outside its folder ({', '.join(outside)}); fetch it again")
-    if absent := [name for name in names if not (index.parent / name).is_file()]:
-        raise UserError(f"{index}: names files that are not there: {', '.join(absent)}; fetch them")
+    if outside := [shorten(name) for name in names if Path(name).name != name]:
+        raise UserError(f"{index}: names files outside its folder ({listed(outside)}); fetch it again")
+    if absent := [shorten(name) for name in names if not os.path.isfile(index.parent / name)]:  # whatever the name
+        raise UserError(f"{index}: names files that are not there: {listed(absent)}; fetch them")
     return [index.parent / name for name in names]
 
 
@@ -126,5 +127,5 @@ def _header(file: Path, config: LlamaConfig) -> dict[str, Entry]:
         from fedmezo_jax.llama.gguf import open_gguf
         from fedmezo_jax.llama.gguf_config import gguf_weights
 
-        return gguf_weights(open_gguf(file), config)
+        return gguf_weights(open_gguf(file.resolve()), config)  # where a link leads, for messages
     return read_header(file)
