@@ -24,9 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 import tyro
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from experiments import common
 from experiments.plots import plot_loss, plot_partition
@@ -209,15 +207,10 @@ def describe(setup: Setup) -> None:
     if names != [""]:
         shown = setup.parts[:10]
         more = f", the first {len(shown)} of {len(setup.parts)} clients" if len(shown) < len(setup.parts) else ""
-        table = Table(title=f"rows of each client, {config.partition} partition{more}", title_justify="left")
-        table.add_column("category")
-        for i in range(len(shown)):
-            table.add_column(str(i), justify="right")
-        counts = [Counter(setup.categories[row] for row in part) for part in shown]
-        for name in names:
-            table.add_row(name, *(str(count[name] or "·") for count in counts))
-        table.add_row("all", *(str(len(part)) for part in shown), style="bold")
-        Console().print(table)
+        groups = {name: [Counter(setup.categories[row] for row in part)[name] for part in shown] for name in names}
+        groups["all"] = [len(part) for part in shown]
+        table = [{"category": name} | {str(i): n for i, n in enumerate(counts)} for name, counts in groups.items()]
+        common.print_table(f"rows of each client, {config.partition} partition{more}", table)
     print(f"heterogeneity: mean total-variation distance {setup.heterogeneity:.3f}")
 
 
