@@ -57,7 +57,7 @@ class Config:
     TPU pod says; by default what a launcher's environment says, if it has started several. --out is one folder to all
     of them"""
     process_timeout: int = 300
-    """seconds after which another process that does not answer is given up"""
+    """seconds to wait for the other processes to connect, and then for a heartbeat of each, before this one ends"""
     checkpoint_every: int = 5
     """rounds between checkpoints"""
     eval_every: int = 5
