@@ -42,11 +42,11 @@ def run(main: Callable[[T], None], config: type[T], description: str | None) -> 
         main(_parse(config, description))
     except UserError as error:
         print("error:", *str(error).splitlines(), file=sys.stderr, flush=True)  # a file's name may hold a line break
-        processes.leave(2)
+        processes.abort(2)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr, flush=True)
-        processes.leave(130)
+        processes.abort(130)
         sys.exit(130)
 
 

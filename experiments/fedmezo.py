@@ -77,18 +77,18 @@ def main(config: Config) -> None:
     """Prepares, trains, prints the table and writes the folder."""
     processes.join(config.processes, config.process_timeout)
     with ExitStack() as held:
-        if not processes.first():
+        if not processes.is_coordinator():
             held.enter_context(contextlib.redirect_stdout(held.enter_context(open(os.devnull, "w"))))
-        held.enter_context(processes.told())
+        held.enter_context(processes.report_peer_failure())
         held.enter_context(run_folder.guarded(config.out))
         _main(config, held)
 
 
 def _main(config: Config, held: ExitStack) -> None:
     said = asdict(config) | asdict(config.run) | versions() | {"devices a process": jax.local_device_count()}
-    processes.agree({name: value for name, value in said.items() if name not in ("run", "processes")})
-    first, lock = processes.first(), run_folder.lock(config.out)
-    config = replace(config, run=processes.together(lambda: settled(config.run)))
+    processes.check_same_config({name: value for name, value in said.items() if name not in ("run", "processes")})
+    first, lock = processes.is_coordinator(), run_folder.lock(config.out)
+    config = replace(config, run=processes.all_or_none(lambda: settled(config.run)))
 
     def open_folder() -> None:
         run_folder.check_folder(config.out, config.run, config.resume)
@@ -101,11 +101,11 @@ def _main(config: Config, held: ExitStack) -> None:
         run_folder.check_folder(config.out, config.run, config.resume)
         run_folder.write_json(config.out / "config.json", asdict(config.run))
 
-    processes.together(open_folder)
-    setup = processes.together(lambda: prepare(config.run, parse_mesh(config.mesh, jax.devices())))
-    begun = processes.together((config.out / "metrics.jsonl").exists)
-    processes.together(make_folder if first else lambda: None)
-    processes.together(lambda: run_folder.check_shared(config.out))
+    processes.all_or_none(open_folder)
+    setup = processes.all_or_none(lambda: prepare(config.run, parse_mesh(config.mesh, jax.devices())))
+    begun = processes.all_or_none((config.out / "metrics.jsonl").exists)
+    processes.all_or_none(make_folder if first else lambda: None)
+    processes.all_or_none(lambda: run_folder.check_shared(config.out))
     start = time.perf_counter()
     describe(setup)
     warn(config, setup, begun)

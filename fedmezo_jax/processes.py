@@ -31,7 +31,7 @@ from fedmezo_jax.errors import UserError
 
 T = TypeVar("T")
 _turns = itertools.count()
-_leaving = threading.Event()
+_aborting = threading.Event()
 _NO_LIMIT = 7 * 24 * 3600 * 1000
 """Milliseconds that no wait ever reaches: the store's functions require a limit."""
 _LOST = re.compile(r"gloo|nccl|connection|unavailable|deadline|coordination|heartbeat|peer|socket|barrier", re.I)
@@ -152,7 +152,7 @@ def _watch(timeout: int) -> None:
     assert client is not None
 
     def give_up(complaint: str) -> None:
-        if not _leaving.is_set():
+        if not _aborting.is_set():
             _give_up(complaint)
 
     stop = heartbeats.start(client, state.process_id, state.num_processes, timeout, give_up)
@@ -180,12 +180,12 @@ def _launched() -> bool:
     return several or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") or "JAX_COORDINATOR_ADDRESS" in os.environ
 
 
-def first() -> bool:
+def is_coordinator() -> bool:
     """Whether this process is the one that writes and prints."""
     return jax.process_index() == 0
 
 
-def together(make: Callable[[], T]) -> T:
+def all_or_none(make: Callable[[], T]) -> T:
     """``make()``, and then a wait for the others' to be done; what one process refuses, all do.
 
     Raises:
@@ -203,7 +203,7 @@ def together(make: Callable[[], T]) -> T:
     return made  # pyright: ignore[reportReturnType]
 
 
-def agree(said: Mapping[str, Any]) -> None:
+def check_same_config(said: Mapping[str, Any]) -> None:
     """Checks that all processes were started alike.
 
     Args:
@@ -231,7 +231,7 @@ def _exchange(text: str) -> list[str]:
 
 
 @contextmanager
-def told() -> Iterator[None]:
+def report_peer_failure() -> Iterator[None]:
     """Turns the runtime's error about a process that can no longer be reached into a line that says so."""
     try:
         yield
@@ -244,7 +244,7 @@ def told() -> Iterator[None]:
         ) from None
 
 
-def leave(code: int) -> None:
+def abort(code: int) -> None:
     """Ends a process that has failed. Returns where it is the only one.
 
     An ordinary exit would wait for processes that may be gone; and the first one, through which the others hear, leaves
@@ -253,9 +253,9 @@ def leave(code: int) -> None:
     client = distributed.global_state.client
     if client is None:
         return
-    _leaving.set()
+    _aborting.set()
     with suppress(jax.errors.JaxRuntimeError):
-        client.wait_at_barrier("fedmezo/leave", 3000)
+        client.wait_at_barrier("fedmezo/abort", 3000)
     if distributed.global_state.process_id == 0:
         time.sleep(0.5)
     os._exit(code)

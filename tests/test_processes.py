@@ -239,7 +239,7 @@ def test_an_unhandled_exception_in_one_process_ends_the_others():
     at = f"localhost:{free_port()}"
     program = (
         "import sys\nfrom fedmezo_jax import processes\nindex = int(sys.argv[1])\n"
-        f"processes.join(f'{at},2,{{index}}', 20)\nprocesses.together(lambda: 1 / (1 - index))"
+        f"processes.join(f'{at},2,{{index}}', 20)\nprocesses.all_or_none(lambda: 1 / (1 - index))"
     )
     variables = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": variables}
@@ -259,5 +259,5 @@ def test_what_does_not_name_a_process_is_refused(text):
 
 
 def test_a_process_alone_agrees_with_itself():
-    processes.agree({"rounds": 3})
-    assert processes.together(lambda: 7) == 7
+    processes.check_same_config({"rounds": 3})
+    assert processes.all_or_none(lambda: 7) == 7
