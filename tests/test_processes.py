@@ -81,7 +81,7 @@ def launched(launcher, place, out, *arguments):
     return [start(place, out, *arguments, environment=launcher | port | dict.fromkeys(RANKS, str(i))) for i in range(2)]
 
 
-def outcome(*running, seconds=120):
+def outcome(*running, seconds=300):
     """(exit code, standard output, standard error) of each process."""
     found = []
     for one in running:
