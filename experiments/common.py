@@ -16,8 +16,10 @@ from typing import Any, TypeVar
 
 import jax
 import tyro
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fedmezo_jax import processes
 from fedmezo_jax.errors import UserError
@@ -40,11 +42,11 @@ def run(main: Callable[[T], None], config: type[T], description: str | None) -> 
         main(_parse(config, description))
     except UserError as error:
         print("error:", *str(error).splitlines(), file=sys.stderr, flush=True)  # a file's name may hold a line break
-        processes.leave(2)
+        processes.abort(2)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr, flush=True)
-        processes.leave(130)
+        processes.abort(130)
         sys.exit(130)
 
 
@@ -82,13 +84,31 @@ def write_results(folder: Path, rows: Sequence[Row], seconds: float) -> None:
 
 
 def print_table(title: str, rows: Sequence[Row]) -> None:
-    """Prints rows of one shape; their keys become the heads of the columns."""
-    table = Table(title=title, title_justify="left")
-    for key in rows[0]:
-        table.add_column(key.replace("_", " "), justify="right" if isinstance(rows[0][key], int | float) else "left")
-    for row in rows:
-        table.add_row(*(shown(value) for value in row.values()))
-    Console().print(table)
+    """Prints rows of one shape; their keys become the heads of the columns.
+
+    No value is ever cut or broken: where a table is wider than the console, each row is printed as a block of lines,
+    one for each value.
+    """
+    console = Console()
+    heads = [key.replace("_", " ") for key in rows[0]]
+    cells = [[shown(value).expandtabs() for value in row.values()] for row in rows]
+    console.print(title, markup=False, highlight=False, soft_wrap=True)
+    widths = [
+        max(cell_len(part) for part in (*head.split(), *(line for cell in column for line in cell.splitlines())))
+        for head, *column in zip(heads, *cells, strict=True)
+    ]
+    if sum(widths) + 3 * len(widths) + 1 > console.width:
+        longest = max(map(cell_len, heads))
+        for row in cells:
+            lines = (f"{head:{longest}}  {cell}" for head, cell in zip(heads, row, strict=True))
+            console.print("\n".join(lines), end="\n\n", markup=False, highlight=False, soft_wrap=True)
+        return
+    table = Table()
+    for head, width, value in zip(heads, widths, rows[0].values(), strict=True):
+        table.add_column(head, width=width, justify="right" if isinstance(value, int | float) else "left")
+    for row in cells:
+        table.add_row(*map(Text, row))
+    console.print(table)
 
 
 def shown(value: Any) -> str:

@@ -24,9 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 import tyro
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from experiments import common
 from experiments.plots import plot_loss, plot_partition
@@ -59,7 +57,7 @@ class Config:
     TPU pod says; by default what a launcher's environment says, if it has started several. --out is one folder to all
     of them"""
     process_timeout: int = 300
-    """seconds after which another process that does not answer is given up"""
+    """seconds to wait for the other processes to connect, and then for a heartbeat of each, before this one ends"""
     checkpoint_every: int = 5
     """rounds between checkpoints"""
     eval_every: int = 5
@@ -79,18 +77,18 @@ def main(config: Config) -> None:
     """Prepares, trains, prints the table and writes the folder."""
     processes.join(config.processes, config.process_timeout)
     with ExitStack() as held:
-        if not processes.first():
+        if not processes.is_coordinator():
             held.enter_context(contextlib.redirect_stdout(held.enter_context(open(os.devnull, "w"))))
-        held.enter_context(processes.told())
+        held.enter_context(processes.report_peer_failure())
         held.enter_context(run_folder.guarded(config.out))
         _main(config, held)
 
 
 def _main(config: Config, held: ExitStack) -> None:
     said = asdict(config) | asdict(config.run) | versions() | {"devices a process": jax.local_device_count()}
-    processes.agree({name: value for name, value in said.items() if name not in ("run", "processes")})
-    first, lock = processes.first(), run_folder.lock(config.out)
-    config = replace(config, run=processes.together(lambda: settled(config.run, notify=print)))
+    processes.check_same_config({name: value for name, value in said.items() if name not in ("run", "processes")})
+    first, lock = processes.is_coordinator(), run_folder.lock(config.out)
+    config = replace(config, run=processes.all_or_none(lambda: settled(config.run, notify=print)))
 
     def open_folder() -> None:
         run_folder.check_folder(config.out, config.run, config.resume)
@@ -103,11 +101,11 @@ def _main(config: Config, held: ExitStack) -> None:
         run_folder.check_folder(config.out, config.run, config.resume)
         run_folder.write_json(config.out / "config.json", asdict(config.run))
 
-    processes.together(open_folder)
-    setup = processes.together(lambda: prepare(config.run, parse_mesh(config.mesh, jax.devices())))
-    begun = processes.together((config.out / "metrics.jsonl").exists)
-    processes.together(make_folder if first else lambda: None)
-    processes.together(lambda: run_folder.check_shared(config.out))
+    processes.all_or_none(open_folder)
+    setup = processes.all_or_none(lambda: prepare(config.run, parse_mesh(config.mesh, jax.devices())))
+    begun = processes.all_or_none((config.out / "metrics.jsonl").exists)
+    processes.all_or_none(make_folder if first else lambda: None)
+    processes.all_or_none(lambda: run_folder.check_shared(config.out))
     start = time.perf_counter()
     describe(setup)
     warn(config, setup, begun)
@@ -210,15 +208,10 @@ def describe(setup: Setup) -> None:
     if names != [""]:
         shown = setup.parts[:10]
         more = f", the first {len(shown)} of {len(setup.parts)} clients" if len(shown) < len(setup.parts) else ""
-        table = Table(title=f"rows of each client, {config.partition} partition{more}", title_justify="left")
-        table.add_column("category")
-        for i in range(len(shown)):
-            table.add_column(str(i), justify="right")
-        counts = [Counter(setup.categories[row] for row in part) for part in shown]
-        for name in names:
-            table.add_row(name, *(str(count[name] or "·") for count in counts))
-        table.add_row("all", *(str(len(part)) for part in shown), style="bold")
-        Console().print(table)
+        groups = {name: [Counter(setup.categories[row] for row in part)[name] for part in shown] for name in names}
+        groups["all"] = [len(part) for part in shown]
+        table = [{"category": name} | {str(i): n for i, n in enumerate(counts)} for name, counts in groups.items()]
+        common.print_table(f"rows of each client, {config.partition} partition{more}", table)
     print(f"heterogeneity: mean total-variation distance {setup.heterogeneity:.3f}")
 
 

@@ -59,7 +59,7 @@ def open_journal(setup: Setup, folder: Path, first: int, notify: Callable[[str],
         header = ledger.make_header(asdict(config), ledger.tree_hash(setup.base), versions())
 
     def open_both() -> ledger.Ledger | None:
-        if not processes.first():
+        if not processes.is_coordinator():
             return None
         book = None if header is None else _open_ledger(file, header, notify)
         kept = run_folder.keep_metrics(folder, first)
@@ -68,12 +68,12 @@ def open_journal(setup: Setup, folder: Path, first: int, notify: Callable[[str],
             raise UserError(f"{folder / name} ends before the checkpoint of round {first}: put an intact copy there")
         return book
 
-    book = processes.together(open_both)
+    book = processes.all_or_none(open_both)
     # The first process may be appending already: metrics of later rounds, and to the ledger once all have reached a new
     # round.
     metrics = run_folder.read_metrics(folder)[:first]
     known = iter(()) if header is None else ledger.entries(file, first)
-    record = (lambda metrics: run_folder.append_metrics(folder, metrics)) if processes.first() else _nowhere
+    record = (lambda metrics: run_folder.append_metrics(folder, metrics)) if processes.is_coordinator() else _nowhere
     return Journal(known, metrics, book.append if book else _nowhere, record)
 
 

@@ -139,9 +139,9 @@ def train(
 
     lora = jax.device_get(progress.state.params)
     settings = {"rank": config.lora_rank, "alpha": config.lora_alpha, "targets": config.target_names}
-    if processes.first():
+    if processes.is_coordinator():
         save_adapter(folder / "adapter", lora, **settings, base_name=config.model)
-    metrics = processes.together(lambda: run_folder.read_metrics(folder))
+    metrics = processes.all_or_none(lambda: run_folder.read_metrics(folder))
     return Result(lora, loss_before, metrics[-1]["test_loss"], metrics)
 
 

@@ -81,13 +81,20 @@ def launched(launcher, place, out, *arguments):
     return [start(place, out, *arguments, environment=launcher | port | dict.fromkeys(RANKS, str(i))) for i in range(2)]
 
 
-def outcome(*running, seconds=120):
+def outcome(*running, seconds=300):
     """(exit code, standard output, standard error) of each process."""
     found = []
     for one in running:
         out, err = one.communicate(timeout=seconds)
         found.append((one.returncode, out, err))
     return found
+
+
+def await_round(out, running):
+    """Waits until the first round is recorded."""
+    while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
+        assert [one.poll() for one in running] == [None] * len(running)
+        time.sleep(0.005)
 
 
 def lines(err):
@@ -139,10 +146,7 @@ def test_a_copy_of_the_weights_may_lie_across_processes(place, alone):
 def test_a_process_that_dies_ends_the_run_and_it_can_be_resumed(place, alone):
     out = place / "killed"
     first, second = both(place, out, "--process-timeout", "20")
-    while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
-        assert first.poll() is None
-        assert second.poll() is None
-        time.sleep(0.005)
+    await_round(out, [first, second])
     second.send_signal(signal.SIGKILL)
     ((code, _, err),) = outcome(first, seconds=60)
     second.communicate()
@@ -182,16 +186,78 @@ def test_fewer_processes_than_announced(place):
     running = [start(place, place / "no", "--processes", f"{at},3,{i}", "--process-timeout", "5") for i in range(2)]
     for code, _, err in outcome(*running, seconds=60):
         assert code == 2, err
-        assert "not all processes have come together within 5 s" in lines(err)[0]
+        assert len(lines(err)) == 1, err
+        assert "not all 3 processes have come together within 5 s" in lines(err)[0]
     assert not (place / "no").exists()
 
 
-@pytest.mark.parametrize("text", ["localhost,2,0", "localhost:1234,2,2", "2"])
+def test_different_counts_are_refused_by_all(place):
+    at = f"localhost:{free_port()}"
+    for code, _, err in outcome(*(start(place, place / "no", "--processes", f"{at},{2 + i},{i}") for i in range(2))):
+        assert code == 2, err
+        assert lines(err) == [
+            "error: --processes: process 0 was given a COUNT of 2 and process 1 one of 3: give all processes the same"
+        ]
+    assert not (place / "no").exists()
+
+
+@pytest.mark.parametrize("launcher", [None, OPEN_MPI])
+def test_a_port_in_use_is_refused(place, launcher):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        if launcher is None:
+            running = start(place, place / "no", "--processes", f"localhost:{port},2,0")
+        else:
+            environment = launcher | {"JAX_COORDINATOR_PORT": str(port)} | dict.fromkeys(RANKS, "0")
+            running = start(place, place / "no", environment=environment)
+        ((code, _, err),) = outcome(running)
+    assert code == 2, err
+    (line,) = err.splitlines()
+    assert line.startswith(f"error: process 0 cannot listen on port {port} ")
+    assert "choose another port" in line
+    assert not (place / "no").exists()
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_stopped_process_ends_the_others_with_one_line(place, stopped):
+    out = place / f"stopped-{stopped}"
+    running = both(place, out, "--process-timeout", "20", "--rounds", "100000", "--no-guard")
+    await_round(out, running)
+    running[stopped].send_signal(signal.SIGSTOP)
+    try:
+        ((code, _, err),) = outcome(running[1 - stopped])
+    finally:
+        running[stopped].kill()
+        running[stopped].communicate()
+    assert code == 2, err
+    (line,) = err.splitlines()
+    assert line.startswith(f"error: process {stopped} has sent no heartbeat for 20 s")
+    assert "--resume" in line
+
+
+def test_an_unhandled_exception_in_one_process_ends_the_others():
+    at = f"localhost:{free_port()}"
+    program = (
+        "import sys\nfrom fedmezo_jax import processes\nindex = int(sys.argv[1])\n"
+        f"processes.join(f'{at},2,{{index}}', 20)\nprocesses.all_or_none(lambda: 1 / (1 - index))"
+    )
+    variables = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": variables}
+    running = [subprocess.Popen([sys.executable, "-c", program, str(index)], **pipes) for index in range(2)]
+    (code, _, err), (failed, _, trace) = outcome(*running)
+    assert failed == 1
+    assert "ZeroDivisionError" in trace
+    assert code == 2, err
+    (line,) = err.splitlines()
+    assert line.startswith("error: process 1 has sent no heartbeat for 20 s")
+
+
+@pytest.mark.parametrize("text", ["localhost,2,0", "localhost:1234,2,2", "localhost:0,2,0", "localhost:65536,2,0", "2"])
 def test_what_does_not_name_a_process_is_refused(text):
     with pytest.raises(UserError, match="ADDRESS:PORT,COUNT,INDEX"):
         processes.join(text, 5)
 
 
 def test_a_process_alone_agrees_with_itself():
-    processes.agree({"rounds": 3})
-    assert processes.together(lambda: 7) == 7
+    processes.check_same_config({"rounds": 3})
+    assert processes.all_or_none(lambda: 7) == 7
