@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -21,6 +22,7 @@ from fedmezo_jax.errors import UserError
 from fedmezo_jax.rounds import Progress
 
 SEAL = "seal.json"
+_OVERHEAD = 2**17  # bytes of a checkpoint beyond its arrays: some twenty small files, each a block of the disk
 
 
 class Seal(NamedTuple):
@@ -77,11 +79,26 @@ def save(manager: ocp.CheckpointManager, folder: Path, progress: Progress, chain
         chain: chain value of the ledger's record of the last round; None where there is no ledger.
     """
     step = int(progress.state.round)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(progress)) + _OVERHEAD
+    processes.together(lambda: _check_room(folder, size) if processes.first() else None)
     manager.save(step, args=ocp.args.StandardSave(progress))
     if processes.first():
         checkpoint, metrics = Path(manager.directory / str(step)), run_folder.metrics_bytes(folder)
         seal = Seal(_hashes(checkpoint), ledger.tree_hash(progress), chain, _sha256(metrics), len(metrics))
         run_folder.write_json(checkpoint / SEAL, seal._asdict() | {"sha256": _hash_of(seal)})
+
+
+def _check_room(folder: Path, size: int) -> None:
+    """Refuses a full disk. Orbax's threads would report it one by one, some after the save has failed."""
+    if not hasattr(os, "posix_fallocate"):
+        return
+    file = folder / ".room"
+    with run_folder.guarded(folder):
+        try:
+            with file.open("wb") as stream:
+                os.posix_fallocate(stream.fileno(), 0, size)
+        finally:
+            file.unlink(missing_ok=True)
 
 
 def _hashes(checkpoint: Path) -> dict[str, str]:

@@ -384,7 +384,7 @@ def test_a_signal_stops_a_run_in_one_line_and_it_goes_on_later(number, place, se
 
 @pytest.mark.parametrize("room", [600, 2_500, 5_000])
 def test_a_full_disk_costs_one_line_and_the_run_goes_on_later(room, place, sessions, undisturbed):
-    """As the room grows it is the ledger's header, a checkpoint's file or the metrics that find none."""
+    """As the room grows it is the ledger's header or a checkpoint that finds none."""
     out, errors = f"full-{room}", place / f"full-{room}.txt"
     process = sessions(arguments(place, out), errors, room)
     process.join()

@@ -1,19 +1,22 @@
 """Folders of runs whose files are damaged, cut, lost or mixed up: what can be recovered is, and a notice says how."""
 
+import gc
 import json
 import os
 import random
+import resource
 import shutil
 import stat
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_run
 
-from fedmezo_jax import rounds, run_checkpoints, run_folder
+from fedmezo_jax import federated, rounds, run_checkpoints, run_folder
 from fedmezo_jax.config import RunConfig
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.setup import build, prepare
@@ -174,6 +177,27 @@ def test_sixty_flipped_bits_of_a_checkpoint_are_noticed(damaged, known, runs, ca
         flip(file, bit)
     assert not is_replaced(damaged, setup, known)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("room", [0, 100, 1_000, 30_000, 100_000])
+def test_a_disk_that_is_full_while_a_checkpoint_is_saved_is_one_error(room, tmp_path, capfd):
+    state = federated.FederatedState({"A": jnp.arange(9_000.0), "B": jnp.ones(9_000)}, (), {}, jnp.int32(1))
+    progress = rounds.Progress(state, None, jnp.float32(1))
+    _, most = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with run_checkpoints.manager(tmp_path) as manager:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, most))
+        try:
+            with pytest.raises(UserError, match="the disk is full"):
+                run_checkpoints.save(manager, tmp_path, progress, None)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    gc.collect()  # asyncio tells of errors that nobody asked for when their tasks are collected
+    assert capfd.readouterr() == ("", "")
+    with run_checkpoints.manager(tmp_path) as manager:
+        run_checkpoints.save(manager, tmp_path, progress, None)
+        found, reasons = run_checkpoints.newest(manager, progress, lambda step, seal: None)
+    assert reasons == {}
+    jax.tree.map(np.testing.assert_array_equal, found.progress, progress)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
