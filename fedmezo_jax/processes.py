@@ -62,6 +62,7 @@ def join(text: str | None, timeout: int) -> None:
     watch.daemon = True
     watch.start()
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM and go on
     limits = ("initialization_timeout", "heartbeat_timeout_seconds", "shutdown_timeout_seconds")
     try:
         jax.distributed.initialize(**settings, **dict.fromkeys(limits, timeout + 60))
