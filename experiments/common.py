@@ -8,8 +8,9 @@ import itertools
 import os
 import platform
 import shlex
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from experiments import STOPS
 from fedmezo_jax import processes
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.run_folder import write_json
@@ -33,21 +35,53 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers
 def run(main: Callable[[T], None], config: type[T], description: str | None) -> None:
     """Runs an experiment's ``main`` on its config as parsed from the command line.
 
-    Whatever the user can mend ends in one line on standard error and exit code 2.
+    Whatever the user can mend ends in one line on standard error and exit code 2; a signal that stops the command, in
+    one line and 128 plus its number.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that knows no η prints ? and does not fail
     try:
-        main(_parse(config, description))
+        with _stops():
+            main(_parse(config, description))
     except UserError as error:
-        print("error:", *str(error).splitlines(), file=sys.stderr, flush=True)  # a file's name may hold a line break
-        processes.abort(2)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr, flush=True)
-        processes.abort(130)
-        sys.exit(130)
+        _leave("error: " + " ".join(str(error).splitlines()), 2)  # a file's name may hold a line break
+    except StoppedError as stop:
+        hint = "; go on with --resume" if hasattr(config, "resume") else ""
+        _leave(f"stopped by {stop.signal.name}{hint}", 128 + stop.signal)
+
+
+class StoppedError(KeyboardInterrupt):
+    """A signal has stopped the command; what handles Ctrl-C handles it too."""
+
+    def __init__(self, number: int):
+        """Of the signal of this number."""
+        super().__init__()
+        self.signal = signal.Signals(number)
+
+
+def _raise(number: int, frame: Any) -> None:
+    raise StoppedError(number)
+
+
+@contextlib.contextmanager
+def _stops() -> Iterator[None]:
+    """Raises :class:`StoppedError` in the block for signals that the process does not ignore."""
+    before = {number: signal.getsignal(number) for number in STOPS}
+    try:
+        for number, handler in before.items():
+            if handler is not signal.SIG_IGN:
+                signal.signal(number, _raise)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _leave(message: str, code: int) -> None:
+    print(message, file=sys.stderr, flush=True)
+    processes.abort(code)
+    sys.exit(code)
 
 
 def _parse(config: type[T], description: str | None) -> T:

@@ -98,7 +98,8 @@ def _main(config: Config, held: ExitStack) -> None:
     def make_folder() -> None:
         config.out.mkdir(parents=True, exist_ok=True)
         held.enter_context(lock)
-        run_folder.check_folder(config.out, config.run, config.resume)
+        for notice in run_folder.check_folder(config.out, config.run, config.resume):
+            print("notice:", notice)
         run_folder.write_json(config.out / "config.json", asdict(config.run))
 
     processes.all_or_none(open_folder)

@@ -225,10 +225,15 @@ class Ledger:
         self.file, self.rounds = file, rounds
         self._chain, self._end = chain, end
 
-    def append(self, entry: Entry) -> None:
-        """Adds a round; it is on the disk when this returns. An error leaves the file as it was."""
+    def append(self, entry: Entry) -> bytes:
+        """Adds a round; it is on the disk when this returns. An error leaves the file as it was.
+
+        Returns:
+            The record's chain value.
+        """
         self._write(pack_entry(entry))
         self.rounds += 1
+        return self._chain
 
     def _write(self, payload: bytes) -> None:
         length = struct.pack("<I", len(payload))

@@ -63,6 +63,7 @@ def join(text: str | None, timeout: int) -> None:
     watch.daemon = True
     watch.start()
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM and go on
     try:
         address, count, index = place or _detect(timeout)
         if index == 0 and address:

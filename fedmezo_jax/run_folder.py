@@ -1,42 +1,42 @@
-"""A run's folder: its config, metrics and checkpoints, and the way back into it.
+"""A run's folder: its config and metrics, and the way back into it.
 
 config.json      the resolved configuration
 run.ledger       what rebuilds the run (:mod:`ledger`); written before all that follows from it
 metrics.jsonl    one object a round
-checkpoints/     Orbax checkpoints of the run's progress, the newest two
+checkpoints/     checkpoints of the run's progress, the newest two (:mod:`run_checkpoints`)
 .lock            held while a process works in the folder
 """
 
 from __future__ import annotations
 
 import errno
+import itertools
 import json
-import logging
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import filelock
-import jax
-import orbax.checkpoint as ocp
 
+from fedmezo_jax import ledger
 from fedmezo_jax.config import RunConfig
 from fedmezo_jax.errors import UserError
-from fedmezo_jax.rounds import Progress
 
 LOCK, LEDGER = ".lock", "run.ledger"
 _EMPTY = {LOCK, ".config.json.new"}  # what a run leaves that was stopped before its first file was whole
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every save there
 
-
-def check_folder(folder: Path, config: RunConfig, resume: bool) -> None:
+def check_folder(folder: Path, config: RunConfig, resume: bool) -> list[str]:
     """Refuses a folder that holds another run, before anything is written or computed.
+
+    Returns:
+        What the user should know: that ``config.json`` is damaged and will be written again.
 
     Raises:
         UserError: the folder holds a run and ``resume`` is not set, or it holds another configuration (the keys that
@@ -47,22 +47,37 @@ def check_folder(folder: Path, config: RunConfig, resume: bool) -> None:
         raise UserError(f"--out {folder}: {existing} is a file: give a folder")
     if not os.access(existing, os.W_OK):
         raise UserError(f"--out {folder}: {existing} may not be written to: give another folder")
-    file = folder / "config.json"
-    if not file.exists():
+    file, book, now = folder / "config.json", folder / LEDGER, asdict(config)
+    if not file.exists() and not book.exists():
         if folder.exists() and any(path.name not in _EMPTY for path in folder.iterdir()):
             raise UserError(f"--out {folder} holds other files and no run: give a new or empty folder")
-        return
+        return []
     if not resume:
         raise UserError(f"--out {folder} holds a run already: give another folder, or --resume to go on with it")
-    now = asdict(config)
+    before = _read_config(file)
+    if before and not _differing(before, now):
+        return []
+    if book.exists():
+        recorded = ledger.read_header(book)["config"]
+        if not _differing(recorded, now):
+            return [f"{file} was missing or damaged: its content is recovered from {LEDGER}"]
+        before = before or recorded
+    if not before:
+        raise UserError(f"{file} is damaged and there is no {LEDGER} to recover it from: give another --out")
+    described = ", ".join(f"{key} ({before.get(key)} there, {now.get(key)} now)" for key in _differing(before, now))
+    raise UserError(f"--resume: {folder} was run with another configuration: {described}")
+
+
+def _read_config(file: Path) -> dict[str, Any] | None:
     try:
-        before = json.loads(file.read_text(encoding="utf-8"))
-        differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-    except (ValueError, AttributeError):
-        raise UserError(f"{file} is no run's configuration: give another --out") from None
-    if differing:
-        described = ", ".join(f"{key} ({before.get(key)} there, {now.get(key)} now)" for key in differing)
-        raise UserError(f"--resume: {folder} was run with another configuration: {described}")
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    return sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
 
 
 def check_shared(folder: Path) -> None:
@@ -91,28 +106,66 @@ def guarded(folder: Path) -> Iterator[None]:
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Writes a file that is either whole or not there."""
+    """Writes a file that is either whole or not there, even after a power loss."""
+    _write_whole(file, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _write_whole(file: Path, content: bytes) -> None:
     fresh = file.with_name(f".{file.name}.new")
-    fresh.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with fresh.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
     fresh.replace(file)
+    ledger.sync_folder(file.parent)
+
+
+def set_aside(path: Path) -> Path:
+    """Renames a file or folder to the first free name of ``NAME.old``, ``NAME.old-2``, …; returns its new path."""
+    fresh = next(new for new in _old_names(path) if not new.exists())
+    path.rename(fresh)
+    ledger.sync_folder(path.parent)
+    return fresh
+
+
+def _old_names(path: Path) -> Iterator[Path]:
+    yield path.with_name(f"{path.name}.old")
+    yield from (path.with_name(f"{path.name}.old-{n}") for n in itertools.count(2))
+
+
+def remove_partial(folder: Path) -> None:
+    """Removes the unfinished adapter that a process leaves if it is killed while it writes."""
+    for partial in folder.glob(".adapter.*"):
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def metrics_bytes(folder: Path) -> bytes:
+    """The whole lines of ``metrics.jsonl``; what follows the last line break was never finished."""
+    file = folder / "metrics.jsonl"
+    content = file.read_bytes() if file.exists() else b""
+    return content[: content.rfind(b"\n") + 1]
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rounds recorded so far; a last line that a crash cut short does not count."""
-    file = folder / "metrics.jsonl"
-    if not file.exists():
-        return []
-    lines = file.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]  # whatever follows the last line break was never finished
+    """The rounds recorded so far."""
+    return [json.loads(line) for line in metrics_bytes(folder).splitlines()]
 
 
-def keep_metrics(folder: Path, rounds: int) -> list[dict[str, Any]]:
-    """Drops the records of rounds that the checkpoint does not know, which will be run again; returns the rest."""
-    kept = [record for record in read_metrics(folder) if record["round"] <= rounds]
-    fresh = folder / ".metrics.jsonl.new"
-    fresh.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-    fresh.replace(folder / "metrics.jsonl")
-    return kept
+def keep_metrics(folder: Path, size: int, copy: bool) -> Path | None:
+    """Cuts ``metrics.jsonl`` back to its first ``size`` bytes.
+
+    Args:
+        folder: the run's.
+        size: bytes to keep.
+        copy: whether to keep the whole file under another name.
+
+    Returns:
+        The path of the copy, None without one.
+    """
+    file, kept = folder / "metrics.jsonl", metrics_bytes(folder)[:size]
+    old = set_aside(file) if copy and file.exists() else None
+    _write_whole(file, kept)
+    return old
 
 
 def append_metrics(folder: Path, record: Mapping[str, Any]) -> None:
@@ -121,23 +174,3 @@ def append_metrics(folder: Path, record: Mapping[str, Any]) -> None:
         file.write(json.dumps(record) + "\n")
         file.flush()
         os.fsync(file.fileno())  # before a checkpoint that counts on it
-
-
-def checkpoints(folder: Path) -> ocp.CheckpointManager:
-    """The folder's checkpoint manager; close it (it is a context manager) to wait for the last save."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-    return ocp.CheckpointManager((folder / "checkpoints").absolute(), options=options)
-
-
-def save(manager: ocp.CheckpointManager, progress: Progress) -> None:
-    """Saves a run's progress under its number of rounds."""
-    manager.save(int(progress.state.round), args=ocp.args.StandardSave(progress))
-
-
-def restore(manager: ocp.CheckpointManager, like: Progress) -> Progress | None:
-    """The newest progress, bit for bit, or None without a checkpoint; ``like`` gives structure and shapes."""
-    step = manager.latest_step()
-    if step is None:
-        return None
-    template = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    return cast(Progress, manager.restore(step, args=ocp.args.StandardRestore(template)))

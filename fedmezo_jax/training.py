@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fedmezo_jax import federated, guard, mezo, processes, rounds, run_folder, server, sharding
+from fedmezo_jax import federated, guard, mezo, processes, rounds, run_checkpoints, run_folder, server, sharding
 from fedmezo_jax.config import RunConfig
 from fedmezo_jax.data.batches import round_picks, take
 from fedmezo_jax.data.buckets import computed_tokens, lengths
@@ -57,10 +57,10 @@ def train(
 ) -> Result:
     """Runs all rounds that the folder has not seen yet and writes the adapter.
 
-    A round is done when its record is in the ledger. A resumed run starts from the newest checkpoint, makes again from
-    the ledger the rounds that came after it (without their clients' work), and goes on; all it leaves is bit for bit
-    what an undisturbed run leaves, save ``seconds``. Back-propagated rounds have no ledger: those after the checkpoint
-    are computed again.
+    A round is done when its record is in the ledger. A resumed run starts from the newest checkpoint that is intact,
+    makes again from the ledger the rounds that came after it (without their clients' work), and goes on; all it leaves
+    is bit for bit what an undisturbed run leaves, save ``seconds``. Back-propagated rounds have no ledger: those after
+    the checkpoint are computed again.
 
     Args:
         setup: from :func:`prepare`.
@@ -96,11 +96,11 @@ def train(
         return work
 
     loss_before = test_loss(setup.lora)
-    with run_folder.checkpoints(folder) as manager:
+    with run_checkpoints.manager(folder) as manager:
         fresh = sharding.whole(mesh, rounds.begin(init(setup.lora, config.clients), config))
-        progress = run_folder.restore(manager, fresh) or fresh
+        journal = open_journal(setup, folder, manager, fresh, notify)
+        progress = journal.progress
         first = int(progress.state.round)
-        journal = open_journal(setup, folder, first, notify)
         for record in journal.metrics:
             on_round(record)
         recent = deque(filter(guard.kept, journal.metrics), guard.MEMORY)
@@ -109,10 +109,10 @@ def train(
         for t in range(first, config.rounds):
             last = t + 1 == config.rounds
             gauge = guard.gauge(loss_before, recent)
-            entry, raw = next(journal.known, None), None
+            (entry, chain), raw = next(journal.known, (None, None)), None
             if entry is None:
                 entry, raw = rounds.run_round(config, t, sizes, gauge, work_of(progress, t))
-                journal.append(entry)
+                chain = journal.append(entry)
             with clock:
                 progress, report, traffic = rounds.conclude(config, round, progress, entry, raw, key)
                 measured = test_loss(progress.state.params) if last or (t + 1) % eval_every == 0 else None
@@ -132,7 +132,7 @@ def train(
             journal.record(record)
             recent.extend([record] if guard.kept(record) else [])
             if last or (t + 1) % checkpoint_every == 0:
-                run_folder.save(manager, progress)
+                run_checkpoints.save(manager, folder, progress, chain)
             for notice in rounds.notices(config, record, guard.count(setup.lora)):
                 notify(notice)
             on_round(record)

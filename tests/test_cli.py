@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -154,6 +156,21 @@ def test_fedavg_learns_and_reports_no_seeds(place, monkeypatch, capsys):
     adapter = load_adapter(folder / "adapter", LlamaConfig.from_json(place / "model"))
     assert all(halves["B"].any() for halves in adapter.lora.values())
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks into /proc")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_modules_are_imported_leaves_one_line(number, place):
+    command = [sys.executable, "-m", "experiments.fedmezo", *arguments(place, out=place / "early")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while "jaxlib" not in Path(f"/proc/{process.pid}/maps").read_text():
+            time.sleep(0.001)
+        process.send_signal(number)
+        _, errors = process.communicate()
+    assert process.returncode == 128 + number
+    assert errors.splitlines()[0].split(";")[0] == f"stopped by {number.name}"
+    assert len(errors.splitlines()) == 1
+    assert not (place / "early").exists()
 
 
 def one_line(capsys):

@@ -16,7 +16,7 @@ import pytest
 import small_run
 
 from experiments import common, fedmezo
-from fedmezo_jax import faults, guard, ledger, run_folder, training, wire
+from fedmezo_jax import faults, guard, ledger, run_checkpoints, run_folder, training, wire
 from fedmezo_jax.config import RunConfig
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.setup import prepare
@@ -219,8 +219,8 @@ def test_a_run_stopped_after_a_roll_back_knows_where_to_go_back_to(config, tmp_p
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:  # and a run that is stopped on the way knows where to go back to
-        save = run_folder.save
-        patch.setattr(run_folder, "save", lambda *given: (save(*given), cut()))
+        save = run_checkpoints.save
+        patch.setattr(run_checkpoints, "save", lambda *given: (save(*given), cut()))
         with pytest.raises(KeyboardInterrupt):
             start(tmp_path / "cut", config, **options)
     for name in ("cut", "never"):
@@ -259,7 +259,8 @@ def session(argv, errors=os.devnull, room=None):
     if room:
         fedmezo.plot_partition = fill
     sys.argv = ["fedmezo", *argv]
-    sys.stdout, sys.stderr = open(os.devnull, "w"), open(errors, "w")  # noqa: SIM115
+    for name, stream in ((os.devnull, sys.stdout), (errors, sys.stderr)):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), stream.fileno())  # what does not go through sys.stderr counts
     common.run(fedmezo.main, fedmezo.Config, fedmezo.__doc__)
 
 
@@ -365,9 +366,25 @@ def test_a_second_process_in_a_folder_is_refused(place, sessions, undisturbed, m
     same_run(place / "shared", undisturbed[0])
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_stops_a_run_in_one_line_and_it_goes_on_later(number, place, sessions, undisturbed):
+    out, errors = f"stopped-{number}", place / f"stopped-{number}.txt"
+    process = sessions(arguments(place, out), errors)
+    while not (place / out / "run.ledger").exists():
+        time.sleep(0.001)
+    os.kill(process.pid, number)
+    process.join()
+    assert process.exitcode == 128 + number
+    assert errors.read_text() == f"stopped by {number.name}; go on with --resume\n"
+    process = sessions(arguments(place, out, "--resume"))
+    process.join()
+    assert process.exitcode == 0
+    same_run(place / out, undisturbed[0])
+
+
 @pytest.mark.parametrize("room", [600, 2_500, 5_000])
 def test_a_full_disk_costs_one_line_and_the_run_goes_on_later(room, place, sessions, undisturbed):
-    """As the room grows it is the ledger's header, a checkpoint's file or the metrics that find none."""
+    """As the room grows it is the ledger's header or a checkpoint that finds none."""
     out, errors = f"full-{room}", place / f"full-{room}.txt"
     process = sessions(arguments(place, out), errors, room)
     process.join()

@@ -158,6 +158,18 @@ def test_a_process_that_dies_ends_the_run_and_it_can_be_resumed(place, alone):
     check_same(out, alone)
 
 
+def test_a_signal_stops_all_processes_and_is_named(place):
+    """JAX's own preemption service would take the signal and let the run go on."""
+    running = both(place, place / "stopped", "--rounds", "3000")
+    while not (place / "stopped" / "metrics.jsonl").exists() and running[0].poll() is None:
+        time.sleep(0.01)
+    for process in running:
+        process.send_signal(signal.SIGTERM)
+    for code, _, err in outcome(*running):
+        assert code == 128 + signal.SIGTERM
+        assert "stopped by SIGTERM; go on with --resume" in err.splitlines()
+
+
 def test_processes_that_were_started_otherwise_all_say_so(place):
     found = outcome(*both(place, place / "no", second=("--learning-rate", "0.5")))
     for code, _, err in found:

@@ -15,7 +15,7 @@ import small_run
 
 from experiments import common
 from experiments import replay as command
-from fedmezo_jax import ledger, mezo, run_folder
+from fedmezo_jax import ledger, mezo, run_checkpoints, run_folder
 from fedmezo_jax.config import RunConfig
 from fedmezo_jax.llama.adapter import load_adapter
 from fedmezo_jax.llama.checkpoint import load_base, save_base
@@ -58,12 +58,15 @@ def run(request, place):
     config, folder = configuration(place, **RUNS[request.param]), place / request.param
     folder.mkdir()
     run_folder.write_json(folder / "config.json", asdict(config))
-    setup, seen, save = prepare(config), [], run_folder.save
+    setup, seen, save = prepare(config), [], run_checkpoints.save
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            run_folder,
+            run_checkpoints,
             "save",
-            lambda m, progress: (seen.append(jax.device_get(progress.state.params)), save(m, progress)),
+            lambda m, f, progress, chain: (
+                seen.append(jax.device_get(progress.state.params)),
+                save(m, f, progress, chain),
+            ),
         )
         train(setup, folder, checkpoint_every=1, eval_every=9)
     return folder, config, setup, seen

@@ -252,17 +252,6 @@ def test_both_uplinks_give_the_same_bits(config, undisturbed, tmp_path):
     assert list(map(ledger.pack_entry, ours)) == list(map(ledger.pack_entry, theirs))
 
 
-@pytest.mark.parametrize("name", ["run.ledger", "metrics.jsonl"])
-def test_a_folder_whose_files_do_not_fit_together_is_refused_and_left_alone(name, config, undisturbed, tmp_path):
-    folder = shutil.copytree(undisturbed[0], tmp_path / "run")
-    content = (folder / name).read_bytes()
-    last = content[:-1].rindex(b"\n") + 1 if name == "metrics.jsonl" else -1
-    (folder / name).write_bytes(content[:last])
-    with pytest.raises(UserError, match=f"{name} ends before the checkpoint of round 5"):
-        start(folder, config)
-    assert (folder / "adapter").exists()
-
-
 def test_clients_in_blocks_end_as_all_at_once(config, undisturbed, tmp_path, monkeypatch):
     """To rounding: XLA may sum in another order for another number of clients, at μ = 0.1 worth 1e-6 of a step."""
     _, setup, whole = undisturbed
