@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedmezo_jax import ledger, processes, run_folder
+from fedmezo_jax import ledger, ledger_checks, processes, run_folder
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.setup import Setup
 
@@ -72,7 +72,7 @@ def open_journal(setup: Setup, folder: Path, first: int, notify: Callable[[str],
     # The first process may be appending already: metrics of later rounds, and to the ledger once all have reached a new
     # round.
     metrics = run_folder.read_metrics(folder)[:first]
-    known = iter(()) if header is None else ledger.entries(file, first)
+    known = iter(()) if header is None else ledger_checks.entries(file, config, first)
     record = (lambda metrics: run_folder.append_metrics(folder, metrics)) if processes.first() else _nowhere
     return Journal(known, metrics, book.append if book else _nowhere, record)
 
