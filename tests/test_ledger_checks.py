@@ -273,6 +273,12 @@ def _(header, payloads):
     header["config_hash"] = ledger.config_hash(header["config"])
 
 
+@mutation("other clients than the seed draws, and all else right")
+def _(header, payloads):
+    ids = next(ids for t in range(99) if (ids := participants(t)).tolist() != participants(0).tolist())
+    payloads[0] |= {"ids": ints(*ids), "weights": floats(*(10 + ids)), "updates": updates(0, ids)}
+
+
 @mutation("two rounds swapped")
 def _(header, payloads):
     return [payloads[1], payloads[0], *payloads[2:]]
@@ -348,6 +354,19 @@ def test_it_is_refused_in_one_line_and_nothing_is_made_of_it(name, tmp_path, mon
     assert line.startswith(f"error: {file}: ")
     assert most < 2e7
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"clients": 10**8, "participation": 3e-8}, "100000000 clients are more than"),
+        ({"local_steps": 10**9}, "more than 268435456 coefficients"),
+    ],
+)
+def test_a_run_too_large_to_be_real_is_refused_by_its_configuration_alone(changes, why, tmp_path):
+    header = ledger.make_header(asdict(CONFIG) | changes, "ab" * 32, {"jax": "1.2.3"})
+    with pytest.raises(UserError, match=why):
+        ledger_checks.run_config(header, tmp_path)
 
 
 def test_a_resumed_run_refuses_it_too(tmp_path):
