@@ -2,10 +2,14 @@
 
 python -m experiments.replay runs/fedmezo/run.ledger
 python -m experiments.replay runs/fedmezo/run.ledger --model FOLDER --round 10 --out runs/round10
+
+Exits with 2 if the ledger or the base model is refused, and with 3 if the adapter beside the ledger is another one.
 """
 
 from __future__ import annotations
 
+import math
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,13 +20,15 @@ import tyro
 from rich.progress import Progress
 
 from experiments import common
-from fedmezo_jax import ledger, run_folder
+from fedmezo_jax import ledger, ledger_checks, run_folder
 from fedmezo_jax.config import RunConfig
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.adapter import load_adapter, save_adapter
 from fedmezo_jax.llama.checkpoint import load_base
 from fedmezo_jax.llama.config import LlamaConfig
-from fedmezo_jax.llama.registry import resolve
+from fedmezo_jax.llama.layout import leaves
+from fedmezo_jax.llama.lora import lora_shapes
+from fedmezo_jax.llama.registry import resolve, resolve_local
 from fedmezo_jax.replay import largest_difference, replay
 from fedmezo_jax.setup import start, stored_type
 
@@ -34,7 +40,8 @@ class Config:
     ledger: tyro.conf.Positional[Path]
     """the run.ledger in a run's folder"""
     model: str | None = None
-    """the run's base model, whose weights are checked against the ledger; by default from where the run had it"""
+    """the run's base model, whose weights are checked against the ledger, fetched where that is needed; by default the
+    one that the run names, if it is on this machine"""
     round: int | None = None
     """round to go up to; by default the last"""
     seed: int = 0
@@ -54,9 +61,14 @@ def main(config: Config) -> None:
     print(f"{config.ledger}: {last.index} rounds, {last.end:,} bytes, every checksum holds")
     if torn:
         print(f"notice: its last record was cut short: {torn} bytes are not looked at")
-    run = _run_config(header, config.ledger)
-    folder = resolve(config.model or run.model)
+    run = ledger_checks.run_config(header, config.ledger)
+    for _ in ledger_checks.entries(config.ledger, run):
+        pass
+    if last.index < run.rounds:
+        print(f"notice: the ledger ends after round {last.index} of {run.rounds}: the run was stopped or is not over")
+    folder = _base(config, run)
     llama = LlamaConfig.from_json(folder)
+    _check_rank(run, llama, config.ledger)
     if ledger.tree_hash(load_base(folder, llama, stored_type(run.precision or "float32"))) != header["base_hash"]:
         raise UserError(f"--model {config.model or run.model}: its weights are not those that the run was on")
     verified = time.perf_counter()
@@ -68,24 +80,41 @@ def main(config: Config) -> None:
 
     settings: dict[str, Any] = {"rank": run.lora_rank, "alpha": run.lora_alpha, "targets": run.target_names}
     save_adapter(config.out / "adapter", lora, **settings, base_name=config.model or run.model)
-    theirs = config.ledger.parent / "adapter"
+    beside = config.ledger.parent / "adapter"
     row: dict[str, Any] = {"rounds": done, "ledger_bytes": last.end, "verify_seconds": verified - begin}
     row |= {"rebuild_seconds": rebuilt - verified, "compared": False, "bit_identical": None, "largest_difference": None}
-    if done == run.rounds and theirs.exists():
-        difference = largest_difference(jax.device_get(load_adapter(theirs, llama).lora), lora)
+    if done == run.rounds and beside.exists():
+        difference = largest_difference(jax.device_get(load_adapter(beside, llama).lora), lora)
         row |= {"compared": True, "bit_identical": difference is None, "largest_difference": difference or 0.0}
     paths = {"ledger": str(config.ledger), "out": str(config.out)}
     run_folder.write_json(config.out / "config.json", asdict(config) | paths)
     common.write_results(config.out, [row], time.perf_counter() - begin)
     common.print_table(f"adapter after round {done}: {config.out / 'adapter'}", [row])
     print(_verdict(row, header))
+    if row["compared"] and not row["bit_identical"]:
+        sys.exit(3)
 
 
-def _run_config(header: dict[str, Any], file: Path) -> RunConfig:
-    try:
-        return RunConfig(**header["config"])
-    except TypeError as error:
-        raise UserError(f"{file}: was written by another version of this package ({error})") from None
+def _base(config: Config, run: RunConfig) -> Path:
+    """The folder of the base model. A ledger alone does not make this machine fetch anything."""
+    if config.model is not None:
+        return resolve(config.model)
+    folder = resolve_local(run.model)
+    if folder is None:
+        raise UserError(
+            f"{config.ledger}: its base model {run.model} is not on this machine: to fetch it, give --model "
+            f"{run.model}; or give --model FOLDER"
+        )
+    return folder
+
+
+def _check_rank(run: RunConfig, llama: LlamaConfig, file: Path) -> None:
+    """Refuses an adapter that is larger than its base and than a gigabyte, before there is room made for it."""
+    shapes = lora_shapes(llama, run.lora_rank, run.target_names)
+    size = sum(math.prod(shape) for half in shapes.values() for shape in half.values())
+    base = sum(map(math.prod, leaves(llama).values()))
+    if size > max(base, 2**28):
+        raise UserError(f"{file}: lora_rank {run.lora_rank} means {size:,} parameters, more than the model has")
 
 
 def _verdict(row: dict[str, Any], header: dict[str, Any]) -> str:
@@ -98,7 +127,9 @@ def _verdict(row: dict[str, Any], header: dict[str, Any]) -> str:
     there = header["backend"]
     return (
         f"the rebuilt adapter differs from the run's by at most {row['largest_difference']:.3g}: the run was on "
-        f"{there} with JAX {header['versions']['jax']}, this is {here} with JAX {jax.__version__}"
+        f"{there} with JAX {header['versions']['jax']}, this is {here} with JAX {jax.__version__}. Where these are the "
+        "same, the adapter or the ledger is not the run's, or a client's LoRA was not that of its coefficients; where "
+        "they are not, small differences come from rounding"
     )
 
 

@@ -145,6 +145,10 @@ class RunConfig:
                 self._require(name, getattr(self, name) != refused, rule)
         if self.seeds == "shared" and self.uplink == "lora":
             raise UserError("--uplink lora: with --seeds shared the server averages scalars: give --uplink seeds")
+        if self.on_surge == "clip" and self.uplink == "lora" and self.algorithm == "fedmezo":
+            raise UserError(
+                "--on-surge clip bounds coefficients, which --uplink lora does not send: give --uplink seeds"
+            )
         if self.seeds == "shared" and self.weight_decay:
             raise UserError(
                 "--weight-decay shrinks each client's θ by its own rate: give --seeds per-client, or no decay"
@@ -163,6 +167,11 @@ class RunConfig:
     def sends_seeds(self) -> bool:
         """Whether clients send coefficients and not their LoRA."""
         return self.algorithm == "fedmezo" and self.uplink != "lora"
+
+    @property
+    def sent_directions(self) -> int:
+        """Coefficients of a local step, n; back-propagated steps have none."""
+        return self.directions if self.algorithm == "fedmezo" else 0
 
     @property
     def participants(self) -> int:

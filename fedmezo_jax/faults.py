@@ -1,4 +1,4 @@
-"""Clients that fail: simulated ones, which are away or too slow, and real ones, whose numbers are of no use."""
+"""Clients that fail: simulated ones, which are away or too slow, and real ones, whose messages are of no use."""
 
 from __future__ import annotations
 
@@ -7,6 +7,14 @@ import numpy as np
 from fedmezo_jax.data.seeding import generator
 
 DROPPED, LATE, NOT_FINITE = "dropped out", "came too late", "returned NaN or infinite numbers"
+TOO_LARGE = "returned numbers too large to be real"
+MALFORMED = "sent a malformed message"
+MISMATCHED = "sent a message for another round, client or number of rows"
+NO_MESSAGE = (DROPPED, MALFORMED, MISMATCHED)
+"""Failures of which nothing is kept but the reason."""
+UNUSABLE = (NOT_FINITE, TOO_LARGE)
+"""Failures of clients whose local steps have diverged, or who say so."""
+REASONS = (*NO_MESSAGE, *UNUSABLE, LATE)
 SPREAD = 0.5
 """Standard deviation of the logarithm of a client's time for a round; the median is one."""
 

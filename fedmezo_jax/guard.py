@@ -29,8 +29,9 @@ class Gauge(NamedTuple):
     """What is usual, measured over the last rounds that were kept.
 
     Attributes:
-        loss: median of their mean training losses; before there are any, the test loss of the base model.
-        gradient: median of their root-mean-square projected gradients; infinite before there are any.
+        loss: median of their training losses (:func:`median_loss`); before there are any, the test loss of the base
+            model.
+        gradient: median of their projected gradients (:func:`median_gradient`); infinite before there are any.
     """
 
     loss: float
@@ -42,8 +43,8 @@ class Gauge(NamedTuple):
         return CLIP * self.gradient
 
     def surged(self, losses: np.ndarray) -> bool:
-        """Whether the losses of a round, any shape, have exploded: some are not finite, or their mean is far off."""
-        return bool(losses.size) and not float(np.mean(losses, dtype=np.float64)) <= SURGE * self.loss
+        """Whether the ``[P, H]`` losses of a round have exploded, those of half of its clients or more."""
+        return bool(len(losses)) and not median_loss(losses) <= SURGE * self.loss
 
 
 def kept(record: Mapping[str, Any]) -> bool:
@@ -55,25 +56,58 @@ def gauge(loss_before: float, recent: Collection[Mapping[str, Any]]) -> Gauge:
     """The gauge after the last :data:`MEMORY` rounds that were kept, by their records."""
     if not recent:
         return Gauge(loss_before, np.inf)
-    gradients = [record["projected_gradient"] for record in recent if record["projected_gradient"] is not None]
-    usual = float(np.median([record["train_loss"] for record in recent]))
-    return Gauge(usual, float(np.median(gradients)) if gradients else np.inf)
+    # Records of earlier versions have the means alone.
+    losses = [record.get("median_loss", record["train_loss"]) for record in recent]
+    gradients = [record.get("median_gradient", record["projected_gradient"]) for record in recent]
+    gradients = [gradient for gradient in gradients if gradient is not None]
+    return Gauge(float(np.median(losses)), float(np.median(gradients)) if gradients else np.inf)
 
 
-def gradient_rms(report: RoundReport, heard: np.ndarray, directions: int) -> float | None:
-    """Root mean square of g over the clients heard: an estimate of ‖∇F‖; None for back-propagation and for nobody."""
-    coefficients = np.asarray(report.coefficients, np.float64)[heard]
-    if not coefficients.size:
+def median_loss(losses: np.ndarray) -> float:
+    """Median over P clients of each one's mean loss, from ``[P, H]``: fewer than half of them cannot make it large.
+
+    A client with a loss that is not finite counts as infinite.
+    """
+    with np.errstate(invalid="ignore"):
+        means = np.mean(losses, axis=1, dtype=np.float64)
+    return float(np.median(np.where(np.isfinite(means), means, np.inf)))
+
+
+def _gradients(report: RoundReport, counted: np.ndarray, directions: int) -> np.ndarray:
+    """``[K, H, n]`` projected gradients g of the clients that count."""
+    coefficients = np.asarray(report.coefficients, np.float64)[counted]
+    return coefficients * directions / np.asarray(report.learning_rates, np.float64)[counted, None, None]
+
+
+def gradient_rms(report: RoundReport, counted: np.ndarray, directions: int) -> float | None:
+    """Root mean square of g over the clients that count: an estimate of ‖∇F‖; None for back-propagation and nobody."""
+    gradients = _gradients(report, counted, directions)
+    return float(np.sqrt(np.mean(gradients**2))) if gradients.size else None
+
+
+def median_gradient(report: RoundReport, counted: np.ndarray, directions: int) -> float | None:
+    """A robust estimate of ‖∇F‖: the median over clients of each one's root-mean-square g. None as above.
+
+    The mean square of k normal numbers has a median below its mean, by the factor (1 − 2/9k)³ (Wilson and Hilferty),
+    which is divided out.
+    """
+    gradients = _gradients(report, counted, directions)
+    if not gradients.size:
         return None
-    gradients = coefficients * directions / np.asarray(report.learning_rates, np.float64)[heard, None, None]
-    return float(np.sqrt(np.mean(gradients**2)))
+    squares = np.mean(gradients**2, axis=(1, 2))
+    return float(np.sqrt(np.median(squares) / (1 - 2 / (9 * gradients[0].size)) ** 3))
 
 
-def count_clipped(report: RoundReport, directions: int, limit: float) -> int:
-    """Steps with a projected gradient at the limit, or with a loss that is not finite."""
+def largest_coefficient(learning_rate: float, directions: int, limit: float) -> float:
+    """What |η·g/n| cannot exceed while |g| is within the limit, and a little more for rounding."""
+    return float(limit * np.float64(learning_rate) / directions * (1 + 1e-6))
+
+
+def count_clipped(report: RoundReport, counted: np.ndarray, directions: int, limit: float) -> int:
+    """Steps of the clients that count with a projected gradient at the limit, or with a loss that is not finite."""
     rates = np.asarray(report.learning_rates, np.float64)[:, None, None]
     at_limit = np.abs(np.asarray(report.coefficients, np.float64)) >= limit * rates / directions * (1 - 1e-6)
-    return int(np.sum(at_limit.any(axis=2) | ~np.isfinite(report.losses)))
+    return int(np.sum((at_limit.any(axis=2) | ~np.isfinite(report.losses))[counted]))
 
 
 class Probe(NamedTuple):
@@ -145,13 +179,13 @@ def step_length(rate: float, gradient: float, trained: int, steps: int = 1) -> f
     return rate * gradient * float(np.sqrt(trained * steps))
 
 
-def growth(report: RoundReport, heard: np.ndarray) -> float | None:
+def growth(report: RoundReport, counted: np.ndarray) -> float | None:
     """How much larger |g| is in the last third of the local steps than in the first, in root mean square.
 
     Local steps that carry θ to where the loss is steep show here before they do in the round's loss. None where there
     are too few to tell.
     """
-    coefficients = np.asarray(report.coefficients, np.float64)[heard]
+    coefficients = np.asarray(report.coefficients, np.float64)[counted]
     third = coefficients.shape[1] // 3
     first, last = coefficients[:, :third], coefficients[:, coefficients.shape[1] - third :]
     if first.size < ENOUGH or not np.any(first):

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import orbax.checkpoint as ocp
 
-from fedmezo_jax import ledger, processes, run_checkpoints, run_folder
+from fedmezo_jax import ledger, ledger_checks, processes, run_checkpoints, run_folder
+from fedmezo_jax.config import RunConfig
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.rounds import Progress
 from fedmezo_jax.run_checkpoints import Seal
@@ -109,7 +110,7 @@ def open_journal(
     # The first process may be appending already: metrics of later rounds, and to the ledger once all have reached a new
     # round.
     metrics = [record for record in run_folder.read_metrics(folder) if record["round"] <= first]
-    known = _known(file, first) if header else iter(())
+    known = _known(file, config, first) if header else iter(())
     append = (lambda entry: book.append(entry).hex()) if book else _nowhere
     record = (lambda metrics: run_folder.append_metrics(folder, metrics)) if first_process else _nowhere
     return Journal(progress, metrics, known, append, record)
@@ -138,9 +139,9 @@ def _chains(file: Path, rounds: Collection[int]) -> tuple[dict[int, str], int]:
     return chains, last
 
 
-def _known(file: Path, first: int) -> Iterator[tuple[ledger.Entry, str]]:
+def _known(file: Path, config: RunConfig, first: int) -> Iterator[tuple[ledger.Entry, str]]:
     chains = (record.chain.hex() for record in ledger.records(file) if record.index > first)
-    return zip(ledger.entries(file, first), chains, strict=False)
+    return zip(ledger_checks.entries(file, config, first), chains, strict=False)
 
 
 def _nowhere(written: Any) -> None:

@@ -9,12 +9,22 @@ The file is a header and one record for each round. A record is
 
 A crash can leave the last record short, which shows in its length; every other change breaks a checksum. There are no
 times in it, so that two runs of one configuration have the same bytes.
+
+What a ledger proves. Its checksums show that the file is whole and as it was written: a record that was damaged,
+changed, moved or taken out is found, except at the end, where a shorter ledger is an earlier state of the run. With the
+base weights, whose hash is in the header, the entries determine θ after every round. :mod:`ledger_checks` verifies that
+each entry is one that its configuration permits.
+
+What it does not prove. The checksums have no key and nothing is signed, so anybody can write a ledger with a valid
+chain: it does not show who wrote it, when, on which data, or that any client did the work. To hold on to one ledger,
+keep its last checksum where its writer cannot change it. With ``--uplink lora`` the server moves θ by the parameters
+that clients send, and the ledger holds the coefficients that go with them: a client whose two do not agree makes a
+replay differ from the run.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import struct
 import zlib
@@ -28,9 +38,10 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from fedmezo_jax.errors import UserError
+from fedmezo_jax.ledger_header import FORMAT, KEYS, VERSION, config_hash, unpack_header
 from fedmezo_jax.mezo import Params
+from fedmezo_jax.reader import Reader
 
-FORMAT, VERSION = "fedmezo ledger", 1
 _FRAME, _CHAIN = 8, 32
 _START = bytes(_CHAIN)
 
@@ -44,7 +55,8 @@ class Entry(NamedTuple):
         ids: ``[P]`` int32, who took part.
         weights: ``[P]`` float32 in the server's mean; 0 for whoever was left out.
         learning_rates: ``[P]`` float32, η_i.
-        updates: the P clients' messages as they came in, None where none did (:func:`wire.unpack_update`).
+        updates: the P clients' updates as the server uses them (:func:`wire.pack_update`), with coefficients that it
+            clipped already clipped; None where none came in, or one that was refused as malformed.
         failed: (attempt, client, why) of all that were left out, in this attempt and in those before.
         clipped: steps whose projected gradient was clipped.
         rolled_back: the round, and the one before it, count for nothing: θ is again where that one began.
@@ -75,19 +87,48 @@ def _pack(content: Any) -> bytes:
     return cast(bytes, msgpack.packb(content))
 
 
-def unpack_entry(payload: bytes) -> Entry:
-    """What :func:`pack_entry` packed."""
-    raw = msgpack.unpackb(payload)
-    raw["ids"] = np.frombuffer(raw["ids"], "<i4").astype(np.int32)
-    for name in ("weights", "learning_rates"):
-        raw[name] = np.frombuffer(raw[name], "<f4").astype(np.float32)
-    raw["failed"] = [tuple(event) for event in raw["failed"]]
-    return Entry(**raw)
+def unpack_entry(payload: bytes, what: str = "the entry") -> Entry:
+    """What :func:`pack_entry` packed.
 
+    Args:
+        payload: of a record.
+        what: names it in errors.
 
-def config_hash(config: Mapping[str, Any]) -> str:
-    """SHA-256 of a configuration, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+    Raises:
+        UserError: the payload is malformed.
+    """
+    reader = Reader(payload, what)
+
+    def field(name: str) -> None:
+        if (found := reader.value(str)) != name:
+            raise reader.error(f"it has {found!r} where {name} was expected")
+
+    reader.map(len(Entry._fields))
+    field("round")
+    index = reader.integer()
+    field("attempt")
+    attempt = reader.integer()
+    field("ids")
+    ids = reader.vector("<i4")
+    field("weights")
+    weights = reader.vector()
+    field("learning_rates")
+    rates = reader.vector()
+    field("updates")
+    updates = [reader.value(bytes, type(None)) for _ in range(reader.array(len(ids)))]
+    field("failed")
+    failed = []
+    for _ in range(reader.array()):
+        reader.array(3)
+        failed.append((reader.integer(), reader.integer(), reader.value(str)))
+    field("clipped")
+    clipped = reader.integer()
+    field("rolled_back")
+    rolled_back = reader.value(bool)
+    reader.end()
+    if not len(ids) == len(weights) == len(rates):
+        raise reader.error(f"it has {len(ids)} clients, {len(weights)} weights and {len(rates)} learning rates")
+    return Entry(index, attempt, ids, weights, rates, updates, failed, clipped, rolled_back)
 
 
 def tree_hash(tree: Params) -> str:
@@ -127,7 +168,7 @@ def make_header(config: Mapping[str, Any], base_hash: str, versions: Mapping[str
         "config": dict(config),
         "config_hash": config_hash(config),
         "base_hash": base_hash,
-        "keys": "threefry2x32",
+        "keys": KEYS,
         "distribution": config["distribution"],
         "versions": dict(versions),
         "backend": {"platform": device.platform, "device": device.device_kind, "devices": jax.device_count()},
@@ -202,19 +243,19 @@ def read_header(file: Path) -> dict[str, Any]:
         first = next(records(file), None)
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}): give the run.ledger of a run's folder") from None
-    header = msgpack.unpackb(first.payload) if first else None
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
+    if first is None:
         raise UserError(f"{file}: is no ledger: give the run.ledger of a run's folder")
-    if header["version"] != VERSION:
-        raise UserError(f"{file}: is of format {header['version']}, and this version reads format {VERSION}")
-    return header
+    return unpack_header(first.payload, file)
 
 
 def entries(file: Path, first: int = 0) -> Iterator[Entry]:
-    """The rounds of a ledger from round ``first`` (counted from 0) on, each verified, one in memory at a time."""
+    """The rounds of a ledger from round ``first`` (counted from 0) on, each verified, one in memory at a time.
+
+    :func:`ledger_checks.entries` also checks them against the run's configuration.
+    """
     for record in records(file):
         if record.index > first:
-            yield unpack_entry(record.payload)
+            yield unpack_entry(record.payload, f"{file}: the record of round {record.index}")
 
 
 class Ledger:

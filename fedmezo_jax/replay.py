@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from fedmezo_jax import ledger, mezo, rounds
+from fedmezo_jax import ledger_checks, mezo, rounds
 from fedmezo_jax.config import RunConfig
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.setup import algorithm, run_key
@@ -29,7 +29,7 @@ def replay(
     except the server's own optimizer.
 
     Args:
-        file: the ledger; every record on the way is verified.
+        file: the ledger; every record on the way is verified, and checked against the configuration.
         config: the run's.
         lora: θ at the start.
         until: rounds to make; None means all.
@@ -39,13 +39,13 @@ def replay(
         θ and the number of rounds made.
 
     Raises:
-        UserError: a record is damaged, or the ledger ends before that round.
+        UserError: a record is damaged or does not fit the configuration, or the ledger ends before that round.
     """
     # The rates are in the ledger: what they came from need not be measured again.
     init, round = algorithm(replace(config, personalize="frozen"))
     progress, key = rounds.begin(init(lora, config.clients), config), run_key(config.seed)
     done = 0
-    for entry in ledger.entries(file):
+    for entry in ledger_checks.entries(file, config):
         if done == until:
             break
         report = rounds.report_of(entry, config.local_steps, config.directions)
@@ -58,8 +58,14 @@ def replay(
 
 
 def largest_difference(one: mezo.Params, other: mezo.Params) -> float | None:
-    """The largest absolute difference between two trees on the host; None where they agree bit for bit."""
+    """The largest absolute difference between two trees on the host; None where they agree bit for bit.
+
+    Infinite where they have other leaves or shapes, or numbers that are not finite.
+    """
+    if jax.tree.map(np.shape, one) != jax.tree.map(np.shape, other):
+        return np.inf
     pairs = list(zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
     if all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in pairs):
         return None
-    return max(float(np.max(np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)))) for a, b in pairs)
+    largest = max(float(np.max(np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)))) for a, b in pairs)
+    return largest if np.isfinite(largest) else np.inf

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from fedmezo_jax import faults, federated, guard, server, wire
+from fedmezo_jax.acceptance import Expected, Message, Received, receive
 from fedmezo_jax.config import RunConfig
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.ledger import Entry
@@ -36,8 +37,22 @@ class Progress(NamedTuple):
     damping: jax.Array
 
 
-Work: TypeAlias = Callable[[int, float], tuple[np.ndarray, federated.RoundReport]]
-"""``work(attempt, limit) -> (ids, report)``: the clients' half, brought to the host; ``limit`` bounds |g|."""
+class Answers(NamedTuple):
+    """What comes back to the server when it has asked clients for their work.
+
+    Attributes:
+        ids: ``[P]`` int32, who was asked.
+        learning_rates: ``[P]`` float32, η_i that they were given.
+        messages: for each of them what came in, as bytes.
+    """
+
+    ids: np.ndarray
+    learning_rates: np.ndarray
+    messages: Iterable[Message]
+
+
+Work: TypeAlias = Callable[[int, float], Answers]
+"""``work(attempt, limit) -> Answers``: the clients' half of a round; ``limit`` bounds |g|."""
 
 
 def begin(state: federated.FederatedState, config: RunConfig) -> Progress:
@@ -66,14 +81,36 @@ def advance(
 
 
 def report_of(entry: Entry, steps: int, directions: int) -> federated.RoundReport:
-    """What the round's clients told, from their messages; NaN for those whose message never came."""
+    """What the round's clients reported, from their updates; NaN for those of whom there is none."""
     losses = np.full((len(entry.ids), steps), np.nan, np.float32)
     coefficients = np.full((len(entry.ids), steps, directions), np.nan, np.float32)
     for i, message in enumerate(entry.updates):
         if message is not None:
             update = wire.unpack_update(message)
-            losses[i], coefficients[i] = update.losses, update.coefficients.reshape(steps, directions)
+            losses[i], coefficients[i] = update.losses, update.coefficients
     return federated.RoundReport(losses, coefficients, entry.learning_rates)
+
+
+def simulated_answers(
+    config: RunConfig,
+    round: federated.Round,
+    state: federated.FederatedState,
+    sizes: np.ndarray,
+    ids: np.ndarray,
+    report: federated.RoundReport,
+    key: jax.Array,
+) -> Answers:
+    """The messages of clients that were simulated here, from their report on the host, packed one by one."""
+
+    def messages(t: int) -> Iterator[Message]:
+        for i, id in enumerate(ids):
+            numbers = np.asarray(report.coefficients[i]), np.asarray(report.losses[i])
+            update, lora = wire.Update(t, int(id), int(sizes[id]), *numbers), None
+            if not config.sends_seeds:
+                lora = wire.pack_lora_update(update, jax.device_get(round.upload(state, int(id), report, i, key)))
+            yield Message(wire.pack_update(update), lora)
+
+    return Answers(ids, np.asarray(report.learning_rates), messages(int(state.round)))
 
 
 def run_round(
@@ -82,7 +119,8 @@ def run_round(
     sizes: np.ndarray,
     gauge: guard.Gauge,
     work: Work,
-) -> tuple[Entry, federated.RoundReport]:
+    like: Params,
+) -> tuple[Entry, list[Params | None]]:
     """Lets the clients work until some of them come back with numbers of use.
 
     Args:
@@ -91,9 +129,10 @@ def run_round(
         sizes: ``[N]`` rows of each client.
         gauge: what earlier rounds measured.
         work: the clients' half of the round.
+        like: a tree with the structure and shapes of θ.
 
     Returns:
-        The round's entry and the report, which alone has the parameters of back-propagated work.
+        The round's entry, and for each participant the θ_i that it sent, if it sent one.
 
     Raises:
         UserError: every client failed, as often as the configuration allows.
@@ -101,32 +140,51 @@ def run_round(
     failed: list[tuple[int, int, str]] = []
     for attempt in range(config.attempts):
         away = faults.absent(config.seed, t, attempt, config.clients, config.dropout, config.deadline)
-        limit = gauge.limit if config.on_surge == "clip" else np.inf
-        ids, report = work(attempt, limit)
-        losses = np.asarray(report.losses)
-        told = report if config.on_surge != "clip" else report._replace(losses=np.zeros_like(losses))
-        usable = federated.finite(told)
-        whys = [away.get(int(id)) or (None if ok else faults.NOT_FINITE) for id, ok in zip(ids, usable, strict=True)]
-        failed += [(attempt, int(id), why) for id, why in zip(ids, whys, strict=True) if why]
+        clip = config.on_surge == "clip"
+        limit = gauge.limit if clip else np.inf
+        ids, rates, messages = work(attempt, limit)
+        received = []
+        for message, id, rate in zip(messages, map(int, ids), rates, strict=True):
+            bound = guard.largest_coefficient(rate, config.directions, limit) if clip else None
+            expected = Expected(t, id, int(sizes[id]), config.local_steps, config.sent_directions, bound)
+            dropped = away.get(id) == faults.DROPPED
+            answer = Received(None, None, None) if dropped else receive(message, expected, like)
+            received.append(answer._replace(why=away.get(id) or answer.why))
+        failed += [(attempt, int(id), answer.why) for id, answer in zip(ids, received, strict=True) if answer.why]
         weights = sizes[ids] if config.weighting == "samples" else np.ones(len(ids), np.float32)
-        weights = np.where([why is None for why in whys], weights, 0).astype(np.float32)
-        surged = gauge.surged(losses[weights > 0])
-        diverged = not weights.any() and faults.NOT_FINITE in whys
-        rolled_back = config.on_surge == "rollback" and (surged or diverged)
-        if weights.any() or rolled_back:
-            updates = [
-                None if why == faults.DROPPED else wire.pack_update(wire.Update(t, id, int(sizes[id]), *numbers))
-                for why, id, *numbers in zip(whys, ids, report.coefficients, losses, strict=True)
-            ]
-            clipped = guard.count_clipped(report, config.directions, limit) if config.on_surge == "clip" else 0
-            rates = np.asarray(report.learning_rates)
-            return Entry(t, attempt, ids, weights, rates, updates, failed, clipped, rolled_back), report
-    reasons = ", ".join(sorted({why for *_, why in failed}))
-    remedy = "lower --learning-rate" if faults.NOT_FINITE in reasons else "lower --dropout or raise --deadline"
+        weights = np.where([answer.why is None for answer in received], weights, 0).astype(np.float32)
+        updates = [answer.update and wire.pack_update(answer.update) for answer in received]
+        entry = Entry(t, attempt, ids, weights, rates, updates, failed)
+        report = report_of(entry, config.local_steps, config.sent_directions)
+        if clip:
+            here = np.array([update is not None for update in updates])
+            entry = entry._replace(clipped=guard.count_clipped(report, here, config.directions, limit))
+        if config.on_surge == "rollback" and gauge.surged(known_losses(entry, report)):
+            entry = entry._replace(rolled_back=True)
+        if weights.any() or entry.rolled_back:
+            return entry, [answer.params for answer in received]
     raise UserError(
-        f"round {t + 1}: in {config.attempts} attempts no client came back with numbers of use ({reasons}): {remedy}, "
-        "or allow more --attempts"
+        f"round {t + 1}: in {config.attempts} attempts no client came back with numbers of use "
+        f"({', '.join(sorted({why for *_, why in failed}))}): {_remedy(failed)}, or allow more --attempts"
     )
+
+
+def _remedy(failed: list[tuple[int, int, str]]) -> str:
+    whys = {why for *_, why in failed}
+    if whys & set(faults.UNUSABLE):
+        return "lower --learning-rate"
+    if whys & {faults.DROPPED, faults.LATE}:
+        return "lower --dropout or raise --deadline"
+    return "check that all clients run this version with this configuration"
+
+
+def known_losses(entry: Entry, report: federated.RoundReport) -> np.ndarray:
+    """``[K, H]`` losses of the clients that were heard in time, infinite where their numbers are of no use."""
+    failed = {id: why for attempt, id, why in entry.failed if attempt == entry.attempt}
+    whys = [failed.get(int(id)) for id in entry.ids]
+    heard = [why is None or why in faults.UNUSABLE for why in whys]
+    usable = np.array([why is None for why in whys])[:, None]
+    return np.where(usable, np.asarray(report.losses), np.inf)[heard]
 
 
 class Traffic(NamedTuple):
@@ -171,7 +229,7 @@ def conclude(
     round: federated.Round,
     progress: Progress,
     entry: Entry,
-    raw: federated.RoundReport | None,
+    uploads: list[Params | None] | None,
     key: jax.Array,
 ) -> tuple[Progress, federated.RoundReport, Traffic]:
     """The server's half of a round, from what the messages say.
@@ -181,42 +239,25 @@ def conclude(
         round: the algorithm's.
         progress: before the round.
         entry: what the round was.
-        raw: the clients' report, where it is at hand; needed for back-propagated work alone.
+        uploads: the clients' θ_i as they were sent, where clients send them; None in a round that is made again from
+            the ledger, where they are rebuilt from the coefficients.
         key: the run's.
     """
-    report = report_of(entry, config.local_steps, config.directions if config.algorithm == "fedmezo" else 0)
+    report = report_of(entry, config.local_steps, config.sent_directions)
     if config.sends_seeds:
         traffic = scalar_traffic(config, entry, report)
         return jax.block_until_ready(advance(round, progress, entry, report, key)), report, traffic
-    sent: list[int] = []
-    if raw:
-        report = report._replace(params=raw.params)
-    uploads = _through_the_wire(round, progress, entry, report, key, sent)
-    down = len(wire.lora_message(jax.device_get(progress.state.params)))
-    progress = jax.block_until_ready(advance(round, progress, entry, report, key, uploads))
-    for _ in uploads:
-        pass  # what a round that is rolled back had sent
-    return progress, report, Traffic(sent, [down] * len(sent))
-
-
-def _through_the_wire(
-    round: federated.Round,
-    progress: Progress,
-    entry: Entry,
-    report: federated.RoundReport,
-    key: jax.Array,
-    sent: list[int],
-) -> Iterator[Params | None]:
-    """Each client's θ_i, written into its message and read from it again; the messages' sizes go to ``sent``."""
-    for i, message in enumerate(entry.updates):
-        if message is None:
-            sent.append(0)
-            yield None
-            continue
-        theirs = jax.device_get(round.upload(progress.state, int(entry.ids[i]), report, i, key))
-        message = wire.pack_lora_update(wire.unpack_update(message), theirs)
-        sent.append(len(message))
-        yield wire.unpack_lora_update(message, theirs)
+    params = jax.device_get(progress.state.params)
+    sent = [
+        0 if message is None else len(wire.pack_lora_update(wire.unpack_update(message), params))
+        for message in entry.updates
+    ]
+    traffic = Traffic(sent, [len(wire.lora_message(params))] * len(sent))
+    each = uploads or (
+        jax.device_get(round.upload(progress.state, int(id), report, i, key)) if entry.weights[i] else None
+        for i, id in enumerate(entry.ids)
+    )
+    return jax.block_until_ready(advance(round, progress, entry, report, key, each)), report, traffic
 
 
 def notices(config: RunConfig, record: dict[str, Any], trained: int) -> list[str]:
@@ -224,7 +265,7 @@ def notices(config: RunConfig, record: dict[str, Any], trained: int) -> list[str
     said = [
         f"round {record['round']}: client {event['client']} {event['why']}: left out"
         for event in record["failed"]
-        if event["why"] == faults.NOT_FINITE
+        if event["why"] not in (faults.DROPPED, faults.LATE)
     ]
     if record["surge"] or record["rolled_back"]:
         then = "rolled back, learning rates halved" if record["rolled_back"] else "lower --learning-rate, or --on-surge"
@@ -245,18 +286,20 @@ def metrics_of(
     config: RunConfig, entry: Entry, report: federated.RoundReport, traffic: Traffic, gauge: guard.Gauge
 ) -> dict[str, Any]:
     """What a round's record in ``metrics.jsonl`` takes from its entry."""
-    heard = entry.weights > 0
-    losses = np.asarray(report.losses)[heard]
+    heard, losses = entry.weights > 0, known_losses(entry, report)
     known = losses[np.isfinite(losses)]
+    median = guard.median_loss(losses) if len(losses) else np.inf
     return {
         "round": entry.round + 1,
         "train_loss": float(np.mean(known)) if known.size else None,
         "participants": entry.ids.tolist(),
         "learning_rates": entry.learning_rates.tolist(),
+        "median_loss": median if np.isfinite(median) else None,
         "projected_gradient": guard.gradient_rms(report, heard, config.directions),
+        "median_gradient": guard.median_gradient(report, heard, config.directions),
         "gradient_growth": guard.growth(report, heard),
         "failed": [{"attempt": attempt + 1, "client": id, "why": why} for attempt, id, why in entry.failed],
-        "surge": gauge.surged(losses) or not heard.any(),
+        "surge": gauge.surged(losses),
         "clipped": entry.clipped,
         "rolled_back": entry.rolled_back,
         "uplink_bytes": sum(traffic.up),

@@ -83,7 +83,7 @@ def train(
     clock = Stopwatch()
 
     def work_of(progress: rounds.Progress, t: int) -> rounds.Work:
-        def work(attempt: int, limit: float) -> tuple[np.ndarray, federated.RoundReport]:
+        def work(attempt: int, limit: float) -> rounds.Answers:
             current, _, _ = cohort(t, attempt)
             bound = np.float32(limit) if config.on_surge == "clip" else None
             damping = progress.damping if config.on_surge == "rollback" else None
@@ -91,7 +91,8 @@ def train(
                 report = round.work(progress.state, loss, current, key, bound, damping)
                 if t + 1 < config.rounds:
                     cohort(t + 1, 0)  # while the device works
-                return np.asarray(current.ids), jax.device_get(report)
+                ids, report = np.asarray(current.ids), jax.device_get(report)
+            return rounds.simulated_answers(config, round, progress.state, sizes, ids, report, key)
 
         return work
 
@@ -109,12 +110,12 @@ def train(
         for t in range(first, config.rounds):
             last = t + 1 == config.rounds
             gauge = guard.gauge(loss_before, recent)
-            (entry, chain), raw = next(journal.known, (None, None)), None
+            (entry, chain), uploads = next(journal.known, (None, None)), None
             if entry is None:
-                entry, raw = rounds.run_round(config, t, sizes, gauge, work_of(progress, t))
+                entry, uploads = rounds.run_round(config, t, sizes, gauge, work_of(progress, t), setup.lora)
                 chain = journal.append(entry)
             with clock:
-                progress, report, traffic = rounds.conclude(config, round, progress, entry, raw, key)
+                progress, report, traffic = rounds.conclude(config, round, progress, entry, uploads, key)
                 measured = test_loss(progress.state.params) if last or (t + 1) % eval_every == 0 else None
             record = rounds.metrics_of(config, entry, report, traffic, gauge)
             spent = [cohort(t, attempt)[1:] for attempt in range(entry.attempt + 1)]

@@ -215,6 +215,7 @@ BAD = {
         "--uplink must be lora with --algorithm fed",
     ),
     "seeds of fedavg": ({"algorithm": "fedavg", "seeds": "shared"}, "--seeds must be per-client with --algorithm fed"),
+    "clipped parameters": ({"on-surge": "clip", "uplink": "lora"}, "--on-surge clip bounds coefficients"),
     "parameters of shared seeds": ({"seeds": "shared", "uplink": "lora"}, "--uplink lora: with --seeds shared"),
     "decay of shared seeds": ({"seeds": "shared", "weight-decay": 0.1}, "--weight-decay"),
     "no rounds": ({"rounds": 0}, "--rounds must be at least 1"),

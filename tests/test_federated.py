@@ -149,7 +149,7 @@ def test_a_server_that_is_sent_parameters_gets_the_bits_of_one_that_is_sent_scal
         report = jax.device_get(fed.round.work(states[0], Partial(mezo.pair_loss_of(loss)), given, run_key()))
         weights = np.array([1, 0, 2, 3], np.float32)  # one of them is left out
         uploads = [fed.round.upload(states[1], id, report, i, run_key()) for i, id in enumerate(ids)]
-        uploads = [wire.unpack_lora_update(wire.pack_lora_update(WORD, theirs), START) for theirs in uploads]
+        uploads = [wire.unpack_lora_update(wire.pack_lora_update(WORD, theirs), START)[1] for theirs in uploads]
         states[0] = fed.round.apply(states[0], ids, weights, report, run_key())
         states[1] = fed.round.apply(states[1], ids, weights, report, run_key(), uploads)
         chex.assert_trees_all_equal(*states)

@@ -61,8 +61,9 @@ def test_it_warns_above_that_rate_alone(probe):
 
 
 def test_a_surge_is_a_loss_far_above_the_usual_one_or_none_at_all():
+    means = {"train_loss": 99.0, "projected_gradient": 99.0}  # which a single client can move
     metrics = [
-        {"train_loss": loss, "projected_gradient": 1.0, "surge": surge, "rolled_back": False}
+        {"median_loss": loss, "median_gradient": 1.0, "surge": surge, "rolled_back": False} | means
         for loss, surge in [(2.0, False)] * 6 + [(50.0, True)] * 9
     ]
     gauge = guard.gauge(5.0, list(filter(guard.kept, metrics)))
@@ -70,9 +71,38 @@ def test_a_surge_is_a_loss_far_above_the_usual_one_or_none_at_all():
     assert guard.gauge(5.0, []) == (5.0, np.inf)
     assert not gauge.surged(np.full((3, 4), 2.9))
     assert gauge.surged(np.full((3, 4), 3.1))
-    assert gauge.surged(np.array([2.0, np.nan]))
-    assert gauge.surged(np.array([2.0, np.inf]))
+    assert gauge.surged(np.array([[2.0, np.nan], [np.inf, -np.inf]]))
     assert not gauge.surged(np.zeros((0, 4)))
+    earlier = [{"train_loss": 2.0, "projected_gradient": 1.0, "surge": False, "rolled_back": False}]
+    assert guard.gauge(5.0, earlier) == (2.0, 1.0)  # a run that an earlier version began
+
+
+@pytest.mark.parametrize("clients", range(3, 9))
+def test_fewer_than_half_of_the_clients_cannot_make_a_surge_or_move_the_usual_values(clients):
+    draw = np.random.RandomState(clients)
+    gauge, liars = guard.Gauge(2.0, 1.0), (clients - 1) // 2
+    for lie in (3e38, np.inf, np.nan, -3e38):
+        losses = draw.uniform(1.9, 2.1, (clients, 4))
+        gradients = draw.choice([-1.0, 1.0], (clients, 4, 1))
+        losses[draw.permutation(clients)[:liars]] = lie
+        assert not gauge.surged(losses)
+        assert 1.9 < guard.median_loss(losses) < 2.1
+        if np.isfinite(lie):
+            report = RoundReport(losses, gradients, np.ones(clients))
+            before = guard.median_gradient(report, np.ones(clients, bool), 1)
+            report.coefficients[:liars] = lie
+            assert guard.median_gradient(report, np.ones(clients, bool), 1) == pytest.approx(before)
+        losses[: clients // 2 + 1] = 9.0
+        assert gauge.surged(losses)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 30])
+def test_the_median_gradient_estimates_the_standard_deviation_of_normal_ones(steps):
+    gradients = 3 * np.random.RandomState(steps).standard_normal((100_000, steps, 1))
+    report = RoundReport(np.zeros((100_000, steps)), gradients / 100, np.full(100_000, 0.01))
+    every = np.ones(100_000, bool)
+    assert guard.median_gradient(report, every, 1) == pytest.approx(3, rel=0.03)
+    assert guard.median_gradient(report, ~every, 1) is None
 
 
 def test_projected_gradients_are_read_off_the_coefficients():
@@ -83,9 +113,8 @@ def test_projected_gradients_are_read_off_the_coefficients():
     heard = np.array([True, True, False])
     assert guard.gradient_rms(report, heard, 2) == pytest.approx(np.sqrt((1 + 9 + 4 + 4) / 4))
     assert guard.gradient_rms(report, np.zeros(3, bool), 2) is None
-    told = report._replace(coefficients=report.coefficients[:2], learning_rates=rates[:2], losses=np.zeros((2, 1)))
-    assert guard.count_clipped(told, 2, 3.0) == 1
-    assert guard.count_clipped(told._replace(losses=np.array([[0.0], [np.inf]])), 2, 3.0) == 2
+    assert guard.count_clipped(report, heard, 2, 3.0) == 1
+    assert guard.count_clipped(report._replace(losses=np.array([[0.0], [np.inf], [np.nan]])), heard, 2, 3.0) == 2
 
 
 def test_growth_over_the_local_steps_is_seen_before_the_loss_is():

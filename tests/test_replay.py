@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from dataclasses import asdict
@@ -17,6 +18,7 @@ from experiments import common
 from experiments import replay as command
 from fedmezo_jax import ledger, mezo, run_checkpoints, run_folder
 from fedmezo_jax.config import RunConfig
+from fedmezo_jax.ledger_header import config_hash
 from fedmezo_jax.llama.adapter import load_adapter
 from fedmezo_jax.llama.checkpoint import load_base, save_base
 from fedmezo_jax.llama.config import LlamaConfig
@@ -116,7 +118,7 @@ def test_another_adapter_other_weights_and_a_damaged_ledger_are_told(run, place,
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1  # the exponent's lowest bit of the last number
     weights.write_bytes(content)
-    assert invoke(monkeypatch, changed / "run.ledger", "--out", tmp_path / "a") == 0
+    assert invoke(monkeypatch, changed / "run.ledger", "--out", tmp_path / "a") == 3
     assert "differs from the run's by at most" in capsys.readouterr().out
 
     llama = LlamaConfig.from_json(config.model)
@@ -138,6 +140,55 @@ def test_another_adapter_other_weights_and_a_damaged_ledger_are_told(run, place,
     assert invoke(monkeypatch, book, "--round", 3, "--out", tmp_path / "d") == 0
     assert "cut short" in capsys.readouterr().out
     assert list(ledger.entries(book))[-1].round == 2
+
+
+def test_a_base_model_is_fetched_only_when_asked_for(run, place, tmp_path, monkeypatch, capsys):
+    folder, *_ = run
+    header = ledger.read_header(folder / "run.ledger")
+    header["config"]["model"] = "owner/name"
+    header["config_hash"] = config_hash(header["config"])
+    file = tmp_path / "run.ledger"
+    book = ledger.create(file, header)
+    for entry in ledger.entries(folder / "run.ledger"):
+        book.append(entry)
+    sent = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *address, **_: sent.append(address) or 1 / 0)
+    assert invoke(monkeypatch, file, "--out", tmp_path / "out") == 2
+    assert "give --model owner/name" in capsys.readouterr().err
+    assert sent == []
+    assert not (tmp_path / "out").exists()
+    assert invoke(monkeypatch, file, "--model", "owner/name", "--out", tmp_path / "out") == 2  # no hub answers here
+    assert "cannot be fetched from the hub" in capsys.readouterr().err
+    assert sent
+
+
+def test_a_ledger_that_ends_early_is_said_to(run, place, tmp_path, monkeypatch, capsys):
+    folder, *_ = run
+    *_, before, _last = ledger.records(folder / "run.ledger")
+    shorter = tmp_path / "run.ledger"
+    shorter.write_bytes((folder / "run.ledger").read_bytes()[: before.end])
+    assert invoke(monkeypatch, shorter, "--out", tmp_path / "out") == 0
+    assert "the ledger ends after round 3 of 4" in capsys.readouterr().out
+
+
+def test_a_different_adapter_has_an_infinite_difference():
+    one = {"v_proj": {"A": np.ones((2, 3), np.float32)}}
+    for other in (
+        {"v_proj": {"A": np.ones((3, 2))}},
+        {"q_proj": one["v_proj"]},
+        {"v_proj": {"A": np.full((2, 3), np.nan)}},
+    ):
+        assert largest_difference(one, other) == np.inf
+
+
+def test_a_rank_beyond_reason_is_refused_before_room_is_made(run, tmp_path, monkeypatch, capsys):
+    folder, *_ = run
+    header = ledger.read_header(folder / "run.ledger")
+    header["config"]["lora_rank"] = 10**12
+    header["config_hash"] = config_hash(header["config"])
+    ledger.create(tmp_path / "run.ledger", header)
+    assert invoke(monkeypatch, tmp_path / "run.ledger", "--out", tmp_path / "out") == 2
+    assert "lora_rank 1000000000000 means" in capsys.readouterr().err
 
 
 # Rademacher directions

@@ -38,6 +38,8 @@ _HUB_FILES = [
     "chat_template.jinja",
 ]
 
+_HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
+
 _REMEDY = "where you trust it, open it with transformers, save_pretrained model and tokenizer, and give that folder"
 
 
@@ -62,12 +64,24 @@ def resolve(name: str, notify: Callable[[str], None] | None = None) -> Path:
 
         with _writing_cache():
             return _checked(gguf_folder(folder, cache_folder() / "gguf"))
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+    if re.fullmatch(_HUB_ID, name):
         return from_hub(name, notify)
     raise UserError(
         f"unknown model {name!r}: give tiny, smollm2-135m, a folder with config.json, model.safetensors and "
         "tokenizer.json, a .gguf file, or a hub id owner/name"
     )
+
+
+def resolve_local(name: str) -> Path | None:
+    """As :func:`resolve`, without the network: None for a hub model that was not fetched before."""
+    if name == "smollm2-135m":
+        converted = cache_folder() / name
+        return _checked(converted) if converted.is_dir() else _from_hub_cache(SMOLLM2_HUB)
+    folder = Path(name).expanduser()
+    here = folder.is_dir() or (folder.suffix == ".gguf" and folder.is_file())
+    if re.fullmatch(_HUB_ID, name) and not here:
+        return _from_hub_cache(name)
+    return resolve(name)
 
 
 def load_tokenizer(folder: str | PathLike) -> Any:
@@ -100,15 +114,11 @@ def from_hub(repo: str, notify: Callable[[str], None]) -> Path:
     try:
         info = HfApi().model_info(repo, files_metadata=True, timeout=HUB_TIMEOUT)
     except Exception as error:  # the client's own errors, its HTTP library's and the system's
-        folder = _in_hub_cache(repo)
+        folder = _from_hub_cache(repo)
         if folder is None:
             reason = " ".join(str(error).split())
             raise UserError(f"model {repo!r} is no local folder and cannot be fetched from the hub: {reason}") from None
-        # In the hub's cache a large file is a link to one named by its sha256.
-        published = {
-            file.name: file.resolve().name for kind in ("safetensors", "msgpack") for file in folder.glob(f"*.{kind}")
-        }
-        return _verified(folder, repo, {file: name for file, name in published.items() if len(name) == 64})
+        return folder
     siblings = {file.rfilename: file for file in info.siblings or ()}
     if absent := _lacking(siblings):
         raise UserError(f"hub model {repo!r} has no {' and no '.join(absent)}; {_REMEDY}")
@@ -140,6 +150,18 @@ def _in_hub_cache(repo: str) -> Path | None:
         return Path(snapshot_download(repo, allow_patterns=_HUB_FILES, local_files_only=True))
     except Exception:  # the client has no one error for this
         return None
+
+
+def _from_hub_cache(repo: str) -> Path | None:
+    """What was fetched before, checked, without asking the hub; None where nothing was."""
+    folder = _in_hub_cache(repo)
+    if folder is None:
+        return None
+    # In the hub's cache a large file is a link to one named by its sha256.
+    published = {
+        file.name: file.resolve().name for kind in ("safetensors", "msgpack") for file in folder.glob(f"*.{kind}")
+    }
+    return _verified(folder, repo, {file: name for file, name in published.items() if len(name) == 64})
 
 
 def _note(repo: str, folder: Path) -> Path:
