@@ -123,8 +123,8 @@ def plot(file: Path, config: Config, rows: list[dict[str, Any]]) -> None:
             devices, [(row["peak_bytes_per_device"] or nan) / topology.GIB for row in own], style, label=precision
         )
         right.plot(devices, [row["collective_bytes_per_round"] for row in own], style)
-    left.set(ylabel="peak GiB of a device", ylim=(0, None))
-    right.set(ylabel="bytes of communication, device and round")
+    left.set(ylabel="peak GiB of a device", ylim=(0, 1.1 * left.get_ylim()[1]))
+    right.set(ylabel="bytes received in a round")
     for axes in (left, right):
         axes.set(xscale="log", xlabel="devices")
         axes.set_xticks(devices, [str(count) for count in devices])
