@@ -61,8 +61,8 @@ class Config:
     """projections with an adapter"""
     clients_per_device: int = 1
     """clients that run at once on a device, one row each"""
-    precision: Precision = "bfloat16"
-    """of the products with frozen weights, which are stored in float32 for float32 and else in bfloat16"""
+    precision: Precision = "paired"
+    """of the step's products with frozen weights; with paired, the step in plain bfloat16 is shown beside it"""
     sweep: Literal["model", "length", "clients"] | None = None
     """vary this and plot the growth"""
     seed: int = 0
@@ -89,11 +89,11 @@ def main(config: Config) -> None:
     for value in values:
         for row in measure(replace(config, **{field: value}), target):
             rows.append(row)
-            print(" ".join(str(part) for part in (value, row["what"], row["peak_bytes"])), flush=True)
+            print(" ".join(str(part) for part in (value, row["what"], row["precision"], row["peak_bytes"])), flush=True)
     config.out.mkdir(parents=True, exist_ok=True)
     run_folder.write_json(config.out / "config.json", asdict(config) | {"out": str(config.out)})
     common.write_results(config.out, rows, time.perf_counter() - start)
-    title = f"{name}, {target.memory / topology.GIB:.2f} GiB a device, {config.precision}, r={config.rank} on "
+    title = f"{name}, {target.memory / topology.GIB:.2f} GiB a device, r={config.rank} on "
     common.print_table(title + config.targets, rows)
     if config.sweep:
         plot_growth(config.out / "growth.png", rows, field, target.memory, title + config.targets)
@@ -102,7 +102,7 @@ def main(config: Config) -> None:
 def measure(config: Config, target: topology.Topology) -> Iterator[dict[str, Any]]:
     """One row for each program; ``over_forward`` is the ratio of the peaks."""
     forward = None
-    for what, function, arguments in programs(config, target.devices[0]):
+    for what, precision, function, arguments in programs(config, target.devices[0]):
         donated = (1,) if what != "forward" else ()  # the LoRA, which these return moved
         lowered = jax.jit(function, donate_argnums=donated).lower(*arguments)
         plan = topology.plan(lowered, target)
@@ -112,6 +112,7 @@ def measure(config: Config, target: topology.Topology) -> Iterator[dict[str, Any
             "length": config.length,
             "clients_per_device": config.clients_per_device,
             "what": what,
+            "precision": precision,
             "peak_bytes": plan.peak,
             "temp_bytes": plan.temporary,
             "fits": plan.peak is not None and plan.peak <= target.memory,
@@ -119,8 +120,11 @@ def measure(config: Config, target: topology.Topology) -> Iterator[dict[str, Any
         }
 
 
-def programs(config: Config, device: Any) -> list[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
-    """Name, function and abstract arguments of each program; the LoRA, argument 1, is the one that may be donated."""
+def programs(config: Config, device: Any) -> list[tuple[str, Precision, Callable[..., Any], tuple[Any, ...]]]:
+    """Name, precision, function and abstract arguments of each program. The LoRA, argument 1, may be donated.
+
+    Paired precision is for two losses at once. Programs of one loss have bfloat16 instead.
+    """
     llama = named_shape(config.model)
     sharding = SingleDeviceSharding(device)
 
@@ -142,15 +146,15 @@ def programs(config: Config, device: Any) -> list[tuple[str, Callable[..., Any],
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0, impl="threefry2x32"), clients))
     keys = abstract(keys.dtype, keys.shape)
 
-    pair = Llama(llama, 2.0, config.precision)
-    single = pair.clone(precision="bfloat16") if config.precision == "paired" else pair
+    unpaired: Precision = "bfloat16" if config.precision == "paired" else config.precision
+    single = Llama(llama, 2.0, unpaired)
     checkpointed = single.clone(checkpointed=True)
 
     def forward(base, lora, rows):
         return jax.vmap(loss_of(single, base))(lora, jax.tree.map(lambda leaf: leaf[:, 0], rows))
 
-    def step(base, lora, rows, keys):
-        work, loss = client.mezo_work(mezo.MezoConfig()), pair_loss_of(pair, base)
+    def step(model, base, lora, rows, keys):
+        work, loss = client.mezo_work(mezo.MezoConfig()), pair_loss_of(model, base)
         return jax.vmap(lambda lora, rows, key: work(loss, lora, rows, key, jnp.float32(1e-5)))(lora, rows, keys)
 
     def backprop(model, base, lora, rows):
@@ -160,11 +164,16 @@ def programs(config: Config, device: Any) -> list[tuple[str, Callable[..., Any],
 
         return jax.vmap(one)(lora, rows)
 
+    precisions: dict[Precision, None] = dict.fromkeys((config.precision, unpaired))  # each once
+    steps = [
+        ("fedmezo", precision, partial(step, single.clone(precision=precision)), (base, lora, rows, keys))
+        for precision in precisions
+    ]
     return [
-        ("forward", forward, (base, lora, rows)),
-        ("fedmezo", step, (base, lora, rows, keys)),
-        ("backprop", partial(backprop, single), (base, lora, rows)),
-        ("backprop_checkpointed", partial(backprop, checkpointed), (base, lora, rows)),
+        ("forward", unpaired, forward, (base, lora, rows)),
+        *steps,
+        ("backprop", unpaired, partial(backprop, single), (base, lora, rows)),
+        ("backprop_checkpointed", unpaired, partial(backprop, checkpointed), (base, lora, rows)),
     ]
 
 

@@ -3,7 +3,8 @@
     python -m experiments.weak_scaling --model llama-3b --topology a100-80gb
     python -m experiments.weak_scaling --model smollm2-135m --topology v5e --devices 4,16,64,256
 
-Peak memory and traffic of a device are the compiler's, its operations are counted; nothing is run.
+Peak memory and traffic of a device are the compiler's, its operations are counted; nothing is run. Each round is
+compiled in ``paired`` precision, the default of runs, and in plain bfloat16.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import math
 import os
 import time
 from dataclasses import asdict, dataclass
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,15 @@ from experiments import common
 from fedmezo_jax import plan, topology
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.federated import Seeds
+from fedmezo_jax.llama.precision import Precision
 from fedmezo_jax.llama.shapes import named_shape
 from fedmezo_jax.run_folder import write_json
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
+
+PRECISIONS: tuple[Precision, ...] = ("paired", "bfloat16")
+"""The default of runs, and plain bfloat16 for comparison."""
 
 
 @dataclass(frozen=True)
@@ -77,18 +83,20 @@ def main(config: Config) -> None:
         target = topology.describe(_slice(config.topology, count))
         clients = count * config.clients_per_device
         sizes = (clients, config.local_steps, 1, config.length, config.rank)
-        planned = plan.Round(llama, *sizes, ("q_proj", "v_proj"), "bfloat16", config.seeds)
-        found = plan.compile_round(planned, target, (count, 1), config.clients_per_device)
-        rows.append(
-            {
-                "devices": count,
-                "clients": clients,
-                "program_bytes": found.code,
-                "peak_bytes_per_device": found.peak,
-                "flops_per_device": plan.operations(planned) // count,
-                "collective_bytes_per_round": found.received,
-            }
-        )
+        for precision in PRECISIONS:
+            planned = plan.Round(llama, *sizes, ("q_proj", "v_proj"), precision, config.seeds)
+            found = plan.compile_round(planned, target, (count, 1), config.clients_per_device)
+            rows.append(
+                {
+                    "devices": count,
+                    "clients": clients,
+                    "precision": precision,
+                    "program_bytes": found.code,
+                    "peak_bytes_per_device": found.peak,
+                    "flops_per_device": plan.operations(planned) // count,
+                    "collective_bytes_per_round": found.received,
+                }
+            )
     config.out.mkdir(parents=True, exist_ok=True)
     write_json(config.out / "config.json", asdict(config) | {"out": str(config.out)})
     common.write_results(config.out, rows, time.perf_counter() - start)
@@ -107,16 +115,22 @@ def _slice(kind: str, count: int) -> str:
 
 def plot(file: Path, config: Config, rows: list[dict[str, Any]]) -> None:
     """Memory and traffic of a device over the number of devices."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained")
-    devices = [row["devices"] for row in rows]
-    left.plot(devices, [row["peak_bytes_per_device"] / topology.GIB for row in rows], "o-", label="peak memory")
-    left.plot(devices, [row["program_bytes"] / topology.GIB for row in rows], "s-", label="program")
-    left.set(xscale="log", xlabel="devices", ylabel="GiB a device", ylim=(0, None))
-    left.legend(fontsize="small")
-    right.plot(devices, [row["collective_bytes_per_round"] for row in rows], "o-", color="C2")
-    right.set(xscale="log", xlabel="devices", ylabel="bytes received by a device in a round")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.6), layout="constrained")
+    devices = list(dict.fromkeys(row["devices"] for row in rows))
+    for precision, style in zip(PRECISIONS, ("o-", "v--"), strict=True):
+        own = [row for row in rows if row["precision"] == precision]
+        left.plot(
+            devices, [(row["peak_bytes_per_device"] or nan) / topology.GIB for row in own], style, label=precision
+        )
+        right.plot(devices, [row["collective_bytes_per_round"] for row in own], style)
+    left.set(ylabel="peak GiB of a device", ylim=(0, 1.1 * left.get_ylim()[1]))
+    right.set(ylabel="bytes received in a round")
     for axes in (left, right):
+        axes.set(xscale="log", xlabel="devices")
+        axes.set_xticks(devices, [str(count) for count in devices])
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     figure.suptitle(f"{config.model} on {config.topology}, {config.clients_per_device} client(s) a device", fontsize=11)
     figure.savefig(file, dpi=100)
     plt.close(figure)

@@ -57,22 +57,34 @@ def collectives(text: str) -> list[Collective]:
         return known[computation]
 
     def of_line(line: str) -> list[Collective]:
-        found = []
         if match := _INSTRUCTION.search(line):
-            sizes = [_bytes(*array) for array in _ARRAY.findall(match["shape"])]
-            # An asynchronous one's result is a pair (operands, results); plain tuples are several results at once.
-            size = max(sizes, default=0) if match["start"] else sum(sizes)
-            found.append(Collective(match["kind"], size, _groups(line), 1))
-            return found
+            results = _results(match["kind"], match["shape"]) if match["start"] else match["shape"]
+            size = sum(_bytes(*array) for array in _ARRAY.findall(results))
+            return [Collective(match["kind"], size, _groups(line), 1)]
         if branches := _BRANCHES.search(line):
             options = [of(branch.strip(" %")) for branch in branches[1].split(",")]
             return max(options, key=lambda option: sum(one.bytes * one.times for one in option))
         trips = int(count[1]) if (count := _TRIPS.search(line)) else 1
-        for called in _CALLED.findall(line):
-            found += [one._replace(times=one.times * trips) for one in of(called)]
-        return found
+        return [one._replace(times=one.times * trips) for called in _CALLED.findall(line) for one in of(called)]
 
     return of(entry)
+
+
+def _results(kind: str, shape: str) -> str:
+    """The results' part of the shape of an asynchronous communication's start.
+
+    An ``all-reduce-start`` has the shape of its results. Every other kind has ``(operands, results)``, or
+    ``(operands, results, context, …)``. Several combined into one have a tuple of results.
+    """
+    if kind == "all-reduce":
+        return shape
+    depth, parts = 0, [""]
+    for character in shape.removeprefix("("):
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth == 0:
+            parts.append("")
+        parts[-1] += character
+    return parts[1]
 
 
 def _bytes(dtype: str, shape: str) -> int:

@@ -31,25 +31,42 @@ def model(tmp_path):
 
 def plans(**options):
     config = memory.Config(device="cpu", length=16, rank=4, **options)
-    return {row["what"]: row for row in memory.measure(config, topology.host())}
+    return {(row["what"], row["precision"]): row for row in memory.measure(config, topology.host())}
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "paired", "float32"])
 def test_no_program_copies_the_base(model, precision):
     """Its 1.6 million weights take 3 or 6 MB; compilers like to convert or to reorder them all, outside of the loop."""
     found = plans(model=model, precision=precision)
-    assert found["forward"]["temp_bytes"] < 600_000
-    assert found["fedmezo"]["temp_bytes"] < 1_000_000
+    assert found["forward", "float32" if precision == "float32" else "bfloat16"]["temp_bytes"] < 600_000
+    assert found["fedmezo", precision]["temp_bytes"] < 1_000_000
 
 
 def test_rows_tell_programs_apart(model):
     found = plans(model=model)
-    assert list(found) == ["forward", "fedmezo", "backprop", "backprop_checkpointed"]
-    assert found["forward"]["over_forward"] == 1
-    assert found["backprop"]["over_forward"] > 1  # temporaries are in the peak
-    assert found["backprop"]["temp_bytes"] > found["backprop_checkpointed"]["temp_bytes"]
-    assert found["backprop_checkpointed"]["temp_bytes"] > found["fedmezo"]["temp_bytes"]
+    # By default the step is shown as runs compute it, paired, and in plain bfloat16.
+    forward, paired, plain, backprop, checkpointed = found.values()
+    assert list(found) == [
+        ("forward", "bfloat16"),
+        ("fedmezo", "paired"),
+        ("fedmezo", "bfloat16"),
+        ("backprop", "bfloat16"),
+        ("backprop_checkpointed", "bfloat16"),
+    ]
+    assert forward["over_forward"] == 1
+    assert backprop["over_forward"] > 1  # temporaries are in the peak
+    assert backprop["temp_bytes"] > checkpointed["temp_bytes"] > paired["temp_bytes"]
+    assert checkpointed["temp_bytes"] > plain["temp_bytes"]
     assert all(row["fits"] for row in found.values())
+
+
+def test_each_precision_s_row_is_of_that_precision(model):
+    """A pair in flight takes more than one loss after the other."""
+    both = plans(model=model)
+    alone = plans(model=model, precision="bfloat16")
+    assert list(alone) == [key for key in both if key != ("fedmezo", "paired")]
+    assert both["fedmezo", "bfloat16"] == alone["fedmezo", "bfloat16"]
+    assert both["fedmezo", "paired"]["temp_bytes"] > alone["fedmezo", "bfloat16"]["temp_bytes"]
 
 
 def test_a_sweep_writes_its_table_and_its_picture(model, tmp_path, monkeypatch, capsys):
@@ -59,8 +76,8 @@ def test_a_sweep_writes_its_table_and_its_picture(model, tmp_path, monkeypatch, 
     monkeypatch.setattr(sys, "argv", ["memory", *arguments])
     common.run(memory.main, memory.Config, memory.__doc__)
     rows = json.loads((out / "results.json").read_text())["rows"]
-    assert [row["length"] for row in rows] == [8] * 4 + [16] * 4
-    assert rows[5]["peak_bytes"] > rows[1]["peak_bytes"]
+    assert [row["length"] for row in rows] == [8] * 5 + [16] * 5
+    assert rows[6]["peak_bytes"] > rows[1]["peak_bytes"]
     assert (out / "growth.png").read_bytes()[1:4] == b"PNG"
 
 

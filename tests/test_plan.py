@@ -118,6 +118,13 @@ def test_the_scaling_command_draws(here, tmp_path, monkeypatch):
     given = ("--model", here, "--devices", "1", "--length", 16, "--rank", 2, "--out", tmp_path / "out")
     assert run(monkeypatch, weak_scaling, *given) == 0
     assert (tmp_path / "out" / "weak_scaling.png").read_bytes()[:4] == b"\x89PNG"
+    paired, plain = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert (paired["precision"], plain["precision"]) == ("paired", "bfloat16")
+    planned = plan.Round(SMALL, 1, 30, 1, 16, 2, ("q_proj", "v_proj"), "paired", "per-client")
+    for row in (paired, plain):
+        expected = plan.compile_round(planned._replace(precision=row["precision"]), topology.host(), (1, 1), 1)
+        assert row["peak_bytes_per_device"] == expected.peak
+    assert paired["peak_bytes_per_device"] != plain["peak_bytes_per_device"]
     assert run(monkeypatch, weak_scaling, *given, "--devices", "some") == 2
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from mesh_program import BATCH, CLIENTS, LABELS, LENGTH, MESHES, STEPS
 
-from fedmezo_jax import hlo, sharding
+from fedmezo_jax import sharding
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.config import LlamaConfig
 
@@ -123,39 +123,3 @@ def test_a_model_axis_that_does_not_divide_the_heads_is_refused():
 
     with pytest.raises(UserError, match="model=4 does not divide the model's 6 attention heads and 2 key/value heads"):
         sharding.check_mesh(FourWays(), config)  # pyright: ignore[reportArgumentType]
-
-
-HLO = """
-HloModule jit_f
-
-%add (a: f32[], b: f32[]) -> f32[] {
-  ROOT %r = f32[] add(%a, %b)
-}
-
-%body (p: (s32[], f32[4,8])) -> (s32[], f32[4,8]) {
-  %x = f32[4,8]{1,0} get-tuple-element(%p), index=1
-  %s = f32[4,8]{1,0} all-reduce(%x), replica_groups={{0,1},{2,3}}, to_apply=%add
-}
-
-%cond (p: (s32[], f32[4,8])) -> pred[] {
-  ROOT %lt = pred[] compare(%i, %n), direction=LT
-}
-
-ENTRY %main (a: f32[4,8]) -> f32[4,8] {
-  %w = (s32[], f32[4,8]) while(%t), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"5"}}
-  %g = bf16[16]{0} all-gather(%c), replica_groups=[2,2]<=[2,2]T(1,0), dimensions={0}
-  %h = (f32[2]{0}, f32[8]{0}) all-gather-start(%d), replica_groups=mesh['a'=2,'b'=2] {'a'}, dimensions={0}
-  %j = f32[3]{0} all-reduce(%e), replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}, to_apply=%add
-  %k = (f32[2]{0}, s32[3]{0}) all-reduce(%e, %f), replica_groups={}, to_apply=%add
-}
-"""
-
-
-def test_communications_are_read_off_a_program_s_text():
-    assert hlo.collectives(HLO) == [
-        hlo.Collective("all-reduce", 128, ((0, 1), (2, 3)), 5),
-        hlo.Collective("all-gather", 32, ((0, 2), (1, 3)), 1),
-        hlo.Collective("all-gather", 32, ((0, 2), (1, 3)), 1),
-        hlo.Collective("all-reduce", 12, ((0, 1), (2, 3)), 1),
-        hlo.Collective("all-reduce", 20, (), 1),
-    ]
