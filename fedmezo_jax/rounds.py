@@ -185,7 +185,7 @@ def conclude(
         key: the run's.
     """
     report = report_of(entry, config.local_steps, config.directions if config.algorithm == "fedmezo" else 0)
-    if config.sends_seeds:
+    if config.sends_coefficients:
         traffic = scalar_traffic(config, entry, report)
         return jax.block_until_ready(advance(round, progress, entry, report, key)), report, traffic
     sent: list[int] = []

@@ -5,9 +5,9 @@ sides know the run's configuration, and with its seed θ at the start and every 
 
 from       to          what                                    when
 server     a client    its learning rate (Start)               before its local work
-client     server      coefficients and losses (Update)        after it, with ``--uplink seeds``
+client     server      coefficients and losses (Update)        after it, with ``--uplink coefficients``
 client     server      its θ_i and losses (lora_update)        after it, with ``--uplink lora``
-server     everyone    what moves θ (result)                   after the round, with ``--uplink seeds``
+server     everyone    what moves θ (result)                   after the round, with ``--uplink coefficients``
 server     a client    θ (lora_message)                        before its local work, with ``--uplink lora``
 """
 
