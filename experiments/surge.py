@@ -103,10 +103,11 @@ def _outcome(point: dict[str, Any]) -> dict[str, Any]:
 
 
 def plot(file: Path, base: RunConfig, factors: Sequence[float], curves: np.ndarray) -> None:
-    """Training loss over rounds as a PNG: of ``[seeds, factors, rounds]`` a line for each multiple of the rate."""
+    """Training loss over rounds as a PNG: of ``[seeds, factors, rounds]`` a line each, a colour for each factor."""
     figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
     for i, factor in enumerate(factors):
-        study.draw(axes, np.arange(1, base.rounds + 1), curves[:, i], f"{factor:g}×")
+        lines = axes.plot(np.arange(1, base.rounds + 1), curves[:, i].T, ".-", color=f"C{i}", alpha=0.7)
+        lines[0].set_label(f"{factor:g}×")
     axes.set(xlabel="round", ylabel="training loss (nats a token)")
     axes.set_title(f"{base.model} on {base.data}: multiples of η = {base.learning_rate:g}")
     axes.grid(alpha=0.3)

@@ -42,21 +42,21 @@ def single_client(rows):
 
 
 def surge(rows):
-    """For each rate how many seeds surged, and in which rounds they did so first and were first warned of."""
-    found = []
-    for rate in sorted({row["learning_rate"] for row in rows}):
-        own = [row for row in rows if row["learning_rate"] == rate]
-        surged, warned = (
-            [row[f"first_{what}"] for row in own if row[f"first_{what}"] is not None] for what in ("surge", "warning")
-        )
-        said = f" in round {_range(surged)}" if surged else ""
-        said += f" (warned in {_range(warned)})" if warned else " (no warning)"
-        found.append(f"{_rate(rate)}: {len(surged)} of {len(own)}{said}")
-    return found
-
-
-def _range(values):
-    return " to ".join(str(value) for value in sorted({min(values), max(values)}))
+    """For each rate the seeds' first rounds of a surge; how often the guard warned before one, and where none came."""
+    first = {}
+    for row in rows:
+        first.setdefault(row["learning_rate"], []).append(row["first_surge"])
+    calm = [row for row in rows if row["first_surge"] is None]
+    early = [
+        row["first_warning"] is not None and row["first_warning"] < row["first_surge"]
+        for row in rows
+        if row["first_surge"] is not None
+    ]
+    return [
+        *(f"{_rate(rate)}: {', '.join('none' if t is None else str(t) for t in each)}" for rate, each in first.items()),
+        f"before {sum(early)} of the {len(early)} surges",
+        f"in {sum(row['first_warning'] is not None for row in calm)} of the {len(calm)} runs without",
+    ]
 
 
 def personalised_rates(rows):
