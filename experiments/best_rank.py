@@ -67,16 +67,15 @@ def main(config: Config) -> None:
 
 def conclude(outcomes: Sequence[study.Outcome], measured: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
     """A row a LoRA rank: the loss at its best η, and its gap to the best rank, paired by seed."""
-    best = {rank: min(own, key=lambda one: one.after.mean()) for rank, own in _by_rank(outcomes).items()}
-    winner = min(best.values(), key=lambda one: one.after.mean())
+    tuned = {rank: study.best_of(own) for rank, own in _by_rank(outcomes).items()}
+    winner = study.best_of([best for best, _ in tuned.values()]).best
     rows = []
-    for rank, one in best.items():
+    for rank, (one, at_an_end) in tuned.items():
         gap = one.after - winner.after
-        rates = [other.config.learning_rate for other in _by_rank(outcomes)[rank]]
         row = {
             "lora_rank": rank,
             "best_learning_rate": one.config.learning_rate,
-            "at_an_end_of_the_sweep": one.config.learning_rate in (min(rates), max(rates)),
+            "at_an_end_of_the_sweep": at_an_end,
             "seeds": len(one.after),
             "loss_after": float(one.after.mean()),
             "band_90": study.half_width(one.after),

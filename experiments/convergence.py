@@ -10,7 +10,6 @@ pass through a frozen base has as many products as a forward one), and over seco
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -30,34 +29,15 @@ METHODS = {
 
 def variants(**rates: Sequence[float]) -> study.Variants:
     """Every method at every rate of its sweep."""
-    return {
-        f"{label}, η = {rate:g}": {**fields, "learning_rate": rate}
-        for (label, fields), sweep in zip(METHODS.items(), rates.values(), strict=True)
-        for rate in sweep
-    }
+    return study.swept(
+        {label: (fields, sweep) for (label, fields), sweep in zip(METHODS.items(), rates.values(), strict=True)}
+    )
 
 
 PRESETS = study.three(
-    variants(mezo=(2e-4, 5e-4, 1e-3), sgd=(0.03, 0.1, 0.3), adam=(3e-4, 1e-3, 3e-3)),
-    variants(mezo=(1e-5, 2.5e-5, 5e-5), sgd=(2.5e-5, 1e-2, 1e-1), adam=(1e-5, 1e-4, 3e-4)),
+    variants(mezo=(2e-4, 5e-4, 7e-4, 1e-3), sgd=(3e-3, 1e-2, 3e-2, 1e-1), adam=(1e-3, 3e-3, 1e-2, 3e-2)),
+    variants(mezo=(1e-5, 2.5e-5, 5e-5, 1e-4), sgd=(2.5e-5, 1e-2, 1e-1, 1.0), adam=(1e-5, 1e-4, 3e-4, 1e-3)),
 )
-
-
-def best(outcomes: Sequence[study.Outcome]) -> dict[str, study.Outcome]:
-    """Of each method the runs at its best rate; a rate at which a run diverged is none."""
-    return {
-        label: min(
-            (one for one in outcomes if one.label.startswith(f"{label}, η")),
-            key=lambda one: np.nan_to_num(np.mean(one.after), nan=np.inf),
-        )
-        for label in METHODS
-    }
-
-
-def conclude(outcomes: Sequence[study.Outcome]) -> list[dict[str, Any]]:
-    """A row a method and rate; the best ones are marked."""
-    chosen = {one.label for one in best(outcomes).values()}
-    return [row | {"best": row["variant"] in chosen} for row in study.rows(outcomes, {})]
 
 
 def plot(path: str, chosen: dict[str, study.Outcome]) -> None:
@@ -80,8 +60,10 @@ def plot(path: str, chosen: dict[str, study.Outcome]) -> None:
 
 def main(config: study.Config) -> None:
     """Runs the study."""
-    out, outcomes = study.run(config, "convergence", PRESETS, title="FedMeZO and FedAvg, tuned", conclude=conclude)
-    chosen = best(outcomes)
+    out, outcomes = study.run(
+        config, "convergence", PRESETS, title="FedMeZO and FedAvg, tuned", conclude=study.tuned_rows
+    )
+    chosen = {method: tuned.best for method, tuned in study.tune(outcomes).items()}
     plot(str(out / "convergence.png"), chosen)
     winner = min(chosen.items(), key=lambda item: float(np.mean(item[1].after)))[0]
     print(f"lowest test loss after {chosen[winner].config.rounds} rounds: {winner}")

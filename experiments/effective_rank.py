@@ -23,6 +23,7 @@ import optax
 
 from experiments import common
 from experiments.points import measure
+from fedmezo_jax import federated
 from fedmezo_jax.config import RunConfig
 from fedmezo_jax.data.examples import Rows
 from fedmezo_jax.llama.loss import loss_of
@@ -128,7 +129,7 @@ def _probe(data_dir: str | None, point: dict[str, Any]) -> list[list[dict[str, f
     setup, loss, trained = _trained(*(point[name] for name in names), data_dir, _train_rows(point))
     params = setup.lora if point["state"] == "start" else trained
     mask = spectrum.layer_mask(params, point["layer"])
-    key, found = jax.random.fold_in(run_key(point["seed"]), 1), []
+    key, found = jax.random.fold_in(run_key(point["seed"]), federated.EFFECTIVE_RANK), []
     for batch in range(point["batches"]):
         rows = _rows(setup, batch * point["rows"], point["rows"])
         keys = [jax.random.fold_in(key, batch * point["probes"] + probe) for probe in range(point["probes"])]

@@ -171,8 +171,8 @@ def _rows(config: RunConfig, setup: Setup, result: Result) -> list[dict[str, Any
         way: max(size for record in result.metrics for size in record[f"client_{way}link_bytes"])
         for way in ("up", "down")
     }
-    forms = {"seeds" if config.sends_seeds else "lora": largest}
-    if config.sends_seeds:
+    forms = {"coefficients" if config.sends_coefficients else "lora": largest}
+    if config.sends_coefficients:
         forms["lora"] = dict.fromkeys(largest, len(lora_message(setup.lora)))
     return [
         {

@@ -51,16 +51,3 @@ def plot_partition(file: Path, setup: Setup) -> None:
     figure.legend(loc="outside right upper", fontsize="x-small")
     figure.savefig(file, dpi=120)
     plt.close(figure)
-
-
-def plot_rates(file: Path, curves: Sequence[tuple[str, list[float | None]]], config: RunConfig) -> None:
-    """Training loss over rounds, a curve for each multiple of the learning rate, as a PNG."""
-    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
-    for label, losses in curves:
-        axes.plot(range(1, len(losses) + 1), [float("nan") if loss is None else loss for loss in losses], label=label)
-    axes.set(xlabel="round", ylabel="training loss (nats a token)")
-    axes.set_title(f"{config.model} on {config.data}: multiples of η = {config.learning_rate:g}")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(file, dpi=120)
-    plt.close(figure)

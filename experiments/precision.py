@@ -21,7 +21,7 @@ import matplotlib as mpl
 import numpy as np
 
 from experiments import common
-from fedmezo_jax import mezo, run_folder
+from fedmezo_jax import federated, mezo, run_folder
 from fedmezo_jax.config import RunConfig
 from fedmezo_jax.data.examples import Rows
 from fedmezo_jax.errors import UserError
@@ -78,7 +78,7 @@ def measure(setup: Setup, scales: list[float], count: int, probes: int) -> Itera
     """One row for each precision and scale: √(Σ(g − zᵀ∇L)² / Σ(zᵀ∇L)²) over the probes."""
     base = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), setup.base)
     rows = Rows(*(jnp.asarray(leaf[:count]) for leaf in setup.train))
-    keys = jax.random.split(run_key(setup.config.seed), probes)
+    keys = jax.random.split(jax.random.fold_in(run_key(setup.config.seed), federated.PRECISION), probes)
     law: mezo.Distribution = setup.config.distribution
     zeros = jax.tree.map(jnp.zeros_like, setup.lora)
     exact_loss = loss_of(setup.model.clone(precision="float32"), base)

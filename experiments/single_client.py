@@ -1,9 +1,10 @@
-"""One client: MeZO against back-propagation at one learning rate, and the zeroth-order estimator's choices.
+"""One client: MeZO against back-propagation, and the zeroth-order estimator's choices.
 
     python -m experiments.single_client
 
-The variants spend equal forward passes: n directions a step come with n times fewer steps. The second table holds the
-two-point estimate (L(θ + μz) − L(θ − μz))/2μ and the forward difference (L(θ + μz) − L(θ))/μ against the exact
+Each method has a sweep of learning rates and is drawn at its best one; SGD also gets one of MeZO's rates. All spend
+equal forward passes, a backward pass counted as one: n directions come with n times fewer steps. The second table has
+the two-point estimate (L(θ + μz) − L(θ − μz))/2μ and the forward difference (L(θ + μz) − L(θ))/μ against the exact
 derivative along z; both take two losses, and only the first is free of the curvature's term μ·zᵀHz/2.
 """
 
@@ -18,7 +19,7 @@ import jax
 import numpy as np
 
 from experiments import common, study
-from fedmezo_jax import mezo
+from fedmezo_jax import federated, mezo
 from fedmezo_jax.data.examples import Rows
 from fedmezo_jax.llama.loss import loss_of
 from fedmezo_jax.setup import prepare, run_key
@@ -27,24 +28,32 @@ PROBES = 16
 SCALES = (1e-4, 1e-3, 1e-2, 1e-1)
 
 
-def variants(steps: int) -> study.Variants:
-    """What is compared, at ``2·steps`` forward passes a round."""
-    return {
-        "MeZO": {"local_steps": steps},
-        "MeZO, Rademacher": {"local_steps": steps, "distribution": "rademacher"},
-        "MeZO, n = 5": {"local_steps": steps // 5, "directions": 5},
-        "back-propagation, SGD": {"algorithm": "fedavg", "local_steps": steps},
-    }
+def variants(steps: int, common: float, mezo: Sequence[float], five: Sequence[float], sgd: Sequence[float]):
+    """What is compared: each method at the rates of its sweep, and SGD also at a rate of MeZO's.
+
+    Args:
+        steps: local steps of a round; with five directions a fifth of them.
+        common: one of MeZO's rates, which SGD gets as well.
+        mezo: learning rates of MeZO with one direction a step.
+        five: those with five directions.
+        sgd: those of back-propagated SGD.
+    """
+    return study.swept(
+        {
+            "MeZO": ({"local_steps": steps}, mezo),
+            "MeZO, Rademacher": ({"local_steps": steps, "distribution": "rademacher"}, mezo),
+            "MeZO, n = 5": ({"local_steps": steps // 5, "directions": 5}, five),
+            "back-propagation, SGD": ({"algorithm": "fedavg", "local_steps": steps}, (common, *sgd)),
+        }
+    )
 
 
 PRESETS = study.three(
-    variants(20),
-    variants(30),
+    variants(20, 2e-4, (1e-4, 2e-4, 4e-4, 8e-4), (5e-4, 1e-3, 2e-3, 4e-3), (3e-3, 1e-2, 3e-2, 1e-1)),
+    variants(30, 2.5e-5, (1e-5, 2.5e-5, 5e-5, 1e-4), (2.5e-5, 1e-4, 2.5e-4, 5e-4), (1e-2, 1e-1, 1.0)),
     paper=replace(study.PAPER, clients=1),
     clients=1,
     partition="iid",
-    learning_rate=2e-4,
-    rounds=40,
 )
 
 
@@ -67,8 +76,9 @@ def estimators(config: study.Config) -> list[dict[str, Any]]:
         return exact, two_point, forward
 
     # A start at which the adapter does something: B = 0 makes half of the gradient vanish.
-    moved = mezo.shift(setup.lora, mezo.Perturbation(jax.random.fold_in(run_key(config.seed), 99), 0.02))
-    keys = [jax.random.fold_in(run_key(config.seed), probe) for probe in range(PROBES)]
+    start_key = jax.random.fold_in(run_key(config.seed), federated.ESTIMATORS_START)
+    moved = mezo.shift(setup.lora, mezo.Perturbation(start_key, 0.02))
+    keys = jax.random.split(jax.random.fold_in(run_key(config.seed), federated.ESTIMATORS), PROBES)
     found = [jax.device_get(measure(loss, moved, key)) for key in keys]
     exact = np.array([one[0] for one in found])
     usual = np.sqrt(np.mean(exact**2))
@@ -86,10 +96,12 @@ def estimators(config: study.Config) -> list[dict[str, Any]]:
 def main(config: study.Config) -> None:
     """Runs the study, then measures the estimators."""
     start = time.perf_counter()
-    out, outcomes = study.run(config, "single_client", PRESETS, title="one client, equal forward passes")
+    title = "one client"
+    out, outcomes = study.run(config, "single_client", PRESETS, title=title, conclude=study.tuned_rows)
+    study.plot(out / "single_client.png", title, [tuned.best for tuned in study.tune(outcomes).values()])
     errors: Sequence[common.Row] = estimators(config)
     common.print_table("error over the exact derivative along z, root mean square", errors)
-    merged = [{"what": "training", **row} for row in study.rows(outcomes, {})]
+    merged = [{"what": "training", **row} for row in study.tuned_rows(outcomes)]
     merged += [{"what": "estimator", **row} for row in errors]
     common.write_results(out, merged, time.perf_counter() - start)
 

@@ -52,6 +52,7 @@ SMALL = RunConfig(clients=4, rounds=20, learning_rate=5e-4, length_buckets=1, pr
 SMOKE = replace(SMALL, clients=2, rounds=2, local_steps=2, test_rows=8, lora_rank=2)
 
 
+_RATE = ", η = "  # between a method's label and a learning rate, in the labels of variants
 Variants: TypeAlias = Mapping[str, Mapping[str, Any]]
 """Label → fields of :class:`RunConfig` that it changes."""
 
@@ -113,6 +114,18 @@ class Outcome(NamedTuple):
         return np.array([curve.test_loss[-1] for curve in self.curves])
 
 
+class Tuned(NamedTuple):
+    """A method at the best learning rate of its sweep.
+
+    Attributes:
+        best: the outcome at that rate.
+        at_an_end: whether it is the smallest or the largest rate of the sweep, so that a better one may lie beyond.
+    """
+
+    best: Outcome
+    at_an_end: bool
+
+
 def three(
     variants: Variants,
     paper_variants: Variants | None = None,
@@ -132,6 +145,43 @@ def three(
 def fields_over(name: str, values: Sequence[Any], label: str) -> Variants:
     """Variants of one field; ``label`` is formatted with each value."""
     return {label.format(value): {name: value} for value in values}
+
+
+def swept(methods: Mapping[str, tuple[Mapping[str, Any], Sequence[float]]]) -> Variants:
+    """Variants of several methods, each with a sweep of learning rates of its own.
+
+    Args:
+        methods: label → (fields of :class:`RunConfig`, learning rates).
+    """
+    return {
+        f"{label}{_RATE}{rate:g}": {**fields, "learning_rate": rate}
+        for label, (fields, rates) in methods.items()
+        for rate in rates
+    }
+
+
+def tune(outcomes: Sequence[Outcome]) -> dict[str, Tuned]:
+    """Each method of :func:`swept` at its best rate, by label. A rate at which a run diverged is never the best."""
+    methods: dict[str, list[Outcome]] = {}
+    for one in outcomes:
+        methods.setdefault(one.label.rpartition(_RATE)[0], []).append(one)
+    return {label: best_of(sweep) for label, sweep in methods.items()}
+
+
+def best_of(sweep: Sequence[Outcome]) -> Tuned:
+    """The outcome with the lowest mean test loss at the end, of runs that differ in their learning rate."""
+    best = min(sweep, key=lambda one: np.nan_to_num(np.mean(one.after), nan=np.inf))
+    rates = [one.config.learning_rate for one in sweep]
+    return Tuned(best, best.config.learning_rate in (min(rates), max(rates)))
+
+
+def tuned_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """:func:`rows`, with the best rate of each method marked, and whether it is at an end of the method's sweep."""
+    ends = {tuned.best.label: tuned.at_an_end for tuned in tune(outcomes).values()}
+    return [
+        row | {"best": row["variant"] in ends, "at_an_end_of_the_sweep": ends.get(row["variant"], False)}
+        for row in rows(outcomes, {})
+    ]
 
 
 def run(

@@ -1,90 +1,119 @@
-"""Where the learning rate is too large: the loss at multiples of the default rate, and what the guard says before.
-
-After Fig. 5 of arXiv 2402.05926 (η ∈ {1, 3, 5, 10} × the default: the larger, the earlier the loss surges):
+"""Where the learning rate is too large: the loss at multiples of the usual rate, and what the guard says before.
 
     python -m experiments.surge
-    python -m experiments.surge --model smollm2-135m --data gsm8k --data-dir FOLDER --partition iid --clients 3
+
+After Fig. 5 of arXiv 2402.05926 (η ∈ {1, 3, 5, 10} × 1e-5: the larger, the earlier the loss surges). The table has a
+row a run; round 0 as the first warning means before the first round.
 """
 
 from __future__ import annotations
 
-import shutil
-import time
+import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from rich.progress import Progress
+import matplotlib as mpl
+import numpy as np
 
-from experiments import common
-from experiments.plots import plot_rates
-from fedmezo_jax import guard, run_folder
+from experiments import common, points, study
+from fedmezo_jax import guard
 from fedmezo_jax.config import RunConfig
 from fedmezo_jax.errors import UserError
-from fedmezo_jax.setup import prepare
+from fedmezo_jax.run_folder import write_json
+from fedmezo_jax.setup import Setup, prepare
 from fedmezo_jax.training import probe_start, train
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+PRESETS: dict[study.PresetName, tuple[RunConfig, int]] = {
+    "small": (replace(study.SMALL, rounds=12), 3),
+    "paper": (replace(study.PAPER, learning_rate=1e-5), 3),
+    "smoke": (study.SMOKE, 2),
+}
+"""The run at one time its learning rate, and how many seeds it is run with."""
 
 
 @dataclass(frozen=True)
-class Config:
-    """What to run; --on-surge clip or rollback shows what these do about it."""
+class Config(study.Config):
+    """Which preset, and what of it to change."""
 
-    run: RunConfig
     factors: str = "1,3,5,10"
-    """multiples of --learning-rate"""
-    out: Path = Path("runs/surge")
-    """folder for the runs, surge.png and results.json; it must be new"""
+    """multiples of the preset's learning rate"""
+    on_surge: Literal["warn", "clip", "rollback"] = "warn"
+    """what the run does when its loss explodes"""
 
 
 def main(config: Config) -> None:
-    """Runs every rate, prints the table, draws the curves."""
-    begin = time.perf_counter()
+    """Runs every rate and seed, prints the table, draws the curves."""
     factors = _factors(config.factors)
-    if config.run.algorithm != "fedmezo":
-        raise UserError("--algorithm fedavg has no projected gradients to guard: give fedmezo")
-    if config.out.exists():
-        raise UserError(f"--out {config.out} is there already: give a new folder")
-    setup = prepare(config.run)
-    config.out.mkdir(parents=True)
-    run_folder.write_json(config.out / "config.json", asdict(setup.config) | {"factors": config.factors})
-    probe = probe_start(setup)
+    run, seeds = PRESETS[config.preset]
+    changed = {name: getattr(config, name) for name in ("rounds", "model", "data", "data_dir", "on_surge")}
+    base = replace(run, **{name: value for name, value in changed.items() if value is not None})
+    out = config.out or Path("runs") / f"surge-{config.preset}"
+    runs = [
+        replace(base, seed=seed, learning_rate=base.learning_rate * factor)
+        for seed in range(config.seed, config.seed + (config.seeds or seeds))
+        for factor in factors
+    ]
+    outcomes, seconds = points.measure(out / "points", [asdict(one) for one in runs], _outcome)
+    rows = [outcome["row"] for outcome in outcomes]
+    rows.sort(key=lambda row: (row["learning_rate"], row["seed"]))
+    write_json(out / "config.json", asdict(config) | {"out": str(out), "run": asdict(base)})
+    common.write_results(out, rows, seconds)
+    curves = np.array([outcome["train_loss"] for outcome in outcomes], np.float64).reshape(
+        -1, len(factors), base.rounds
+    )
+    plot(out / "surge.png", base, factors, curves)
+    common.print_table(f"{base.model} on {base.data}, --on-surge {base.on_surge}", rows)
+
+
+@lru_cache(maxsize=1)
+def _start(run: RunConfig) -> tuple[Setup, guard.Probe]:
+    """What all rates of one seed share: the setup, and the guard's measurements before the first round."""
+    setup = prepare(run)
+    return setup, probe_start(setup)
+
+
+def _outcome(point: dict[str, Any]) -> dict[str, Any]:
+    """One run's row of the table, and its training loss over rounds (None where no client's loss was finite)."""
+    run = RunConfig(**point)
+    setup, probe = _start(replace(run, learning_rate=1.0))
+    with tempfile.TemporaryDirectory() as folder:
+        changed = setup._replace(config=replace(setup.config, learning_rate=run.learning_rate))
+        result = train(changed, Path(folder), checkpoint_every=run.rounds, eval_every=run.rounds)
     trained = guard.count(setup.lora)
-    rows: list[dict[str, Any]] = []
-    curves = []
-    with Progress() as bar:
-        task = bar.add_task("rounds", total=len(factors) * config.run.rounds)
-        for factor in factors:
-            run = replace(config.run, learning_rate=config.run.learning_rate * factor)
-            folder = config.out / f"{factor:g}x"
-            folder.mkdir()
-            result = train(
-                setup._replace(config=run),
-                folder,
-                checkpoint_every=run.rounds,
-                eval_every=run.rounds,
-                on_round=lambda _: bar.advance(task),
-            )
-            shutil.rmtree(folder / "checkpoints")
-            surged = [record["round"] for record in result.metrics if record["surge"]]
-            warned = [record["round"] for record in result.metrics if (record["gradient_growth"] or 0) > guard.GROWTH]
-            before = bool(guard.warnings(probe, run, trained))
-            rows.append(
-                {
-                    "learning_rate": run.learning_rate,
-                    "step_length": guard.step_length(run.learning_rate, probe.noisy_gradient**0.5, trained),
-                    "first_warning": 0 if before else warned[0] if warned else None,
-                    "first_surge": surged[0] if surged else None,
-                    "surges": len(surged),
-                    "loss_before": result.loss_before,
-                    "loss_after": result.loss_after,
-                }
-            )
-            curves.append((f"{factor:g}×", [record["train_loss"] for record in result.metrics]))
-    plot_rates(config.out / "surge.png", curves, config.run)
-    common.write_results(config.out, rows, time.perf_counter() - begin)
-    common.print_table(f"{config.run.model} on {config.run.data}, --on-surge {config.run.on_surge}", rows)
-    for line in guard.describe(probe, config.run, trained):
-        print(line)
+    surged = [record["round"] for record in result.metrics if record["surge"]]
+    warned = [record["round"] for record in result.metrics if (record["gradient_growth"] or 0) > guard.GROWTH]
+    first_warning = 0 if guard.warnings(probe, run, trained) else warned[0] if warned else None
+    row = {
+        "learning_rate": run.learning_rate,
+        "seed": run.seed,
+        "step_length": guard.step_length(run.learning_rate, probe.noisy_gradient**0.5, trained),
+        "first_warning": first_warning,
+        "first_surge": surged[0] if surged else None,
+        "surges": len(surged),
+        "loss_before": result.loss_before,
+        "loss_after": result.loss_after,
+    }
+    return {"row": row, "train_loss": [record["train_loss"] for record in result.metrics]}
+
+
+def plot(file: Path, base: RunConfig, factors: Sequence[float], curves: np.ndarray) -> None:
+    """Training loss over rounds as a PNG: of ``[seeds, factors, rounds]`` a line each, a colour for each factor."""
+    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    for i, factor in enumerate(factors):
+        lines = axes.plot(np.arange(1, base.rounds + 1), curves[:, i].T, ".-", color=f"C{i}", alpha=0.7)
+        lines[0].set_label(f"{factor:g}×")
+    axes.set(xlabel="round", ylabel="training loss (nats a token)")
+    axes.set_title(f"{base.model} on {base.data}: multiples of η = {base.learning_rate:g}")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
 
 
 def _factors(text: str) -> list[float]:
@@ -92,8 +121,8 @@ def _factors(text: str) -> list[float]:
         factors = [float(part) for part in text.split(",")]
     except ValueError:
         factors = []
-    if not factors or min(factors) <= 0:
-        raise UserError(f"--factors must be numbers above 0, like 1,3,5,10, not {text}")
+    if not factors or not all(0 < factor < np.inf for factor in factors) or len(set(factors)) < len(factors):
+        raise UserError(f"--factors must be different numbers above 0, like 1,3,5,10, not {text}")
     return factors
 
 

@@ -22,7 +22,7 @@ from jax.flatten_util import ravel_pytree
 from experiments import common, study
 from experiments import theory_bounds as bounds
 from experiments.points import measure
-from fedmezo_jax import mezo
+from fedmezo_jax import federated, mezo
 from fedmezo_jax.config import RunConfig
 from fedmezo_jax.data.examples import Rows
 from fedmezo_jax.llama.loss import loss_of, pair_loss_of
@@ -154,7 +154,7 @@ def _constants(point: dict[str, Any]) -> dict[str, Any]:
     """Squared norms of gradients at each checkpoint, the Hessian's spectrum at the last, norms at all."""
     setup, batches, path = _at(point)
     loss, clients = mean_loss(single(setup.model), setup.base), setup.config.clients
-    key = jax.random.fold_in(run_key(setup.config.seed), 2)
+    key = jax.random.fold_in(run_key(setup.config.seed), federated.CONSTANTS)
     every = jax.jit(gradients)
 
     @partial(jax.jit, static_argnums=4)
@@ -217,7 +217,7 @@ def _descent(point: dict[str, Any]) -> dict[str, Any]:
         return jax.lax.map(one, rates)
 
     losses = mean_loss(single(setup.model), setup.base), pair_loss_of(setup.model, setup.base)
-    keys = jax.random.split(jax.random.fold_in(run_key(config.seed), 3), point["draws"])
+    keys = jax.random.split(jax.random.fold_in(run_key(config.seed), federated.DESCENT), point["draws"])
     return {"changes": [change(*losses, params, batches, key).tolist() for key in keys]}
 
 

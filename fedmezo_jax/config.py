@@ -90,7 +90,7 @@ class RunConfig:
     control)"""
     personalize_scale: float = 0.5
     """A in η_i = η₀(1 + A·Φ_i), at least 0 and below 1"""
-    uplink: Literal["seeds", "lora"] | None = None
+    uplink: Literal["coefficients", "lora"] | None = None
     """what a client sends: its coefficients, from which the server rebuilds its update, or its LoRA; by default the
     coefficients, and the LoRA with fedavg, which has no coefficients"""
     seeds: Seeds = "per-client"
@@ -137,17 +137,19 @@ class RunConfig:
         parse_fields(self.fields)
         if self.algorithm == "fedavg":
             for name, refused, instead in (
-                ("uplink", "seeds", "lora"),
+                ("uplink", "coefficients", "lora"),
                 ("seeds", "shared", "per-client"),
                 ("on_surge", "clip", "warn or rollback"),
             ):
                 rule = f"{instead} with --algorithm fedavg, whose steps are no scalars"
                 self._require(name, getattr(self, name) != refused, rule)
         if self.seeds == "shared" and self.uplink == "lora":
-            raise UserError("--uplink lora: with --seeds shared the server averages scalars: give --uplink seeds")
+            raise UserError(
+                "--uplink lora: with --seeds shared the server averages coefficients: give --uplink coefficients"
+            )
         if self.on_surge == "clip" and self.uplink == "lora" and self.algorithm == "fedmezo":
             raise UserError(
-                "--on-surge clip bounds coefficients, which --uplink lora does not send: give --uplink seeds"
+                "--on-surge clip bounds coefficients, which --uplink lora does not send: give --uplink coefficients"
             )
         if self.seeds == "shared" and self.weight_decay:
             raise UserError(
@@ -164,7 +166,7 @@ class RunConfig:
         return tuple(name.strip() for name in self.targets.split(","))
 
     @property
-    def sends_seeds(self) -> bool:
+    def sends_coefficients(self) -> bool:
         """Whether clients send coefficients and not their LoRA."""
         return self.algorithm == "fedmezo" and self.uplink != "lora"
 

@@ -24,7 +24,9 @@ from fedmezo_jax import server
 from fedmezo_jax.client import LocalWork
 from fedmezo_jax.mezo import Params
 
-WORK, RATES, INIT, SHARED, PROBE = range(5)  # what the run's key is folded with: no two uses share a stream
+# What the run's key is folded with: no two uses share a stream. The second line belongs to experiments.
+WORK, RATES, INIT, SHARED, PROBE = range(5)
+PRECISION, EFFECTIVE_RANK, CONSTANTS, DESCENT, ESTIMATORS, ESTIMATORS_START = range(5, 11)
 CLIENTS = "clients"
 """The mesh axis along which clients are spread."""
 Seeds: TypeAlias = Literal["per-client", "shared"]
@@ -88,10 +90,11 @@ def shared_key(key: jax.Array, round_index: jax.Array | int) -> jax.Array:
 
 @dataclass(frozen=True)
 class Round:
-    """A round as a pure function, ``round(state, loss, cohort, key) -> (state, report)``, and its two halves.
+    """A round, ``round(state, loss, cohort, key) -> (state, report)``, and its two halves.
 
-    Its parts are compiled already: it is not meant to be jitted as a whole. ``key`` is the run's, the same in every
-    round.
+    It has no side effects, and equal arguments give equal results. It runs on the host, though: it calls programs that
+    are compiled already, inspects their numbers with NumPy and raises where none are finite, so that it cannot be
+    traced (``jit``, ``vmap``, ``grad``) as a whole. ``key`` is the run's, the same in every round.
 
     Attributes:
         work: ``work(state, loss, cohort, key[, limit, damping]) -> RoundReport``: what the clients do. ``limit`` bounds

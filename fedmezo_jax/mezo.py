@@ -157,8 +157,8 @@ def _add(value: jax.Array, key: jax.Array, perturbation: Perturbation) -> jax.Ar
 def pair_loss_of(loss: LossFn) -> PairLoss:
     """Makes a :data:`PairLoss` of any plain loss by moving the whole tree: the oracle of a model's own, leaner one.
 
-    Both points start from the same θ, which is never moved in place: adding μz, −2μz and μz would leave rounding
-    behind.
+    Both points are computed from the same θ. It is not perturbed in place: adding μz, −2μz and μz would leave rounding
+    errors in it.
     """
 
     def pair_loss(params: Params, batch: Any, perturbation: Perturbation) -> tuple[jax.Array, jax.Array]:

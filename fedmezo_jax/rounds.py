@@ -106,7 +106,7 @@ def simulated_answers(
         for i, id in enumerate(ids):
             numbers = np.asarray(report.coefficients[i]), np.asarray(report.losses[i])
             update, lora = wire.Update(t, int(id), int(sizes[id]), *numbers), None
-            if not config.sends_seeds:
+            if not config.sends_coefficients:
                 lora = wire.pack_lora_update(update, jax.device_get(round.upload(state, int(id), report, i, key)))
             yield Message(wire.pack_update(update), lora)
 
@@ -244,7 +244,7 @@ def conclude(
         key: the run's.
     """
     report = report_of(entry, config.local_steps, config.sent_directions)
-    if config.sends_seeds:
+    if config.sends_coefficients:
         traffic = scalar_traffic(config, entry, report)
         return jax.block_until_ready(advance(round, progress, entry, report, key)), report, traffic
     params = jax.device_get(progress.state.params)

@@ -5,7 +5,7 @@ sides know the run's configuration, and with its seed θ at the start and every 
 
 sent by    to          message                                when                        packed by
 server     a client    its learning rate                      before its local work       pack_start
-client     server      its coefficients and losses            ``--uplink seeds``          pack_update
+client     server      its coefficients and losses            ``--uplink coefficients``   pack_update
 client     server      its LoRA θ_i and losses                ``--uplink lora``           pack_lora_update
 server     everyone    the clients' coefficients, weights     ``--seeds per-client``      pack_outcome
 server     everyone    the mean coefficients                  ``--seeds shared``          pack_mean

@@ -101,21 +101,21 @@ def test_results_hold_the_printed_table(place, finished):
     assert results["versions"]["jax"] == jax.__version__
     assert results["host"]["devices"] == 1
     assert results["seconds"] > 0
-    seeds, lora = results["rows"]
-    assert (seeds["messages"], lora["messages"]) == ("seeds", "lora")
+    coefficients, lora = results["rows"]
+    assert (coefficients["messages"], lora["messages"]) == ("coefficients", "lora")
     assert all(isinstance(value, str | int | float) for row in results["rows"] for value in row.values())
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    for row in (lora, seeds):
+    for row in (lora, coefficients):
         assert row["loss_after"] == metrics[-1]["test_loss"] != row["loss_before"]
         assert row["forward_passes"] == 3 * 3 * 2 * 2  # rounds, clients, steps, two points
         assert row["seconds_per_round"] in [record["seconds"] for record in metrics[1:]]
         assert f"{row['loss_before']:.4g}" in done.stdout
         assert f"{row['uplink_bytes']:,}" in done.stdout
-    assert {size for record in metrics for size in record["client_uplink_bytes"]} == {seeds["uplink_bytes"]}
-    assert {size for record in metrics for size in record["client_downlink_bytes"]} == {seeds["downlink_bytes"]}
-    assert seeds["uplink_bytes"] * 3 == metrics[0]["uplink_bytes"]
-    assert 2 * 2 * 4 < seeds["uplink_bytes"] < 40  # two coefficients and two losses
-    assert 2 * 2 * 4 < seeds["downlink_bytes"] < 50  # the two coefficients of each of the two others
+    assert {size for record in metrics for size in record["client_uplink_bytes"]} == {coefficients["uplink_bytes"]}
+    assert {size for record in metrics for size in record["client_downlink_bytes"]} == {coefficients["downlink_bytes"]}
+    assert coefficients["uplink_bytes"] * 3 == metrics[0]["uplink_bytes"]
+    assert 2 * 2 * 4 < coefficients["uplink_bytes"] < 40  # two coefficients and two losses
+    assert 2 * 2 * 4 < coefficients["downlink_bytes"] < 50  # the two coefficients of each of the two others
     assert lora["uplink_bytes"] > 4 * 2 * 8 * (32 + 16)
     assert "test loss" in done.stdout
     assert done.stderr == ""
@@ -211,7 +211,7 @@ BAD = {
     "no time at all": ({"deadline": 0}, "--deadline must be above 0"),
     "no attempt": ({"attempts": 0}, "--attempts must be at least 1"),
     "coefficients of fedavg": (
-        {"algorithm": "fedavg", "uplink": "seeds"},
+        {"algorithm": "fedavg", "uplink": "coefficients"},
         "--uplink must be lora with --algorithm fed",
     ),
     "seeds of fedavg": ({"algorithm": "fedavg", "seeds": "shared"}, "--seeds must be per-client with --algorithm fed"),

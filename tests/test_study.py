@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from experiments import common, study
+from fedmezo_jax.sweep import Curve
 
 STUDIES = [
     *("batch_size", "clients", "convergence", "local_steps", "lora_rank", "model_size"),
-    *("personalised_rates", "perturbation_scale", "shared_directions", "splitters"),
+    *("personalised_rates", "perturbation_scale", "shared_directions", "single_client", "splitters"),
 ]
 
 
@@ -66,6 +67,29 @@ def test_a_confidence_interval_by_hand():
     # Of 1, 2, 3: mean 2, standard error 1/√3, and Student's t with 2 degrees of freedom has 2.92 at 95 %.
     assert study.half_width(np.array([1.0, 2.0, 3.0])) == pytest.approx(2.91998558 / math.sqrt(3))
     assert study.half_width(np.array([1.0])) is None
+
+
+def outcomes(losses):
+    """An outcome for each method and rate that ends at the given test losses, one a seed."""
+    swept = study.swept({label: ({}, tuple(rates)) for label, rates in losses.items()})
+    ends = [loss for rates in losses.values() for loss in rates.values()]
+    return [
+        study.Outcome(
+            label, study.replace(study.SMOKE, **fields), [Curve([0, 2], [3.0, loss], [3.0, 3.0], 0.1) for loss in each]
+        )
+        for (label, fields), each in zip(swept.items(), ends, strict=True)
+    ]
+
+
+def test_a_method_is_shown_at_its_best_rate_and_a_best_rate_at_an_end_is_marked():
+    inside = {0.1: [2.0, 2.0], 0.2: [1.0, 1.2], 0.4: [0.5, math.nan]}
+    found = outcomes({"a, b": inside, "c": {0.1: [2.0], 0.2: [1.0]}, "d": {0.1: [1.0], 0.2: [2.0]}})
+    tuned = study.tune(found)
+    assert {label: one.best.config.learning_rate for label, one in tuned.items()} == {"a, b": 0.2, "c": 0.2, "d": 0.1}
+    assert [one.at_an_end for one in tuned.values()] == [False, True, True]
+    marked = [(row["best"], row["at_an_end_of_the_sweep"]) for row in study.tuned_rows(found)]
+    no, best, edge = (False, False), (True, False), (True, True)
+    assert marked == [no, best, no, no, edge, edge, no]
 
 
 def test_an_unknown_preset_is_one_line(monkeypatch, capsys):

@@ -242,7 +242,7 @@ def test_a_round_is_done_once_it_is_in_the_ledger(config, undisturbed, tmp_path,
 
 def test_both_uplinks_give_the_same_bits(config, undisturbed, tmp_path):
     folder, _, expected = undisturbed
-    _, result = start(tmp_path, replace(config, uplink="seeds"))
+    _, result = start(tmp_path, replace(config, uplink="coefficients"))
     jax.tree.map(np.testing.assert_array_equal, result.lora, expected.lora)
     bytes_of = [name for name in result.metrics[0] if name.endswith("_bytes")]
     for record, other in zip(result.metrics, expected.metrics, strict=True):
