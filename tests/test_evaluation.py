@@ -14,6 +14,7 @@ from test_data_prompt import make_tokenizer
 from experiments import evaluate
 from fedmezo_jax.data.examples import Example
 from fedmezo_jax.data.files import Record
+from fedmezo_jax.data.prompt import text_ids
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.evaluation import choice, gsm8k, likelihood
 from fedmezo_jax.llama.adapter import save_adapter
@@ -102,6 +103,7 @@ def test_a_question_in_the_forms_there_are(answer):
     [
         (7, "must be an object"),
         ({"question": "a"}, "the field choices and answer is missing"),
+        ({**ROW, "answer": None}, "the field answer is null"),
         ({**ROW, "choices": ["one"]}, "2 to 26 texts"),
         ({**ROW, "choices": "ABC"}, "2 to 26 texts"),
         ({**ROW, "answer": 3}, "index from 0 to 2, a letter from A to C, or one of the choices, not 3"),
@@ -231,10 +233,12 @@ def test_generated_texts_come_back_in_the_order_of_their_prompts(folder, monkeyp
     tokenizer = load_tokenizer(folder)
     monkeypatch.setattr(evaluate, "ROWS_AT_ONCE", 2)
     # Stands in for a model that says its prompt again, and can only take two at a time.
-    monkeypatch.setattr(evaluate, "generate", lambda model, base, lora, tokens, new: [row[:new] for row in tokens[:2]])
+    monkeypatch.setattr(
+        evaluate, "generate", lambda model, base, lora, tokens, new, name: [row[:new] for row in tokens[:2]]
+    )
     texts = ["red cat dog", "one", "blue moon", "two three", "star dog bird red"]
-    subject = evaluate.Subject(None, None, {}, tokenizer)
-    assert evaluate.generator(subject, 99)(texts) == texts
+    subject = evaluate.Subject(None, None, {}, tokenizer, "x")
+    assert evaluate.generator(subject, 99)(text_ids(texts, tokenizer)) == texts
 
 
 @pytest.mark.parametrize(

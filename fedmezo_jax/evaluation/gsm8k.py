@@ -1,7 +1,7 @@
 """GSM8K answers: the number that a solution states, and exact match of generated solutions with the given ones."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from decimal import Decimal
 from typing import NamedTuple
 
@@ -69,14 +69,3 @@ def score(solutions: Sequence[str], references: Sequence[str]) -> Score:
     ]
     stated = [_STATED.search(solution) is not None for solution in solutions]
     return Score(sum(right) / len(right), sum(stated) / len(stated), len(right))
-
-
-def evaluate(generate: Callable[[list[str]], list[str]], prompts: Sequence[str], references: Sequence[str]) -> Score:
-    """Generates a solution to each prompt and scores it.
-
-    Args:
-        generate: from prompts to the texts that a model continues them with, in the same order.
-        prompts: the problems, ready for the model, [n].
-        references: as in :func:`score`.
-    """
-    return score(generate(list(prompts)), references)
