@@ -157,14 +157,15 @@ def test_logits_count_up_to_the_end_of_a_row_alone(folder, config):
     """A token whose embedding is NaN spoils what follows it, and nothing where the row has ended with it."""
     base = load_base(folder, config)
     model = Llama(config)
-    (free,) = continued(model, base, {}, [[5, 9]], 4, ends=[])
-    assert free[1] not in (5, 9, free[0])
-    table = np.array(base["embed_tokens"]["embedding"])
-    table[free[1]] = np.nan
-    spoilt = base | {"embed_tokens": {"embedding": table}}
-    assert continued(model, spoilt, {}, [[5, 9]], 4, ends=[free[1]]) == [free[:2]]
+    (ends, goes_on) = continued(model, base, {}, [[5, 9], [7, 3]], 4, ends=[])
+    spoils = ends[1]
+    assert spoils not in (5, 9, 7, 3, ends[0], *goes_on)
+    embedding = np.array(base["embed_tokens"]["embedding"])
+    embedding[spoils] = np.nan
+    spoilt = base | {"embed_tokens": {"embedding": embedding}}
+    assert continued(model, spoilt, {}, [[5, 9], [7, 3]], 4, ends=[spoils]) == [ends[:2], goes_on]
     with pytest.raises(UserError, match="the logits are not finite"):
-        continued(model, spoilt, {}, [[5, 9]], 4, ends=[])
+        continued(model, spoilt, {}, [[5, 9], [7, 3]], 4, ends=[])
 
 
 def test_the_largest_weight_is_found_wherever_it_is(folder, config):

@@ -207,7 +207,7 @@ def test_a_tokenizer_of_another_model_is_refused(config, tmp_path):
 
 def test_a_test_loss_beyond_every_number_is_null_in_the_metrics(config, tmp_path):
     setup = prepare(replace(config, rounds=1))
-    setup = setup._replace(test=setup.test._replace(label_weights=setup.test.label_weights * np.inf))
+    setup = setup._replace(test=setup.test._replace(label_weights=np.full_like(setup.test.label_weights, np.nan)))
     result = train(setup, tmp_path, checkpoint_every=1, eval_every=1, loss_before=1.0)
     assert np.isnan(result.loss_after)
     text = (tmp_path / "metrics.jsonl").read_text()

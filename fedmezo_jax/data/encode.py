@@ -62,14 +62,15 @@ def encode(
     """Tokenises examples; the labels are the response and the end token, or the assistant's turns of a chat.
 
     Prompt and response are tokenised apart and joined, so that the boundary between them lies between two tokens
-    whatever the vocabulary would merge across it: the prompt's tokens are those of :func:`prompt.prompt_ids`, from
-    which a response is generated. Other libraries, TRL among them, tokenise both as one text. Where a tokenizer puts a
-    space before every text, as sentencepiece's does, the first label then differs (``▁Paris`` here, ``Paris`` there),
-    and so do the losses, slightly.
+    whatever the vocabulary would merge across it. The prompt's tokens are those of :func:`prompt.prompt_ids`, from
+    which a response is generated. The begin token leads where the tokenizer is set to add one.
 
-    The begin token leads where the tokenizer is set to add one. A chat
-    is tokenised as one text in the tokenizer's chat template, and a token is a label if it begins in a turn of the
-    assistant, whose end-of-turn mark counts; what follows the last label is left out.
+    The paper's code and TRL tokenise prompt and response as one text. That gives the same tokens with byte-level
+    tokenizers, unless one merges across the boundary. With a tokenizer that puts a space before every text, as LLaMA 1
+    and 2's do, the first label differs (``▁Paris`` here, ``Paris`` there), so losses do not compare with theirs.
+
+    A chat is tokenised as one text in the tokenizer's chat template, and a token is a label if it begins in a turn of
+    the assistant, whose end-of-turn mark counts; what follows the last label is left out.
 
     Args:
         examples: pairs or chats, [n]. Chats go through the chat template whatever the style.
