@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+import math
 import os
 import platform
 import shlex
@@ -101,7 +102,11 @@ def _parse(config: type[T], description: str | None) -> T:
 
 
 def write_results(folder: Path, rows: Sequence[Row], seconds: float) -> None:
-    """Writes ``results.json``: ``command``, ``versions``, ``host``, ``seconds`` and ``rows``."""
+    """Writes ``results.json``: ``command``, ``versions``, ``host``, ``seconds`` and ``rows``.
+
+    Numbers that are not finite become null, as JSON has none.
+    """
+    rows = [{key: _in_json(value) for key, value in row.items()} for row in rows]
     versions = {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES}
     devices = jax.devices()
     host = {
@@ -113,8 +118,12 @@ def write_results(folder: Path, rows: Sequence[Row], seconds: float) -> None:
     }
     module = sys.modules["__main__"].__spec__
     command = shlex.join(["python", "-m", module.name if module else sys.argv[0], *sys.argv[1:]])
-    results = {"command": command, "versions": versions, "host": host, "seconds": seconds, "rows": list(rows)}
+    results = {"command": command, "versions": versions, "host": host, "seconds": seconds, "rows": rows}
     write_json(folder / "results.json", results)
+
+
+def _in_json(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_table(title: str, rows: Sequence[Row]) -> None:

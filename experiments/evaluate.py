@@ -26,16 +26,18 @@ from experiments import common
 from fedmezo_jax.data.encode import LongRows, encode
 from fedmezo_jax.data.examples import Example, Rows
 from fedmezo_jax.data.partition import hold_out
-from fedmezo_jax.data.prompt import Style, prompts
+from fedmezo_jax.data.prompt import Style, prompt_ids
 from fedmezo_jax.data.sources import load_records
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.evaluation import choice, gsm8k, likelihood
 from fedmezo_jax.llama.adapter import load_adapter
 from fedmezo_jax.llama.checkpoint import load_base
+from fedmezo_jax.llama.checks import check_weights
 from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.generate import generate
 from fedmezo_jax.llama.model import Base, Llama, Lora
 from fedmezo_jax.llama.registry import load_tokenizer, resolve
+from fedmezo_jax.out_folder import out_folder
 from fedmezo_jax.run_folder import write_json
 from fedmezo_jax.setup import check_tokens, table_of
 
@@ -92,29 +94,48 @@ class Config:
 
 
 class Subject(NamedTuple):
-    """The model to measure."""
+    """The model to measure.
+
+    Attributes:
+        model: the decoder.
+        base: its frozen weights.
+        lora: the adapter, ``{}`` for none.
+        tokenizer: its tokenizer.
+        name: what error messages call it.
+    """
 
     model: Llama
     base: Base
     lora: Lora
     tokenizer: Any
+    name: str
 
 
 def main(config: Config) -> None:
     """Loads, measures, prints the table and writes the folder."""
     start = time.perf_counter()
-    _check_out(config.out)
+    with out_folder(config.out):
+        if (config.out / "metrics.jsonl").exists():
+            raise UserError(f"--out {config.out} holds a run, whose results would be overwritten: give another folder")
+        _evaluate(config, start)
+
+
+def _evaluate(config: Config, start: float) -> None:
     folder = resolve(config.model)
     llama, tokenizer = LlamaConfig.from_json(folder), load_tokenizer(folder)
     adapter = None if config.adapter is None else load_adapter(config.adapter, llama)
     scale, lora = (1.0, {}) if adapter is None else (adapter.alpha / adapter.rank, adapter.lora)
     table = table_of(config, tokenizer) if set(config.metrics) - {"choice"} else None
     if table:
-        check_tokens(table.rows, tokenizer, llama, folder)
+        check_tokens(table.rows, llama, folder)
     asked = _questions(config) if "choice" in config.metrics else []
+    candidates = _encoded(config, asked, tokenizer, llama) if asked else None
+    if candidates:
+        check_tokens(candidates, llama, folder)
     stored = jnp.float32 if config.precision == "float32" else jnp.bfloat16
     base = jax.tree.map(jnp.asarray, load_base(folder, llama, stored))
-    subject = Subject(Llama(llama, scale, config.precision), base, lora, tokenizer)
+    check_weights(llama, base, f"--model {config.model}")
+    subject = Subject(Llama(llama, scale, config.precision), base, lora, tokenizer, f"--model {config.model}")
 
     rows: list[dict[str, Any]] = []
     generations: list[dict[str, str]] = []
@@ -123,15 +144,16 @@ def main(config: Config) -> None:
         rows.append({"metric": metric, "value": value, "count": count})
 
     if table and "loss" in config.metrics:
-        found = likelihood.mean_loss(*subject[:3], Rows(*(leaf[table.test] for leaf in table.rows)))
+        rows_of_test = Rows(*(leaf[table.test] for leaf in table.rows))
+        found = likelihood.mean_loss(*subject[:3], rows_of_test, subject.name)
         add("loss (nats a token)", found.loss, len(table.test))
         add("perplexity", found.perplexity, len(table.test))
     if table and "gsm8k" in config.metrics:
         examples = [row for i in table.test if isinstance(row := table.examples[i], Example)]
         if not examples:
             raise UserError("--metric gsm8k is for data with questions and answers, not for chats")
-        texts = prompts(examples, tokenizer, config.prompt_style)
-        solutions = generator(subject, config.max_new_tokens)(texts)
+        prompts = prompt_ids(examples, tokenizer, config.prompt_style)
+        solutions = generator(subject, config.max_new_tokens)(prompts)
         score = gsm8k.score(solutions, [example.response for example in examples])
         add("gsm8k exact match", score.accuracy, score.count)
         add("gsm8k answers stated", score.stated, score.count)
@@ -139,11 +161,11 @@ def main(config: Config) -> None:
             {"question": example.instruction, "generated": solution, "given": example.response}
             for example, solution in zip(examples, solutions, strict=True)
         ]
-    if asked:
-        add("choice accuracy", _choice_accuracy(config, subject, asked), len(asked))
+    if candidates:
+        losses = likelihood.row_losses(*subject[:3], candidates, subject.name)
+        add("choice accuracy", choice.accuracy(asked, losses), len(asked))
         add("choice by chance", float(np.mean([1 / len(one.choices) for one in asked])), len(asked))
 
-    config.out.mkdir(parents=True, exist_ok=True)
     paths = {"adapter": str(config.adapter or ""), "out": str(config.out)}
     write_json(config.out / "config.json", asdict(config) | paths)
     if generations:
@@ -154,16 +176,15 @@ def main(config: Config) -> None:
     print(f"{config.out}: config.json, results.json{', generations.jsonl' if generations else ''}")
 
 
-def generator(subject: Subject, max_new_tokens: int) -> Callable[[list[str]], list[str]]:
+def generator(subject: Subject, max_new_tokens: int) -> Callable[[list[list[int]]], list[str]]:
     """``generate(prompts)``: the texts with which the model goes on, in batches of prompts of like length."""
 
-    def run(texts: list[str]) -> list[str]:
-        tokens = subject.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        order = sorted(range(len(texts)), key=lambda i: len(tokens[i]))
-        found = [""] * len(texts)
+    def run(prompts: list[list[int]]) -> list[str]:
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        found = [""] * len(prompts)
         for at in track(range(0, len(order), ROWS_AT_ONCE), "generating", transient=True):
             batch = order[at : at + ROWS_AT_ONCE]
-            new = generate(*subject[:3], [tokens[i] for i in batch], max_new_tokens)
+            new = generate(*subject[:3], [prompts[i] for i in batch], max_new_tokens, name=subject.name)
             for i, row in zip(batch, new, strict=True):
                 found[i] = subject.tokenizer.decode(row, skip_special_tokens=True)
         return found
@@ -179,20 +200,16 @@ def _questions(config: Config) -> list[choice.Question]:
     return found
 
 
-def _choice_accuracy(config: Config, subject: Subject, asked: list[choice.Question]) -> float:
+def _encoded(config: Config, asked: list[choice.Question], tokenizer: Any, llama: LlamaConfig) -> Rows:
+    """One row for each choice of each question."""
     examples = [example for one in asked for example in choice.candidates(one)]
-    room = subject.model.config.max_position_embeddings
-    encoded = encode(examples, subject.tokenizer, room, style=config.prompt_style)
+    room = llama.max_position_embeddings
+    encoded = encode(examples, tokenizer, room, style=config.prompt_style, source=f"--data {config.data}")
     if encoded.dropped:
-        raise UserError(f"a question with its choices is longer than the model's {room} tokens: leave it out")
-    return choice.accuracy(asked, likelihood.row_losses(*subject[:3], encoded.rows))
-
-
-def _check_out(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--out {folder} is a file: give a folder")
-    if (folder / "metrics.jsonl").exists():
-        raise UserError(f"--out {folder} holds a run, whose results would be overwritten: give another folder")
+        raise UserError(
+            f"--data {config.data}: a question with its choices is longer than the model's {room} tokens: leave it out"
+        )
+    return encoded.rows
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from fedmezo_jax.data.buckets import lengths
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.journal import versions
 from fedmezo_jax.llama.precision import WORRYING, likely_error
-from fedmezo_jax.setup import Setup, prepare, settled
+from fedmezo_jax.setup import Setup, base_loss, prepare, settled
 from fedmezo_jax.sharding import parse_mesh
 from fedmezo_jax.training import Result, probe_start, train
 from fedmezo_jax.wire import lora_message
@@ -104,6 +104,7 @@ def _main(config: Config, held: ExitStack) -> None:
 
     processes.all_or_none(open_folder)
     setup = processes.all_or_none(lambda: prepare(config.run, parse_mesh(config.mesh, jax.devices())))
+    loss_before = base_loss(setup)
     begun = processes.all_or_none((config.out / "metrics.jsonl").exists)
     processes.all_or_none(make_folder if first else lambda: None)
     processes.all_or_none(lambda: run_folder.check_shared(config.out))
@@ -112,7 +113,7 @@ def _main(config: Config, held: ExitStack) -> None:
     warn(config, setup, begun)
     if first:
         plot_partition(config.out / "partition.png", setup)
-    result = _train(config, setup)
+    result = _train(config, setup, loss_before)
     if first:
         conclude(config, setup, result, time.perf_counter() - start)
 
@@ -134,7 +135,7 @@ def warn(config: Config, setup: Setup, begun: bool) -> None:
             print("warning:", warning)
 
 
-def _train(config: Config, setup: Setup) -> Result:
+def _train(config: Config, setup: Setup, loss_before: float) -> Result:
     with _progress() as bar:
         task = bar.add_task("rounds", total=config.run.rounds, loss="", pace="")
 
@@ -145,7 +146,7 @@ def _train(config: Config, setup: Setup) -> Result:
 
         intervals = {"checkpoint_every": config.checkpoint_every, "eval_every": config.eval_every}
         notify = partial(bar.console.print, "notice:", soft_wrap=True, markup=False, highlight=False)
-        return train(setup, config.out, **intervals, on_round=show, notify=notify)
+        return train(setup, config.out, **intervals, loss_before=loss_before, on_round=show, notify=notify)
 
 
 def conclude(config: Config, setup: Setup, result: Result, seconds: float) -> None:

@@ -16,14 +16,16 @@ import tyro
 
 from experiments import common
 from fedmezo_jax.data.examples import Example
-from fedmezo_jax.data.prompt import prompt as alpaca
+from fedmezo_jax.data.prompt import prompt_ids, text_ids
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.adapter import load_adapter
 from fedmezo_jax.llama.checkpoint import load_base
+from fedmezo_jax.llama.checks import check_weights
 from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.generate import generate
 from fedmezo_jax.llama.model import Llama
 from fedmezo_jax.llama.registry import load_tokenizer, resolve
+from fedmezo_jax.out_folder import out_folder
 from fedmezo_jax.run_folder import write_json
 
 
@@ -54,17 +56,24 @@ def main(config: Config) -> None:
     start = time.perf_counter()
     if not config.prompt:
         raise UserError('no prompt is given: add --prompt "…", once or several times')
-    if config.out.exists() and not config.out.is_dir():
-        raise UserError(f"--out {config.out} is a file: give a folder")
+    with out_folder(config.out):
+        _generate(config, start)
+
+
+def _generate(config: Config, start: float) -> None:
     folder = resolve(config.model)
     llama, tokenizer = LlamaConfig.from_json(folder), load_tokenizer(folder)
     adapter = None if config.adapter is None else load_adapter(config.adapter, llama)
     scale = 1.0 if adapter is None else adapter.alpha / adapter.rank
-    texts = [alpaca(Example(text, "", "", "")) if config.instruct else text for text in config.prompt]
-    tokens = [tokenizer(text)["input_ids"] for text in texts]
+    if config.instruct:
+        tokens = prompt_ids([Example(text, "", "", "") for text in config.prompt], tokenizer, "alpaca")
+    else:
+        tokens = text_ids(config.prompt, tokenizer)
     base = load_base(folder, llama, jnp.float32 if config.precision == "float32" else jnp.bfloat16)
     model = Llama(llama, scale, config.precision)
-    found = generate(model, base, {} if adapter is None else adapter.lora, tokens, config.max_new_tokens)
+    lora, name = {} if adapter is None else adapter.lora, f"--model {config.model}"
+    check_weights(llama, base, name)
+    found = generate(model, base, lora, tokens, config.max_new_tokens, name=name)
     rows = [
         {
             "prompt": text,
@@ -74,7 +83,6 @@ def main(config: Config) -> None:
         }
         for text, given, new in zip(config.prompt, tokens, found, strict=True)
     ]
-    config.out.mkdir(parents=True, exist_ok=True)
     write_json(
         config.out / "config.json", asdict(config) | {"adapter": str(config.adapter or ""), "out": str(config.out)}
     )

@@ -165,7 +165,7 @@ def programs(config: Config, device: Any) -> list[tuple[str, Precision, Callable
         return jax.vmap(one)(lora, rows)
 
     precisions: dict[Precision, None] = dict.fromkeys((config.precision, unpaired))  # each once
-    steps = [
+    steps: list[tuple[str, Precision, Callable[..., Any], tuple[Any, ...]]] = [
         ("fedmezo", precision, partial(step, single.clone(precision=precision)), (base, lora, rows, keys))
         for precision in precisions
     ]

@@ -23,7 +23,7 @@ from experiments.study import PAPER, SMOKE, PresetName
 from fedmezo_jax import run_folder
 from fedmezo_jax.config import RunConfig
 from fedmezo_jax.data.examples import Example
-from fedmezo_jax.data.prompt import prompts
+from fedmezo_jax.data.prompt import prompt_ids
 from fedmezo_jax.evaluation import gsm8k
 from fedmezo_jax.llama.registry import load_tokenizer, resolve
 from fedmezo_jax.setup import prepare, settled, table_of
@@ -73,11 +73,11 @@ def main(config: Config) -> None:
     tokenizer = load_tokenizer(resolve(run.model))
     table = table_of(run, tokenizer)
     asked = [one for i in table.test if isinstance(one := table.examples[i], Example)]
-    texts = prompts(asked, tokenizer, run.prompt_style)
+    prompts = prompt_ids(asked, tokenizer, run.prompt_style)
 
     def answer(lora: Any) -> gsm8k.Score:
-        subject = Subject(setup.model.clone(precision="float32"), setup.base, lora, tokenizer)
-        return gsm8k.score(generator(subject, tokens)(texts), [one.response for one in asked])
+        subject = Subject(setup.model.clone(precision="float32"), setup.base, lora, tokenizer, f"--model {run.model}")
+        return gsm8k.score(generator(subject, tokens)(prompts), [one.response for one in asked])
 
     with run_folder.guarded(folder), run_folder.lock(folder), Progress() as bar:
         task = bar.add_task("rounds", total=run.rounds)

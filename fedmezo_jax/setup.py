@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -19,9 +20,10 @@ from fedmezo_jax.config import RunConfig
 from fedmezo_jax.data.buckets import Widths, lengths, narrowed, widths
 from fedmezo_jax.data.examples import Rows
 from fedmezo_jax.data.partition import heterogeneity
-from fedmezo_jax.data.table import Table, deal, tabulate
+from fedmezo_jax.data.table import Table, data_named, deal, tabulate
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.checkpoint import load_base
+from fedmezo_jax.llama.checks import check_finite, check_ids, check_weights
 from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.lora import init_lora
 from fedmezo_jax.llama.loss import loss_of, loss_sums, pair_loss_of
@@ -126,11 +128,12 @@ def prepare(config: RunConfig, mesh: Mesh | None = None) -> Setup:
         )
     tokenizer = load_tokenizer(folder)
     table = table_of(config, tokenizer)
-    check_tokens(table.rows, tokenizer, llama, folder)
+    check_tokens(table.rows, llama, folder)
     train, test = (Rows(*(leaf[picked] for leaf in table.rows)) for picked in (table.train, table.test))
     trained = [table.examples[i] for i in table.train]
     how = (config.clients, config.dirichlet_alpha, config.seed)
-    parts, categories = deal(config.partition, trained, lengths(train), *how)
+    with data_named(config.data):
+        parts, categories = deal(config.partition, trained, lengths(train), *how)
 
     base = load_base(folder, llama, stored_type(config.precision), sharding.base_sharding(mesh))
     model = Llama(llama, config.lora_alpha / config.lora_rank, config.precision)
@@ -156,17 +159,13 @@ def table_of(config: Any, tokenizer: Any) -> Table:
     )
 
 
-def check_tokens(rows: Rows, tokenizer: Any, llama: LlamaConfig, folder: Path) -> None:
-    """Refuses tokens that the embedding has no row for, which a look-up would quietly take from its last row.
+def check_tokens(rows: Rows, llama: LlamaConfig, folder: Path) -> None:
+    """Refuses rows with a token beyond the model's vocabulary.
 
-    A padding token beyond the vocabulary, as many a tokenizer has been given, is harmless: no loss depends on it.
+    Padding with such a token, as many a tokenizer has been given, is harmless: no loss depends on it.
     """
-    largest = np.max(rows.tokens, where=rows.tokens != tokenizer.pad_token_id, initial=0)
-    if largest >= llama.vocab_size:
-        raise UserError(
-            f"{folder}: its tokenizer makes token {largest}, but the model's vocabulary has {llama.vocab_size}: "
-            "give the tokenizer that belongs to the model"
-        )
+    inside = np.arange(rows.tokens.shape[1]) < lengths(rows)[:, None]
+    check_ids(int(np.max(rows.tokens, where=inside, initial=0)), llama, folder)
 
 
 def build(setup: Setup) -> tuple[federated.Federated, Any]:
@@ -229,10 +228,25 @@ def evaluator(setup: Setup) -> Callable[[mezo.Params], float]:
     rows = Rows(*map(batched, setup.test))._replace(label_weights=weights.reshape(-1, size, weights.shape[1]))
     rows = jax.device_put(rows) if setup.mesh is None else sharding.whole(setup.mesh, rows)
 
-    @jax.jit
-    def mean(base, lora, rows):
-        sums = jax.lax.map(lambda batch: loss_sums(model, base, lora, batch), rows)
-        total, labels = (jnp.sum(column) for column in sums)
-        return total / labels
+    return lambda lora: float(_mean_loss(model, setup.base, lora, rows))
 
-    return lambda lora: float(mean(setup.base, lora, rows))
+
+@partial(jax.jit, static_argnums=0)
+def _mean_loss(model: Llama, base: Base, lora: mezo.Params, rows: Rows) -> jax.Array:
+    sums = jax.lax.map(lambda batch: loss_sums(model, base, lora, batch), rows)
+    total, labels = (jnp.sum(column) for column in sums)
+    return total / labels
+
+
+def base_loss(setup: Setup) -> float:
+    """The test loss before training, that of the base.
+
+    Raises:
+        UserError: it, or a weight of the base, overflows.
+    """
+    model = (setup.model.config, setup.base)
+    name = f"--model {setup.config.model}"
+    check_weights(*model, name)
+    loss = evaluator(setup)(setup.lora)
+    check_finite(math.isfinite(loss), "losses", *model, {}, name)
+    return loss

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from fedmezo_jax.data.batches import round_picks, take
 from fedmezo_jax.data.buckets import computed_tokens, lengths
 from fedmezo_jax.journal import open_journal
 from fedmezo_jax.llama.adapter import save_adapter
-from fedmezo_jax.setup import Setup, build, evaluator, run_key
+from fedmezo_jax.setup import Setup, base_loss, build, evaluator, run_key
 
 
 def forward_passes(config: RunConfig) -> int:
@@ -36,7 +37,7 @@ class Result(NamedTuple):
     Attributes:
         lora: θ at the end.
         loss_before: test loss of the base model, in nats.
-        loss_after: test loss at the end.
+        loss_after: test loss at the end; NaN where it is not finite.
         metrics: one record a round, as in ``metrics.jsonl``.
     """
 
@@ -52,6 +53,7 @@ def train(
     *,
     checkpoint_every: int,
     eval_every: int,
+    loss_before: float | None = None,
     on_round: Callable[[dict[str, Any]], None] = lambda record: None,
     notify: Callable[[str], None] = lambda notice: None,
 ) -> Result:
@@ -67,11 +69,12 @@ def train(
         folder: the run's, with its ``config.json`` written; gets ledger, metrics, checkpoints and ``adapter``.
         checkpoint_every: rounds between checkpoints; the last round always gets one.
         eval_every: rounds between measurements of the test loss; the last round always gets one.
+        loss_before: from :func:`base_loss`, where it has been measured already.
         on_round: called with each round's record, those of earlier sessions first.
         notify: called with each thing that the user should know.
 
     Raises:
-        UserError: the ledger is damaged, or all clients failed too often.
+        UserError: the base's loss is not finite, the ledger is damaged, or all clients failed too often.
     """
     config, mesh = setup.config, setup.mesh
     (init, round), loss = build(setup)
@@ -96,7 +99,7 @@ def train(
 
         return work
 
-    loss_before = test_loss(setup.lora)
+    loss_before = base_loss(setup) if loss_before is None else loss_before
     with run_checkpoints.manager(folder) as manager:
         fresh = sharding.whole(mesh, rounds.begin(init(setup.lora, config.clients), config))
         journal = open_journal(setup, folder, manager, fresh, notify)
@@ -122,7 +125,7 @@ def train(
             held, tokens = map(sum, zip(*spent, strict=True))
             now = time.perf_counter()
             record |= {
-                "test_loss": measured,
+                "test_loss": measured if measured is None or math.isfinite(measured) else None,  # JSON has no NaN
                 "seconds": now - start,
                 "host_seconds": now - start - clock.lap(),
                 "forward_passes": passes * len(spent),
@@ -143,7 +146,8 @@ def train(
     if processes.is_coordinator():
         save_adapter(folder / "adapter", lora, **settings, base_name=config.model)
     metrics = processes.all_or_none(lambda: run_folder.read_metrics(folder))
-    return Result(lora, loss_before, metrics[-1]["test_loss"], metrics)
+    loss_after = metrics[-1]["test_loss"]
+    return Result(lora, loss_before, math.nan if loss_after is None else loss_after, metrics)
 
 
 class Stopwatch:

@@ -8,7 +8,7 @@ from test_data_prompt import make_tokenizer
 
 from fedmezo_jax.data.encode import encode
 from fedmezo_jax.data.examples import Chat, Example, Message
-from fedmezo_jax.data.prompt import prompt, prompts, render, response
+from fedmezo_jax.data.prompt import prompt, prompt_ids, render, response
 from fedmezo_jax.errors import UserError
 
 # The shapes of template in the wild: ChatML's and LLaMA 3's headers, LLaMA 2's brackets without any header.
@@ -88,14 +88,16 @@ def test_an_opening_turn_of_the_assistant_is_not_learnt():
 def test_a_template_that_rewrites_earlier_turns_is_refused():
     # As reasoning models do: only the last turn of the assistant keeps its mark.
     template = CHATML.replace("m['content']", "('<think>' if loop.last else '') + m['content']")
-    with pytest.raises(UserError, match=r"chat 0: .* writes message 1 otherwise once others follow"):
+    with pytest.raises(
+        UserError, match=r"^the data: chat 0 \(counted from 0\): .* writes message 1 otherwise once others follow"
+    ):
         encode([TALK], with_template(template), 500)
     assert len(encode([Chat(TALK.messages[:2], "")], with_template(template.replace("<think>", "")), 500).kept) == 1
 
 
 def test_a_template_that_refuses_a_chat_is_named_with_its_reason():
     tokenizer = with_template(LLAMA2)
-    with pytest.raises(UserError, match=r"chat 1: .*refuses the chat \(the user must begin\)"):
+    with pytest.raises(UserError, match=r"chat 1 \(counted from 0\): .*refuses the chat \(the user must begin\)"):
         encode([TALK, Chat((Message("assistant", "Hello."),), "")], tokenizer, 500)
 
 
@@ -128,7 +130,7 @@ def test_a_tokenizer_without_a_template_names_the_remedy():
     for call in (
         lambda: encode([TALK], tokenizer, 500),
         lambda: encode([Example("a", "", "b", "")], tokenizer, 500, style="chat"),
-        lambda: prompts([Example("a", "", "b", "")], tokenizer, "chat"),
+        lambda: prompt_ids([Example("a", "", "b", "")], tokenizer, "chat"),
     ):
         with pytest.raises(
             UserError, match=r"^the tokenizer has no chat template.*chat_template\.jinja into its folder, or choose"
@@ -168,17 +170,9 @@ def test_prompt_styles(style, example, before, after):
     end = "<|im_end|>" if style == "chat" else "</s>"
     assert tokenizer.decode(rows.tokens[0, :length]) == before + after + end
     assert tokenizer.decode(rows.labels[0, :count]) == after + end
-    assert prompts([example], tokenizer, style) == [before]
+    assert tokenizer.batch_decode(prompt_ids([example], tokenizer, style)) == [before]
     if style != "chat":
         assert (prompt(example, style), response(example, style)) == (before, after)
-
-
-@pytest.mark.parametrize("style", ["alpaca", "plain", "question-answer"])
-def test_what_is_generated_from_is_what_was_trained_on(style):
-    tokenizer = make_tokenizer(begin=True, pad_token="<pad>")
-    rows = encode([SORT], tokenizer, 500, style=style).rows
-    asked = tokenizer(prompts([SORT], tokenizer, style), add_special_tokens=False)["input_ids"][0]
-    assert rows.tokens[0, : rows.label_positions[0, 0] + 1].tolist() == asked
 
 
 def test_the_first_token_of_all_is_no_label_as_nothing_predicts_it():

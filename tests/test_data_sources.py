@@ -53,7 +53,8 @@ def test_text_that_looks_like_a_line_break_stays_in_its_row(tmp_path):
         (lines(GOOD) + '{"instruction": "a", \n' + lines(GOOD), 2, "broken JSON"),
         ("\n" + lines(GOOD) + '{"instruction": "b"}\n', 3, "output (or response, answer) is missing"),
         (lines(GOOD) + '{"output": "b"}\n', 2, "instruction (or question) is missing"),
-        (lines(GOOD) + '{"instruction": "a", "output": null}\n', 2, "output (or response, answer) is missing"),
+        (lines(GOOD) + '{"instruction": "a", "output": null}\n', 2, "output is null; give it a text or remove this"),
+        (lines(GOOD) + '{"question": null, "answer": "b"}\n', 2, "the field question is null"),
         (lines(GOOD) + '{"instruction": "a", "output": 3}\n', 2, "output must be text, not a number"),
         (lines(GOOD) + "7\n", 2, "must be a JSON object with instruction and output, not a number"),
         (lines(GOOD) + "[" * 100_000 + "\n", 2, "broken JSON"),
@@ -287,9 +288,9 @@ def test_chats_are_rows_with_messages(tmp_path):
 @pytest.mark.parametrize(
     ("messages", "words"),
     [
-        (None, "the field messages is missing"),
+        (None, "the field messages is null"),
         ("hi", "must be a list of messages, not text"),
-        ([], "must be a list of messages"),
+        ([], "messages is empty; remove this row"),
         ([{"role": "user"}], "messages[0] must be"),
         ([TURNS[0], {"role": "assistant", "content": None}], "messages[1] must be"),
         ([TURNS[0]], "no message in messages is by the assistant"),

@@ -14,6 +14,7 @@ from test_data_prompt import make_tokenizer
 from experiments import evaluate
 from fedmezo_jax.data.examples import Example
 from fedmezo_jax.data.files import Record
+from fedmezo_jax.data.prompt import text_ids
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.evaluation import choice, gsm8k, likelihood
 from fedmezo_jax.llama.adapter import save_adapter
@@ -40,8 +41,30 @@ from fedmezo_jax.llama.registry import load_tokenizer
         ("He has 3 and then 4, so 3+4=7 in all.", "7"),
         ("It takes 10-3", "3"),
         ("x = .5", ".5"),
-        ("1,2,3", "3"),
         ("Tickets cost 1,000,000 dollars.", "1000000"),
+        # GSM8K's marker rules, wherever it stands and whatever the text before it says.
+        ("The answer is clear: 2+2=4\n#### 4", "4"),
+        ("#### 4\nThe answer is 5", "4"),
+        ("#### 18\n\nNext.\n#### 20", "18"),
+        ("####$1,234.5", "1234.5"),
+        ("So 3+4=7.\n####", "7"),  # a marker without a number is none
+        # U+2212 is a minus like the hyphen, and like it a sign only where nothing stands before it.
+        ("The answer is \u221242", "-42"),
+        ("#### \u2212$42", "-42"),
+        ("It takes 10\u22123", "3"),
+        # A comma separates thousands and nothing else, and a number has one point at most.
+        ("The answer is 1,23", None),
+        ("The answer is 1,23 or 5", None),
+        ("#### 1234,567", None),
+        ("#### 1,2345", None),
+        ("1,2,3", None),
+        ("The answer is 3.4.5", None),
+        ("He has 9. Version 3.4.5", None),
+        ("The answer is 1.234,5", None),
+        # Punctuation after a number is not part of it.
+        ("The answer is 18, as 9+9=18.", "18"),
+        ("The answer is 3.5.", "3.5"),
+        ("It goes on...5", "5"),
         # The phrase without a number after it states nothing, whatever came before.
         ("There are 9. The answer is nine", None),
         ("I do not know.", None),
@@ -80,6 +103,7 @@ def test_a_question_in_the_forms_there_are(answer):
     [
         (7, "must be an object"),
         ({"question": "a"}, "the field choices and answer is missing"),
+        ({**ROW, "answer": None}, "the field answer is null"),
         ({**ROW, "choices": ["one"]}, "2 to 26 texts"),
         ({**ROW, "choices": "ABC"}, "2 to 26 texts"),
         ({**ROW, "answer": 3}, "index from 0 to 2, a letter from A to C, or one of the choices, not 3"),
@@ -209,10 +233,12 @@ def test_generated_texts_come_back_in_the_order_of_their_prompts(folder, monkeyp
     tokenizer = load_tokenizer(folder)
     monkeypatch.setattr(evaluate, "ROWS_AT_ONCE", 2)
     # Stands in for a model that says its prompt again, and can only take two at a time.
-    monkeypatch.setattr(evaluate, "generate", lambda model, base, lora, tokens, new: [row[:new] for row in tokens[:2]])
+    monkeypatch.setattr(
+        evaluate, "generate", lambda model, base, lora, tokens, new, name: [row[:new] for row in tokens[:2]]
+    )
     texts = ["red cat dog", "one", "blue moon", "two three", "star dog bird red"]
-    subject = evaluate.Subject(None, None, {}, tokenizer)
-    assert evaluate.generator(subject, 99)(texts) == texts
+    subject = evaluate.Subject(None, None, {}, tokenizer, "x")
+    assert evaluate.generator(subject, 99)(text_ids(texts, tokenizer)) == texts
 
 
 @pytest.mark.parametrize(

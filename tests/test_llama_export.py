@@ -97,6 +97,30 @@ def test_weights_are_stored_in_the_chosen_type(tmp_path):
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_the_file_s_fault(tmp_path, bad):
+    tensors = small_tensors()
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = bad
+    model = write_in("safetensors", tmp_path / "model", RAW, tensors)
+    for adapter in (None, random_adapter(LlamaConfig.from_json(RAW))):
+        with pytest.raises(UserError) as caught:
+            export(model, tmp_path / "no", adapter)
+        assert str(caught.value) == (
+            f"{model / 'model.safetensors'}: model.layers.1.mlp.up_proj.weight holds weights that are not finite; "
+            "fetch the file again"
+        )
+        assert not (tmp_path / "no").exists()
+
+
+def test_an_adapter_that_makes_a_weight_overflow_is_named(tmp_path):
+    model, config = write_in("safetensors", tmp_path / "model", RAW, small_tensors()), LlamaConfig.from_json(RAW)
+    adapter = random_adapter(config, ("o_proj",))
+    huge = adapter._replace(lora=jax.tree.map(lambda leaf: leaf * np.float32(1e30), adapter.lora))
+    with pytest.raises(UserError, match=r"the adapter makes model.layers.0.self_attn.o_proj.weight overflow"):
+        export(model, tmp_path / "no", huge)
+    assert not (tmp_path / "no").exists()
+
+
 def test_tokenizer_files_come_along_and_an_empty_folder_may_be_there(tmp_path):
     model = write_in("safetensors", tmp_path / "model", RAW, small_tensors())
     for name in ("tokenizer.json", "chat_template.jinja", "README.md", "pytorch_model.bin"):
@@ -106,7 +130,7 @@ def test_tokenizer_files_come_along_and_an_empty_folder_may_be_there(tmp_path):
     written = sorted(file.name for file in (tmp_path / "out").iterdir())
     assert written == ["chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json"]
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "tokenizer.json"
-    with pytest.raises(UserError, match=r"out is a file or holds files: give a new or empty folder"):
+    with pytest.raises(UserError, match=r"out holds files: give a new or empty folder"):
         export(model, tmp_path / "out")
 
 

@@ -199,6 +199,20 @@ def test_a_tokenizer_of_another_model_is_refused(config, tmp_path):
     tokenizer.add_special_tokens({"pad_token": "<far>"})
     tokenizer.save_pretrained(folder)
     assert cut(largest + 1).train.tokens.max() == largest + 1
+    tokenizer.eos_token = "<far>"  # which closes every row, and is the padding token too
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(UserError, match=rf"tokenizer makes token {largest + 1}, but"):
+        cut(largest + 1)
+
+
+def test_a_test_loss_beyond_every_number_is_null_in_the_metrics(config, tmp_path):
+    setup = prepare(replace(config, rounds=1))
+    setup = setup._replace(test=setup.test._replace(label_weights=np.full_like(setup.test.label_weights, np.nan)))
+    result = train(setup, tmp_path, checkpoint_every=1, eval_every=1, loss_before=1.0)
+    assert np.isnan(result.loss_after)
+    text = (tmp_path / "metrics.jsonl").read_text()
+    record = json.loads(text, parse_constant=lambda constant: pytest.fail(f"{constant} is not JSON"))
+    assert record["test_loss"] is None
 
 
 @pytest.mark.parametrize("tokens_at_once", [160, 10**6])

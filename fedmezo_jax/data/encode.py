@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 
 from fedmezo_jax.data.examples import Chat, Example, Message, Rows
-from fedmezo_jax.data.prompt import Style, as_chat, begin, check_template, prompt, render, response
+from fedmezo_jax.data.prompt import (
+    Style,
+    as_chat,
+    begin,
+    check_template,
+    prompt,
+    render,
+    response,
+    text_ids,
+    token_ids,
+)
 from fedmezo_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -47,13 +57,20 @@ def encode(
     style: Style = "alpaca",
     long_rows: LongRows = "drop",
     cache: Path | None = None,
+    source: str = "the data",
 ) -> Encoded:
     """Tokenises examples; the labels are the response and the end token, or the assistant's turns of a chat.
 
     Prompt and response are tokenised apart and joined, so that the boundary between them lies between two tokens
-    whatever the vocabulary would merge across it. The begin token leads where the tokenizer is set to add one. A chat
-    is tokenised as one text in the tokenizer's chat template, and a token is a label if it begins in a turn of the
-    assistant, whose end-of-turn mark counts; what follows the last label is left out.
+    whatever the vocabulary would merge across it. The prompt's tokens are those of :func:`prompt.prompt_ids`, from
+    which a response is generated. The begin token leads where the tokenizer is set to add one.
+
+    The paper's code and TRL tokenise prompt and response as one text. That gives the same tokens with byte-level
+    tokenizers, unless one merges across the boundary. With a tokenizer that puts a space before every text, as LLaMA 1
+    and 2's do, the first label differs (``▁Paris`` here, ``Paris`` there), so losses do not compare with theirs.
+
+    A chat is tokenised as one text in the tokenizer's chat template, and a token is a label if it begins in a turn of
+    the assistant, whose end-of-turn mark counts; what follows the last label is left out.
 
     Args:
         examples: pairs or chats, [n]. Chats go through the chat template whatever the style.
@@ -62,6 +79,7 @@ def encode(
         style: how an instruction becomes a prompt.
         long_rows: a row of more than `max_length` tokens is dropped, or cut at its end so long as a label is left.
         cache: folder in which the tokens are kept under a hash of all that decides them; None keeps them nowhere.
+        source: what error messages call the examples.
 
     Returns:
         N <= n rows with S the longest row and M the largest number of labels, each rounded up to a multiple of 8
@@ -73,7 +91,7 @@ def encode(
     end = tokenizer.eos_token_id
     if end is None:
         raise UserError("the tokenizer names no end token (eos_token), which must close every response")
-    table = _tokens(examples, tokenizer, style, cache) if examples else []
+    table = _tokens(examples, tokenizer, style, cache, source) if examples else []
     kept, tokens, labels, cut, shortest = [], [], [], 0, None
     for i, (row, labelled) in enumerate(table):
         length = len(row)
@@ -88,10 +106,12 @@ def encode(
         tokens.append(row[: places[-1] + 1])
         labels.append(places)
     if shortest is not None and not kept and not any(len(places) for _, places in table):
-        raise UserError("no row has anything to learn: every turn of the assistant opens its chat and answers nothing")
+        raise UserError(
+            f"{source}: no row has anything to learn: every turn of the assistant opens its chat and answers nothing"
+        )
     if not kept:
         reason = f"the shortest has {shortest}" if shortest else "there are no rows"
-        raise UserError(f"no row fits into {max_length} tokens ({reason}): raise --max-length")
+        raise UserError(f"{source}: no row fits into {max_length} tokens ({reason}): raise --max-length")
 
     width = min(_round_up(max(map(len, tokens))), max_length)
     labels_width = _round_up(max(map(len, labels)))
@@ -115,6 +135,7 @@ def _tokens(
     tokenizer: PreTrainedTokenizerFast,
     style: Style,
     cache: Path | None,
+    source: str,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """The tokens of each example and the places of its labels among them, from the cache where it has them."""
     from datasets import Dataset, Features, List, Value, disable_progress_bars  # takes a second to import
@@ -139,7 +160,7 @@ def _tokens(
             with_indices=True,
             remove_columns="text",
             features=Features({name: List(Value("int32")) for name in ("tokens", "labelled")}),
-            fn_kwargs={"tokenizer": tokenizer},
+            fn_kwargs={"tokenizer": tokenizer, "source": source},
             new_fingerprint=key[:32],
             keep_in_memory=file is None,
             cache_file_name=file,
@@ -159,25 +180,24 @@ def _lists(table: Any, name: str) -> list[np.ndarray]:
     return np.split(column.flatten().to_numpy(), np.cumsum(column.value_lengths().to_numpy())[:-1])
 
 
-def _tokenise_pairs(batch: dict[str, list[str]], indices: list[int], tokenizer: Any) -> dict[str, list]:
-    del indices
+def _tokenise_pairs(batch: dict[str, list[str]], indices: list[int], tokenizer: Any, source: str) -> dict[str, list]:
+    del indices, source
     before, after = zip(*map(json.loads, batch["text"]), strict=True)
-    start, end = begin(tokenizer), tokenizer.eos_token_id
     tokens, labelled = [], []
-    for asked, answered in zip(_ids(tokenizer, before), _ids(tokenizer, after), strict=True):
-        tokens.append([*start, *asked, *answered, end])
-        labelled.append(list(range(len(start) + len(asked), len(tokens[-1]))))
+    for asked, answered in zip(text_ids(before, tokenizer), token_ids(after, tokenizer), strict=True):
+        tokens.append([*asked, *answered, tokenizer.eos_token_id])
+        labelled.append(list(range(len(asked), len(tokens[-1]))))
     return {"tokens": tokens, "labelled": labelled}
 
 
-def _tokenise_chats(batch: dict[str, list[str]], indices: list[int], tokenizer: Any) -> dict[str, list]:
+def _tokenise_chats(batch: dict[str, list[str]], indices: list[int], tokenizer: Any, source: str) -> dict[str, list]:
     rendered = []
     for index, text in zip(indices, batch["text"], strict=True):
         messages, category = json.loads(text)
         try:
             rendered.append(render(Chat(tuple(Message(*turn) for turn in messages), category), tokenizer))
         except UserError as error:
-            raise UserError(f"chat {index}: {error}") from None
+            raise UserError(f"{source}: chat {index} (counted from 0): {error}") from None
     found = tokenizer(
         [text for text, _ in rendered],
         add_special_tokens=False,
@@ -195,11 +215,6 @@ def _tokenise_chats(batch: dict[str, list[str]], indices: list[int], tokenizer: 
         tokens.append(row[: places[-1] + 1] if len(places) else row)
         labelled.append(places.tolist())
     return {"tokens": tokens, "labelled": labelled}
-
-
-def _ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    # verbose=False: a text longer than the model's context is dropped or cut later, not worth a warning.
-    return tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
 
 def _digest(texts: Sequence[str], tokenizer: Any, in_chat: bool) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, cast
 
 from fedmezo_jax.data.examples import Chat, Example, Message
 from fedmezo_jax.data.step_limit import TooManySteps, limit_steps
@@ -90,21 +90,40 @@ def render(chat: Chat, tokenizer: PreTrainedTokenizerFast) -> Rendered:
     return Rendered(text, spans)
 
 
-def prompts(examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast, style: Style) -> list[str]:
-    """What a model is to continue with its response, one text an example; tokenise it without special tokens.
+def prompt_ids(examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast, style: Style) -> list[list[int]]:
+    """Token ids of each example's prompt, for training, generation and scoring alike."""
+    if style == "chat":  # the template writes the begin token itself
+        return token_ids(
+            [_apply(tokenizer, as_chat(example).messages[:1], ask=True) for example in examples], tokenizer
+        )
+    return text_ids([prompt(example, style) for example in examples], tokenizer)
 
-    The begin token leads where the tokenizer is set to add one, as in :func:`encode.encode`.
+
+def text_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
+    """Token ids of texts that are to be continued.
+
+    The begin token leads where the tokenizer is set to add one. It is joined as an id: written into the text, it would
+    keep some tokenizers from putting a space before the first word. No end token follows, even where the tokenizer is
+    set to add one, as the text goes on.
     """
-    if style == "chat":
-        return [_apply(tokenizer, as_chat(example).messages[:1], ask=True) for example in examples]
-    start = "".join(tokenizer.convert_ids_to_tokens(begin(tokenizer)))
-    return [start + prompt(example, style) for example in examples]
+    start = begin(tokenizer)
+    return [[*start, *row] for row in token_ids(texts, tokenizer)]
+
+
+def token_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
+    """Token ids of texts without begin and end tokens."""
+    if not texts:
+        return []  # which the tokenizer refuses
+    # verbose=False: the model's context is checked elsewhere, with an error or a count in place of a warning.
+    found = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return cast(list[list[int]], found["input_ids"])
 
 
 def begin(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     """The begin token's id, where the tokenizer is set to add one before a text; otherwise nothing."""
-    # Read off an empty text: the setting itself sits in a different place in each family of tokenizers.
-    return [token for token in tokenizer("")["input_ids"][:1] if token == tokenizer.bos_token_id]
+    # Read off a text: the setting itself sits in a different place in each family of tokenizers. The text is not
+    # empty, so that an added end token does not come first: some tokenizers have one token for begin and end.
+    return [token for token in tokenizer("a")["input_ids"][:1] if token == tokenizer.bos_token_id]
 
 
 def check_template(tokenizer: PreTrainedTokenizerFast) -> None:

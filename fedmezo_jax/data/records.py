@@ -59,7 +59,7 @@ def examples(records: Sequence[Record], fields: Fields | None = None) -> list[Ex
         if name and rows and not any(name in row for row in rows):
             known = ", ".join(map(str, rows[0]))
             raise UserError(f"{records[0].where}: --fields {part}={name}, but no row has {name}; it has {known}")
-    if rows and _name(rows[0], "messages", fields) and not fields.keys() & set(_REQUIRED):
+    if rows and _is_chat(rows[0], fields):
         return [chat(record, fields) for record in records]
     return [example(record, fields) for record in records]
 
@@ -84,10 +84,13 @@ def chat(record: Record, fields: Fields | None = None) -> Chat:
     row = _row(record, "messages")
     name = _name(row, "messages", fields)
     if name is None:
-        raise UserError(f"{record.where}: the field {_names('messages', fields)[0]} is missing")
+        field = _names("messages", fields)[0]
+        raise UserError(f"{record.where}: the field {field} is {'null' if field in row else 'missing'}")
     turns = row[name]
-    if not isinstance(turns, Iterable) or isinstance(turns, str | Mapping) or not list(turns):
+    if not isinstance(turns, Iterable) or isinstance(turns, str | Mapping):
         raise UserError(f"{record.where}: {name} must be a list of messages, not {_kind(turns)}")
+    if not len(list(turns)):
+        raise UserError(f"{record.where}: {name} is empty; remove this row")
     messages = []
     for number, turn in enumerate(turns):
         if not isinstance(turn, Mapping) or not all(isinstance(turn.get(key), str) for key in Message._fields):
@@ -98,6 +101,15 @@ def chat(record: Record, fields: Fields | None = None) -> Chat:
     if not any(message.role == "assistant" for message in messages):
         raise UserError(f"{record.where}: no message in {name} is by the assistant, so there is nothing to learn")
     return Chat(tuple(messages), _text(row, "category", record.where, fields))
+
+
+def _is_chat(row: Mapping, fields: Fields) -> bool:
+    """Whether a row has messages, even null ones where it has no instruction."""
+    if fields.keys() & set(_REQUIRED):
+        return False
+    if _name(row, "messages", fields):
+        return True
+    return any(name in row for name in _names("messages", fields)) and not _name(row, "instruction", fields)
 
 
 def _row(record: Record, wanted: str) -> Mapping:
@@ -122,6 +134,8 @@ def _text(row: Mapping, part: str, where: str, fields: Fields) -> str:
     if name is None:
         if part not in _REQUIRED:
             return ""
+        if null := [name for name in _names(part, fields) if name in row]:
+            raise UserError(f"{where}: the field {null[0]} is null; give it a text or remove this row")
         first, *others = _names(part, fields)
         known = f" (or {', '.join(others)})" if others else ""
         raise UserError(

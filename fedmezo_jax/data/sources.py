@@ -92,11 +92,15 @@ def load(
         if fields:
             raise UserError("--fields is for files and hub sets; the bundled data have none to map")
         return bundled(seed, BUNDLED_ROWS)
-    found = records.examples(load_records(name, data_dir=data_dir, fields=fields), fields)
+    stored = load_records(name, data_dir=data_dir, fields=fields)
+    found = records.examples(stored, fields)
     if name not in _SOURCES:
         return found
     rows = [example for example in found if isinstance(example, Example)]
-    return [converted for row in rows if (converted := _SOURCES[name].convert(row)) is not None]
+    kept = [converted for row in rows if (converted := _SOURCES[name].convert(row)) is not None]
+    if not kept:
+        raise UserError(f"{stored[0].where}: neither this row nor any other is one of {name}: give another --data")
+    return kept
 
 
 def load_records(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
@@ -16,6 +17,7 @@ from fedmezo_jax.data.partition import Partition
 from fedmezo_jax.data.prompt import Style
 from fedmezo_jax.data.records import parse_fields
 from fedmezo_jax.data.sources import load
+from fedmezo_jax.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -74,13 +76,25 @@ def tabulate(
         UserError: anything about the data that does not fit.
     """
     examples = load(name, data_dir=data_dir, fields=parse_fields(fields), seed=seed)
-    encoded = encode(examples, tokenizer, max_length, style=style, long_rows=long_rows, cache=cache)
+    encoded = encode(
+        examples, tokenizer, max_length, style=style, long_rows=long_rows, cache=cache, source=f"--data {name}"
+    )
     kept = [examples[i] for i in encoded.kept]
     if test_rows:
-        train, test = partition.hold_out(len(kept), test_rows, seed, [example.category for example in kept])
+        with data_named(name):
+            train, test = partition.hold_out(len(kept), test_rows, seed, [example.category for example in kept])
     else:
         train, test = np.arange(0), np.arange(len(kept))
     return Table(kept, encoded.rows, train, test, encoded.dropped, encoded.cut)  # pyright: ignore[reportArgumentType]
+
+
+@contextmanager
+def data_named(name: str) -> Iterator[None]:
+    """Puts the name of a data set before the error messages of the block."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"--data {name}: {error}") from None
 
 
 def deal(

@@ -38,8 +38,9 @@ def question(record: Record) -> Question:
     row, where = record.value, record.where
     if not isinstance(row, Mapping):
         raise UserError(f"{where}: a row must be an object with question, choices and answer")
-    if missing := [name for name in ("question", "choices", "answer") if row.get(name) is None]:
-        raise UserError(f"{where}: the field {' and '.join(missing)} is missing; multiple choice needs it")
+    if lacking := [name for name in ("question", "choices", "answer") if row.get(name) is None]:
+        how = "null" if all(name in row for name in lacking) else "missing"
+        raise UserError(f"{where}: the field {' and '.join(lacking)} is {how}; multiple choice needs it")
     text, choices, answer = row["question"], row["choices"], row["answer"]
     if not isinstance(text, str):
         raise UserError(f"{where}: question must be text")

@@ -1,13 +1,16 @@
 """GSM8K answers: the number that a solution states, and exact match of generated solutions with the given ones."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from decimal import Decimal
 from typing import NamedTuple
 
 _STATED = re.compile(r"the answer is", re.IGNORECASE)
-# A minus is one where nothing stands before it that it could be taken from.
-_NUMBER = re.compile(r"(?:(?<![\w.)])-\$?)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+")
+# Digits with whatever commas and points lie between them. A minus is a sign where no number or word stands before it.
+_NUMERAL = r"(?:(?<![\w.)])[-\u2212])?\$?(?:(?<![\w.,)])\.)?\d(?:\d|[.,](?=\d))*"
+_NUMBER = re.compile(_NUMERAL)
+_MARKED = re.compile(rf"####[ \t]*({_NUMERAL})")
+_VALID = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d*)(?:\.\d+)?")
 
 
 class Score(NamedTuple):
@@ -27,15 +30,30 @@ class Score(NamedTuple):
 def answer(solution: str) -> Decimal | None:
     """The number that a solution gives as its answer, or None where it has none.
 
-    By the convention of the paper's data that is the first number after the first "The answer is"; a model may well go
-    on to another problem after it. A solution that does not say so is taken at its last number (which GSM8K's own
-    "#### 72" ends with too), as the paper's reference evaluation does. Dollar signs and separating commas do not count.
+    The answer is, in this order of precedence,
+
+    1. the number after the first ``####``, GSM8K's own marker;
+    2. the first number after the first "The answer is", the convention of the paper's data: a model may well go on to
+       another problem after it;
+    3. where neither occurs, the last number, as in the paper's reference evaluation.
+
+    A dollar sign does not count, U+2212 is a minus, and commas separate thousands: ``1,234.5`` is a number. Where the
+    answer is written in any other way (``1,23``, ``3.4.5``) there is none, instead of a part of it.
+
+    lm-evaluation-harness scores its two conventions apart. Its ``strict-match`` is the first rule alone, as is OpenAI's
+    own scorer; its ``flexible-extract`` takes the last number, also where there is a marker. Both delete every comma
+    (``1,23`` is 123), compare the digits as text (72.0 is not 72), and know no U+2212.
     """
-    mark = _STATED.search(solution)
-    numbers = _NUMBER.findall(solution, mark.end() if mark else 0)
-    if not numbers:
-        return None
-    return Decimal(re.sub(r"[$,]", "", numbers[0 if mark else -1]))
+    if marked := _MARKED.search(solution):
+        return _number(marked[1])
+    stated = _STATED.search(solution)
+    numbers = _NUMBER.findall(solution, stated.end() if stated else 0)
+    return _number(numbers[0 if stated else -1]) if numbers else None
+
+
+def _number(numeral: str) -> Decimal | None:
+    plain = numeral.replace("\u2212", "-").replace("$", "")
+    return Decimal(plain.replace(",", "")) if _VALID.fullmatch(plain) else None
 
 
 def score(solutions: Sequence[str], references: Sequence[str]) -> Score:
@@ -51,14 +69,3 @@ def score(solutions: Sequence[str], references: Sequence[str]) -> Score:
     ]
     stated = [_STATED.search(solution) is not None for solution in solutions]
     return Score(sum(right) / len(right), sum(stated) / len(stated), len(right))
-
-
-def evaluate(generate: Callable[[list[str]], list[str]], prompts: Sequence[str], references: Sequence[str]) -> Score:
-    """Generates a solution to each prompt and scores it.
-
-    Args:
-        generate: from prompts to the texts that a model continues them with, in the same order.
-        prompts: the problems, ready for the model, [n].
-        references: as in :func:`score`.
-    """
-    return score(generate(list(prompts)), references)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from functools import partial
 from typing import NamedTuple
 
@@ -11,11 +12,13 @@ import numpy as np
 
 from fedmezo_jax.data.buckets import lengths, narrow, widths
 from fedmezo_jax.data.examples import Rows
+from fedmezo_jax.llama.checks import check_finite
 from fedmezo_jax.llama.loss import loss_sums
 from fedmezo_jax.llama.model import Base, Llama, Lora
 
 TOKENS_AT_ONCE = 8192
 BUCKETS = 4
+_LARGEST = math.log(sys.float_info.max)
 
 
 class Loss(NamedTuple):
@@ -23,7 +26,7 @@ class Loss(NamedTuple):
 
     Attributes:
         loss: mean negative log-likelihood of the label tokens, in nats.
-        perplexity: exp(loss).
+        perplexity: exp(loss), infinite where that overflows.
         labels: number of label tokens.
     """
 
@@ -32,7 +35,7 @@ class Loss(NamedTuple):
     labels: int
 
 
-def row_losses(model: Llama, base: Base, lora: Lora, rows: Rows) -> np.ndarray:
+def row_losses(model: Llama, base: Base, lora: Lora, rows: Rows, name: str = "the model") -> np.ndarray:
     """Negative log-likelihood of each row's labels together, in nats: float64 [N].
 
     Rows go through the model in batches of like length, each at the width of its longest bucket.
@@ -42,6 +45,10 @@ def row_losses(model: Llama, base: Base, lora: Lora, rows: Rows) -> np.ndarray:
         base: its frozen weights.
         lora: the adapter, ``{}`` for none.
         rows: [N], host arrays.
+        name: what error messages call the model.
+
+    Raises:
+        UserError: a loss is not finite.
     """
     among = widths(rows, BUCKETS)
     bucket = np.searchsorted([width.tokens for width in among], lengths(rows))
@@ -54,6 +61,7 @@ def row_losses(model: Llama, base: Base, lora: Lora, rows: Rows) -> np.ndarray:
             picked = np.resize(inside[at : at + size], size)  # the last batch repeats rows, so that all have one shape
             batch = narrow(Rows(*(np.asarray(leaf)[picked] for leaf in rows)), width)
             result[picked] = np.asarray(_batch_losses(model, base, lora, batch), np.float64)
+    check_finite(bool(np.isfinite(result).all()), "losses", model.config, base, lora, name)
     return result
 
 
@@ -65,8 +73,8 @@ def _batch_losses(model: Llama, base: Base, lora: Lora, batch: Rows) -> jax.Arra
     return jax.vmap(one)(batch)
 
 
-def mean_loss(model: Llama, base: Base, lora: Lora, rows: Rows) -> Loss:
-    """Mean over all labels of all rows, as in training."""
+def mean_loss(model: Llama, base: Base, lora: Lora, rows: Rows, name: str = "the model") -> Loss:
+    """Mean over all labels of all rows, as in training; arguments and errors as :func:`row_losses`."""
     labels = int(np.asarray(rows.label_weights).sum())
-    loss = float(row_losses(model, base, lora, rows).sum() / labels)
-    return Loss(loss, math.exp(loss), labels)
+    loss = float(row_losses(model, base, lora, rows, name).sum() / labels)
+    return Loss(loss, math.exp(loss) if loss < _LARGEST else math.inf, labels)

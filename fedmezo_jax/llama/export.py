@@ -15,6 +15,7 @@ from fedmezo_jax.llama.folder import staged
 from fedmezo_jax.llama.layout import layout
 from fedmezo_jax.llama.tensorfile import Entry
 from fedmezo_jax.llama.weights import open_weights
+from fedmezo_jax.out_folder import out_folder
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -37,21 +38,28 @@ def export(model: Path, out: Path, adapter: Adapter | None = None, dtype: str = 
         form: safetensors, in a folder that transformers opens; or Orbax, which this package opens.
 
     Raises:
-        UserError: the model does not fit, ``out`` holds files, or a weight is not finite in ``dtype``.
+        UserError: the model does not fit, ``out`` cannot be made or holds files, or a weight is not finite.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out} is a file or holds files: give a new or empty folder")
-    config = LlamaConfig.from_json(model)
-    entries: Mapping[str, Entry] = open_weights(model, config)
-    if adapter is not None:
-        entries = merged(entries, config, adapter)
-    with staged(out) as fresh:
-        write_weights(fresh, config, lambda name: entries[name].read(), dtype, form)
-        for name in _TOKENIZER_FILES:
-            if (model / name).is_file():
-                shutil.copyfile(model / name, fresh / name)
-        if out.exists():
+    with out_folder(out):
+        if any(out.iterdir()):
+            raise UserError(f"--out {out} holds files: give a new or empty folder")
+        config = LlamaConfig.from_json(model)
+        entries: Mapping[str, Entry] = open_weights(model, config)
+        if adapter is not None:
+            entries = merged(entries, config, adapter)
+        with staged(out) as fresh:
+            write_weights(fresh, config, lambda name: _read(entries[name], name), dtype, form)
+            for name in _TOKENIZER_FILES:
+                if (model / name).is_file():
+                    shutil.copyfile(model / name, fresh / name)
             out.rmdir()
+
+
+def _read(entry: Entry, name: str) -> np.ndarray:
+    tensor = entry.read()
+    if not np.isfinite(tensor).all():
+        raise UserError(f"{entry.file}: {name} holds weights that are not finite; fetch the file again")
+    return tensor
 
 
 def merged(entries: Mapping[str, Entry], config: LlamaConfig, adapter: Adapter) -> dict[str, Entry]:
@@ -60,10 +68,15 @@ def merged(entries: Mapping[str, Entry], config: LlamaConfig, adapter: Adapter) 
     for name, slot in layout(config).items():
         if slot.path[-1] == "kernel" and slot.path[-2] in adapter.lora:
             half = {key: np.asarray(leaf[slot.layer]) for key, leaf in adapter.lora[slot.path[-2]].items()}
-            change = partial(_add, entries[name], half["A"], half["B"], adapter.alpha / adapter.rank)
+            change = partial(_add, entries[name], name, half["A"], half["B"], adapter.alpha / adapter.rank)
             found[name] = entries[name]._replace(dtype="F32", read=change)
     return found
 
 
-def _add(entry: Entry, a: np.ndarray, b: np.ndarray, scale: float) -> np.ndarray:
-    return entry.read().astype(np.float32) + np.float32(scale) * (a @ b).T
+def _add(entry: Entry, name: str, a: np.ndarray, b: np.ndarray, scale: float) -> np.ndarray:
+    weight = _read(entry, name).astype(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = weight + np.float32(scale) * (a @ b).T
+    if not np.isfinite(total).all():
+        raise UserError(f"the adapter makes {name} overflow; give another adapter")
+    return total

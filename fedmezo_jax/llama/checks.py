@@ -1,0 +1,101 @@
+"""Checks of a model: token ids inside its vocabulary, weights that do not overflow, finite outputs."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from fedmezo_jax.errors import UserError
+from fedmezo_jax.llama.config import LlamaConfig
+from fedmezo_jax.llama.layout import layout
+from fedmezo_jax.llama.model import Base, Lora
+
+
+def check_ids(largest: int, config: LlamaConfig, name: object) -> None:
+    """Refuses token ids beyond the vocabulary, for which a look-up would silently return the embedding's last row.
+
+    Args:
+        largest: the largest id.
+        config: the model's.
+        name: what the message calls the model.
+    """
+    if largest >= config.vocab_size:
+        raise UserError(
+            f"{name}: its tokenizer makes token {largest}, but the model's vocabulary has {config.vocab_size}: "
+            "give the tokenizer that belongs to the model"
+        )
+
+
+def check_finite(finite: bool, what: str, config: LlamaConfig, base: Base, lora: Lora, name: object) -> None:
+    """Refuses a model whose outputs overflow although each of its weights is finite.
+
+    Args:
+        finite: whether its outputs are.
+        what: what the message calls them, in the plural.
+        config: the model's.
+        base: its frozen weights.
+        lora: the adapter, ``{}`` for none.
+        name: what the message calls the model.
+    """
+    if finite:
+        return
+    weight, size = largest_weight(config, base)
+    adapter = ""
+    if lora:
+        sizes = {target: max(float(np.abs(half).max()) for half in halves.values()) for target, halves in lora.items()}
+        target = max(sizes, key=lambda target: sizes[target])
+        adapter = f", and of the adapter {sizes[target]:.3g} in {target}"
+    raise UserError(
+        f"{name}: the {what} are not finite, although the weights are; the largest weight is {size:.3g} in "
+        f"{weight}{adapter}: fetch the model{' and the adapter' if lora else ''} again, or give another"
+    )
+
+
+def check_weights(config: LlamaConfig, base: Base, name: object) -> None:
+    """Refuses a weight whose square overflows float32.
+
+    Activations of that size make the norms zero, and so the outputs finite and meaningless.
+    """
+    weight, size = largest_weight(config, base)
+    if size > _LARGEST:
+        raise UserError(
+            f"{name}: {weight} holds a weight of {size:.3g}, whose square overflows float32: fetch the model again, or "
+            "give another"
+        )
+
+
+_LARGEST = float(np.sqrt(np.finfo(np.float32).max))
+
+
+def largest_weight(config: LlamaConfig, base: Base) -> tuple[str, float]:
+    """Hugging Face's name of the tensor with the weight of largest magnitude, and that magnitude."""
+    found: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(jax.device_get(_largest(base)))
+    path = max(found, key=lambda path: found[path].size)
+    size, layer = found[path]
+    return next(
+        (name, float(size))
+        for name, slot in layout(config).items()
+        if slot.path == path and slot.layer in (None, int(layer))
+    )
+
+
+class _Largest(NamedTuple):
+    """The largest magnitude in a leaf, and where it lies on the leading axis."""
+
+    size: jax.Array
+    at: jax.Array
+
+
+@jax.jit
+def _largest(base: Base) -> dict[str, Any]:
+    """Each leaf's :class:`_Largest`."""
+
+    def largest(leaf):
+        sizes = jnp.max(jnp.abs(leaf.astype(jnp.float32)), axis=tuple(range(1, leaf.ndim)))
+        return _Largest(jnp.max(sizes), jnp.argmax(sizes))
+
+    return jax.tree.map(largest, base)
