@@ -36,9 +36,10 @@ def _rate(text):
 
 def single_client(rows):
     trained = {row["variant"]: row for row in rows if row["what"] == "training"}
+    same = [after_band(trained[f"{method}, η = 0.0002"]) for method in ("MeZO", "back-propagation, SGD")]
     [at] = [row for row in rows if row["what"] == "estimator" and row["perturbation_scale"] == 1e-3]
     errors = [f"{100 * at[f'{one}_error']:.1f} %" for one in ("two_point", "forward")]
-    return [*(after_band(row) for row in trained.values()), *errors]
+    return [*best_rates(rows), " against ".join(same), *errors]
 
 
 def surge(rows):
