@@ -1,6 +1,7 @@
 """Ledgers that somebody made: with every checksum right, and a field that no run of their configuration can have."""
 
 import copy
+import re
 import sys
 import tracemalloc
 from dataclasses import asdict
@@ -335,7 +336,7 @@ def _(header, payloads):
     return [packed[: packed.index(b"\xa6failed") + 7] + b"\xdd\0\x01\0\0" * 900 + bytes(2**16)]
 
 
-@pytest.mark.parametrize("name", MUTATIONS)
+@pytest.mark.parametrize("name", MUTATIONS, ids=lambda name: re.sub(" at 0x[0-9a-f]+", "", name))
 def test_it_is_refused_in_one_line_and_nothing_is_made_of_it(name, tmp_path, monkeypatch, capsys):
     header, payloads = raw()
     payloads = MUTATIONS[name](header, payloads) or payloads
