@@ -22,24 +22,24 @@ import jax.numpy as jnp
 import numpy as np
 from rich.progress import track
 
-from experiments import common
+from experiments import _cli
 from fedmezo_jax.data.encode import LongRows, encode
 from fedmezo_jax.data.examples import Example, Rows
 from fedmezo_jax.data.partition import hold_out
-from fedmezo_jax.data.prompt import Style, prompt_ids
+from fedmezo_jax.data.prompts import Style, prompt_ids
 from fedmezo_jax.data.sources import load_records
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.evaluation import choice, gsm8k, likelihood
-from fedmezo_jax.llama.adapter import load_adapter
-from fedmezo_jax.llama.checkpoint import load_base
+from fedmezo_jax.llama.checkpoints.adapter import load_adapter
+from fedmezo_jax.llama.checkpoints.base_model import load_base
 from fedmezo_jax.llama.checks import check_weights
 from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.generate import generate
 from fedmezo_jax.llama.model import Base, Llama, Lora
 from fedmezo_jax.llama.registry import load_tokenizer, resolve
 from fedmezo_jax.out_folder import out_folder
-from fedmezo_jax.run_folder import write_json
-from fedmezo_jax.setup import check_tokens, table_of
+from fedmezo_jax.run.context import check_tokens, table_of
+from fedmezo_jax.run.run_folder import write_json
 
 ROWS_AT_ONCE = 16
 """Prompts that are continued together."""
@@ -171,8 +171,8 @@ def _evaluate(config: Config, start: float) -> None:
     if generations:
         lines = (json.dumps(one, ensure_ascii=False) + "\n" for one in generations)
         (config.out / "generations.jsonl").write_text("".join(lines), encoding="utf-8")
-    common.write_results(config.out, rows, time.perf_counter() - start)
-    common.print_table(f"{config.model}{f' with {config.adapter}' if adapter else ''} on {config.data}", rows)
+    _cli.write_results(config.out, rows, time.perf_counter() - start)
+    _cli.print_table(f"{config.model}{f' with {config.adapter}' if adapter else ''} on {config.data}", rows)
     print(f"{config.out}: config.json, results.json{', generations.jsonl' if generations else ''}")
 
 
@@ -213,4 +213,4 @@ def _encoded(config: Config, asked: list[choice.Question], tokenizer: Any, llama
 
 
 if __name__ == "__main__":
-    common.run(main, Config, __doc__)
+    _cli.run(main, Config, __doc__)

@@ -26,18 +26,19 @@ import numpy as np
 import tyro
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from experiments import common
-from experiments.plots import plot_loss, plot_partition
-from fedmezo_jax import guard, processes, run_folder
-from fedmezo_jax.config import RunConfig
+from experiments import _cli
+from experiments._plots import plot_loss, plot_partition
 from fedmezo_jax.data.buckets import lengths
 from fedmezo_jax.errors import UserError
-from fedmezo_jax.journal import versions
 from fedmezo_jax.llama.precision import WORRYING, likely_error
-from fedmezo_jax.setup import Setup, base_loss, prepare, settled
-from fedmezo_jax.sharding import parse_mesh
-from fedmezo_jax.training import Result, probe_start, train
-from fedmezo_jax.wire import lora_message
+from fedmezo_jax.parallel import multihost
+from fedmezo_jax.parallel.sharding import parse_mesh
+from fedmezo_jax.run import divergence, run_folder
+from fedmezo_jax.run.config import RunConfig
+from fedmezo_jax.run.context import Setup, base_loss, prepare, settled
+from fedmezo_jax.run.journal import versions
+from fedmezo_jax.run.loop import Result, probe_start, train
+from fedmezo_jax.run.messages import lora_message
 
 
 @dataclass(frozen=True)
@@ -75,20 +76,20 @@ class Config:
 
 def main(config: Config) -> None:
     """Prepares, trains, prints the table and writes the folder."""
-    processes.join(config.processes, config.process_timeout)
+    multihost.join(config.processes, config.process_timeout)
     with ExitStack() as held:
-        if not processes.is_coordinator():
+        if not multihost.is_coordinator():
             held.enter_context(contextlib.redirect_stdout(held.enter_context(open(os.devnull, "w"))))
-        held.enter_context(processes.report_peer_failure())
+        held.enter_context(multihost.report_peer_failure())
         held.enter_context(run_folder.guarded(config.out))
         _main(config, held)
 
 
 def _main(config: Config, held: ExitStack) -> None:
     said = asdict(config) | asdict(config.run) | versions() | {"devices a process": jax.local_device_count()}
-    processes.check_same_config({name: value for name, value in said.items() if name not in ("run", "processes")})
-    first, lock = processes.is_coordinator(), run_folder.lock(config.out)
-    config = replace(config, run=processes.all_or_none(lambda: settled(config.run, notify=print)))
+    multihost.check_same_config({name: value for name, value in said.items() if name not in ("run", "processes")})
+    first, lock = multihost.is_coordinator(), run_folder.lock(config.out)
+    config = replace(config, run=multihost.all_or_none(lambda: settled(config.run, notify=print)))
 
     def open_folder() -> None:
         run_folder.check_folder(config.out, config.run, config.resume)
@@ -102,12 +103,12 @@ def _main(config: Config, held: ExitStack) -> None:
             print("notice:", notice)
         run_folder.write_json(config.out / "config.json", asdict(config.run))
 
-    processes.all_or_none(open_folder)
-    setup = processes.all_or_none(lambda: prepare(config.run, parse_mesh(config.mesh, jax.devices())))
+    multihost.all_or_none(open_folder)
+    setup = multihost.all_or_none(lambda: prepare(config.run, parse_mesh(config.mesh, jax.devices())))
     loss_before = base_loss(setup)
-    begun = processes.all_or_none((config.out / "metrics.jsonl").exists)
-    processes.all_or_none(make_folder if first else lambda: None)
-    processes.all_or_none(lambda: run_folder.check_shared(config.out))
+    begun = multihost.all_or_none((config.out / "metrics.jsonl").exists)
+    multihost.all_or_none(make_folder if first else lambda: None)
+    multihost.all_or_none(lambda: run_folder.check_shared(config.out))
     start = time.perf_counter()
     describe(setup)
     warn(config, setup, begun)
@@ -128,10 +129,11 @@ def warn(config: Config, setup: Setup, begun: bool) -> None:
         size = f"{error:.0%}" if error < 10 else "more than 1000%"
         print(
             f"warning: at --precision {precision}, --perturbation-scale {run.perturbation_scale:g} the projected "
-            f"gradient is likely off by {size}: choose paired or float32, or measure it with experiments.precision"
+            f"gradient is likely off by {size}: choose paired or float32, or measure it with "
+            "experiments.benchmarks.precision"
         )
     if config.guard and precision != "bfloat16" and not begun:
-        for warning in guard.warnings(probe_start(setup), run, guard.count(setup.lora)):
+        for warning in divergence.warnings(probe_start(setup), run, divergence.count(setup.lora)):
             print("warning:", warning)
 
 
@@ -152,9 +154,9 @@ def _train(config: Config, setup: Setup, loss_before: float) -> Result:
 def conclude(config: Config, setup: Setup, result: Result, seconds: float) -> None:
     """Writes results and plot, and prints them."""
     rows = _rows(config.run, setup, result)
-    common.write_results(config.out, rows, seconds)
+    _cli.write_results(config.out, rows, seconds)
     plot_loss(config.out / "loss.png", result.loss_before, result.metrics, config.run)
-    common.print_table(f"bytes are of one client in one round, at most; this run sent {rows[0]['messages']}", rows)
+    _cli.print_table(f"bytes are of one client in one round, at most; this run sent {rows[0]['messages']}", rows)
     change = 100 * (result.loss_after / result.loss_before - 1)
     print(f"padding: {np.mean([record['padding_share'] for record in result.metrics]):.1%} of the computed tokens")
     if failed := Counter(event["why"] for record in result.metrics for event in record["failed"]):
@@ -194,7 +196,7 @@ def describe(setup: Setup) -> None:
     config, llama = setup.config, setup.model.config
     print(
         f"{config.algorithm}: {config.model} ({llama.num_hidden_layers} layers of {llama.hidden_size}), "
-        f"{guard.count(setup.lora):,} LoRA parameters at rank {config.lora_rank} on {config.targets}"
+        f"{divergence.count(setup.lora):,} LoRA parameters at rank {config.lora_rank} on {config.targets}"
     )
     dropped = f", {setup.dropped} too long for {config.max_length} tokens left out" if setup.dropped else ""
     cut = f", {setup.cut} cut to {config.max_length} tokens" if setup.cut else ""
@@ -213,7 +215,7 @@ def describe(setup: Setup) -> None:
         groups = {name: [Counter(setup.categories[row] for row in part)[name] for part in shown] for name in names}
         groups["all"] = [len(part) for part in shown]
         table = [{"category": name} | {str(i): n for i, n in enumerate(counts)} for name, counts in groups.items()]
-        common.print_table(f"rows of each client, {config.partition} partition{more}", table)
+        _cli.print_table(f"rows of each client, {config.partition} partition{more}", table)
     print(f"heterogeneity: mean total-variation distance {setup.heterogeneity:.3f}")
 
 
@@ -223,4 +225,4 @@ def _progress() -> Progress:
 
 
 if __name__ == "__main__":
-    common.run(main, Config, __doc__)
+    _cli.run(main, Config, __doc__)

@@ -14,19 +14,19 @@ from typing import Literal
 import jax.numpy as jnp
 import tyro
 
-from experiments import common
+from experiments import _cli
 from fedmezo_jax.data.examples import Example
-from fedmezo_jax.data.prompt import prompt_ids, text_ids
+from fedmezo_jax.data.prompts import prompt_ids, text_ids
 from fedmezo_jax.errors import UserError
-from fedmezo_jax.llama.adapter import load_adapter
-from fedmezo_jax.llama.checkpoint import load_base
+from fedmezo_jax.llama.checkpoints.adapter import load_adapter
+from fedmezo_jax.llama.checkpoints.base_model import load_base
 from fedmezo_jax.llama.checks import check_weights
 from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.generate import generate
 from fedmezo_jax.llama.model import Llama
 from fedmezo_jax.llama.registry import load_tokenizer, resolve
 from fedmezo_jax.out_folder import out_folder
-from fedmezo_jax.run_folder import write_json
+from fedmezo_jax.run.run_folder import write_json
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,10 @@ def _generate(config: Config, start: float) -> None:
     write_json(
         config.out / "config.json", asdict(config) | {"adapter": str(config.adapter or ""), "out": str(config.out)}
     )
-    common.write_results(config.out, rows, time.perf_counter() - start)
-    common.print_table(f"{config.model}{f' with {config.adapter}' if config.adapter else ''}", rows)
+    _cli.write_results(config.out, rows, time.perf_counter() - start)
+    _cli.print_table(f"{config.model}{f' with {config.adapter}' if config.adapter else ''}", rows)
     print(f"{config.out}: config.json, results.json")
 
 
 if __name__ == "__main__":
-    common.run(main, Config, __doc__)
+    _cli.run(main, Config, __doc__)

@@ -23,17 +23,19 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from experiments import common
-from experiments.growth_plot import plot_growth
-from fedmezo_jax import client, mezo, run_folder, topology
+from experiments import _cli
+from experiments._growth_plot import plot_growth
+from fedmezo_jax.core import client, mezo
 from fedmezo_jax.data.examples import Rows
 from fedmezo_jax.errors import UserError
-from fedmezo_jax.llama.layout import base_shapes
+from fedmezo_jax.llama.checkpoints.layout import base_shapes
 from fedmezo_jax.llama.lora import lora_shapes
 from fedmezo_jax.llama.loss import loss_of, pair_loss_of
 from fedmezo_jax.llama.model import Llama
 from fedmezo_jax.llama.precision import Precision
 from fedmezo_jax.llama.shapes import named_shape
+from fedmezo_jax.planning import hardware
+from fedmezo_jax.run import run_folder
 
 SWEEPS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "model": ("model", ("smollm2-135m", "llama-3b", "llama-7b", "llama3-8b", "llama-13b", "llama-70b")),
@@ -83,7 +85,7 @@ def main(config: Config) -> None:
     """Compiles the programs, prints the table and writes the folder."""
     start = time.perf_counter()
     name = config.device or config.topology or "v5e:2x2"
-    target = topology.host() if name == "cpu" else topology.describe(name)
+    target = hardware.host() if name == "cpu" else hardware.describe(name)
     field, values = SWEEPS[config.sweep] if config.sweep else ("model", (config.model,))
     rows = []
     for value in values:
@@ -92,20 +94,20 @@ def main(config: Config) -> None:
             print(" ".join(str(part) for part in (value, row["what"], row["precision"], row["peak_bytes"])), flush=True)
     config.out.mkdir(parents=True, exist_ok=True)
     run_folder.write_json(config.out / "config.json", asdict(config) | {"out": str(config.out)})
-    common.write_results(config.out, rows, time.perf_counter() - start)
-    title = f"{name}, {target.memory / topology.GIB:.2f} GiB a device, r={config.rank} on "
-    common.print_table(title + config.targets, rows)
+    _cli.write_results(config.out, rows, time.perf_counter() - start)
+    title = f"{name}, {target.memory / hardware.GIB:.2f} GiB a device, r={config.rank} on "
+    _cli.print_table(title + config.targets, rows)
     if config.sweep:
         plot_growth(config.out / "growth.png", rows, field, target.memory, title + config.targets)
 
 
-def measure(config: Config, target: topology.Topology) -> Iterator[dict[str, Any]]:
+def measure(config: Config, target: hardware.Topology) -> Iterator[dict[str, Any]]:
     """One row for each program; ``over_forward`` is the ratio of the peaks."""
     forward = None
     for what, precision, function, arguments in programs(config, target.devices[0]):
         donated = (1,) if what != "forward" else ()  # the LoRA, which these return moved
         lowered = jax.jit(function, donate_argnums=donated).lower(*arguments)
-        plan = topology.plan(lowered, target)
+        plan = hardware.plan(lowered, target)
         forward = forward or plan.peak
         yield {
             "model": config.model,
@@ -178,4 +180,4 @@ def programs(config: Config, device: Any) -> list[tuple[str, Precision, Callable
 
 
 if __name__ == "__main__":
-    common.run(main, Config, __doc__)
+    _cli.run(main, Config, __doc__)

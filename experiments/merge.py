@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from experiments import common
-from fedmezo_jax.llama.adapter import load_adapter
-from fedmezo_jax.llama.checkpoint import Form
+from experiments import _cli
+from fedmezo_jax.llama.checkpoints.adapter import load_adapter
+from fedmezo_jax.llama.checkpoints.base_model import Form
+from fedmezo_jax.llama.checkpoints.export import export
 from fedmezo_jax.llama.config import LlamaConfig
-from fedmezo_jax.llama.export import export
 from fedmezo_jax.llama.registry import resolve
 
 
@@ -44,8 +44,8 @@ def main(config: Config) -> None:
         for file in sorted(config.out.rglob("*"))
         if file.is_file()
     ]
-    common.print_table(str(config.out), rows)
+    _cli.print_table(str(config.out), rows)
 
 
 if __name__ == "__main__":
-    common.run(main, Config, __doc__)
+    _cli.run(main, Config, __doc__)

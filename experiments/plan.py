@@ -18,15 +18,15 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # shapes are compiled, nothing is
 
 from rich.progress import track
 
-from experiments import common
-from fedmezo_jax import plan, topology
+from experiments import _cli
+from fedmezo_jax.core.federated import Seeds
 from fedmezo_jax.errors import UserError
-from fedmezo_jax.federated import Seeds
 from fedmezo_jax.llama.lora import check_targets
 from fedmezo_jax.llama.precision import Precision
 from fedmezo_jax.llama.shapes import named_shape
-from fedmezo_jax.run_folder import write_json
-from fedmezo_jax.sharding import parse_mesh
+from fedmezo_jax.parallel.sharding import parse_mesh
+from fedmezo_jax.planning import cost_model, hardware
+from fedmezo_jax.run.run_folder import write_json
 
 MOST = 1024
 """Clients at once beyond which none are looked for."""
@@ -74,12 +74,12 @@ class Config:
 def main(config: Config) -> None:
     """Compiles the round for every mesh, prints the table and writes the folder."""
     start = time.perf_counter()
-    target, kind = topology.describe(config.topology), config.topology.partition(":")[0]
+    target, kind = hardware.describe(config.topology), config.topology.partition(":")[0]
     llama = named_shape(config.model)
     targets = tuple(name.strip() for name in config.targets.split(","))
     sizes = (config.clients, config.local_steps, config.batch_size, config.length, config.rank)
-    planned = plan.Round(llama, *sizes, targets, config.precision, config.seeds)
-    shapes = plan.meshes(len(target.devices), llama)
+    planned = cost_model.Round(llama, *sizes, targets, config.precision, config.seeds)
+    shapes = cost_model.meshes(len(target.devices), llama)
     if config.mesh:
         mesh = parse_mesh(config.mesh, target.devices)
         asked = tuple(mesh.shape.values()) if mesh else (1, 1)
@@ -90,7 +90,7 @@ def main(config: Config) -> None:
     for shape in track(shapes, "compiling", transient=True):
         most = most_at_once(planned, target, shape)
         at_once = max(1, min(most, -(-planned.clients // shape[0])))
-        found = plan.compile_round(planned, target, shape, at_once)
+        found = cost_model.compile_round(planned, target, shape, at_once)
         fits = found.peak is not None and found.peak <= target.memory
         rows.append(
             {
@@ -101,8 +101,10 @@ def main(config: Config) -> None:
                 "fits": fits,
                 "collective_bytes_per_round": found.received,
                 "between_clients_bytes_per_round": found.between,
-                "flops_per_round": plan.operations(planned),
-                "roofline_seconds_per_round": plan.roofline(planned, plan.CHIPS[kind], shape, at_once, found)
+                "flops_per_round": cost_model.operations(planned),
+                "roofline_seconds_per_round": cost_model.roofline(
+                    planned, cost_model.CHIPS[kind], shape, at_once, found
+                )
                 if fits
                 else None,
             }
@@ -112,25 +114,25 @@ def main(config: Config) -> None:
         row["best"] = row is best
     config.out.mkdir(parents=True, exist_ok=True)
     write_json(config.out / "config.json", asdict(config) | {"out": str(config.out)})
-    common.write_results(config.out, rows, time.perf_counter() - start)
+    _cli.write_results(config.out, rows, time.perf_counter() - start)
     title = (
-        f"{config.model} on {config.topology}, {target.memory / topology.GIB:.2f} GiB a chip, {config.clients} clients"
+        f"{config.model} on {config.topology}, {target.memory / hardware.GIB:.2f} GiB a chip, {config.clients} clients"
     )
-    common.print_table(title, rows)
-    print(f"chip: {plan.CHIPS[kind].source}")
+    _cli.print_table(title, rows)
+    print(f"chip: {cost_model.CHIPS[kind].source}")
     if any(row["fits"] and row["collective_bytes_per_round"] is None for row in rows):
         print("traffic unknown (-), and not in the time: the compiler's text could not be read")
     print(f"best: --mesh {best['mesh']}" if best else "nothing fits: take more or larger chips, or shorter rows")
 
 
-def most_at_once(planned: plan.Round, target: topology.Topology, shape: tuple[int, int]) -> int:
+def most_at_once(planned: cost_model.Round, target: hardware.Topology, shape: tuple[int, int]) -> int:
     """The most clients that a group could run at once, had it as many: a power of two, or 0 where not one fits.
 
     Peaks grow in a straight line, so two of them say where to look; what is said to fit was compiled.
     """
 
     def peak(count: int) -> int | None:
-        found = plan.compile_round(planned._replace(clients=count * shape[0]), target, shape, count).peak
+        found = cost_model.compile_round(planned._replace(clients=count * shape[0]), target, shape, count).peak
         return found if found is not None and found <= target.memory else None
 
     first = peak(1)
@@ -145,4 +147,4 @@ def most_at_once(planned: plan.Round, target: topology.Topology, shape: tuple[in
 
 
 if __name__ == "__main__":
-    common.run(main, Config, __doc__)
+    _cli.run(main, Config, __doc__)

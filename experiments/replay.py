@@ -19,18 +19,18 @@ import jax
 import tyro
 from rich.progress import Progress
 
-from experiments import common
-from fedmezo_jax import ledger, ledger_checks, run_folder
-from fedmezo_jax.config import RunConfig
+from experiments import _cli
 from fedmezo_jax.errors import UserError
-from fedmezo_jax.llama.adapter import load_adapter, save_adapter
-from fedmezo_jax.llama.checkpoint import load_base
+from fedmezo_jax.llama.checkpoints.adapter import load_adapter, save_adapter
+from fedmezo_jax.llama.checkpoints.base_model import load_base
+from fedmezo_jax.llama.checkpoints.layout import leaves
 from fedmezo_jax.llama.config import LlamaConfig
-from fedmezo_jax.llama.layout import leaves
 from fedmezo_jax.llama.lora import lora_shapes
 from fedmezo_jax.llama.registry import resolve, resolve_local
-from fedmezo_jax.replay import largest_difference, replay
-from fedmezo_jax.setup import start, stored_type
+from fedmezo_jax.run import ledger, ledger_checks, run_folder
+from fedmezo_jax.run.config import RunConfig
+from fedmezo_jax.run.context import start, stored_type
+from fedmezo_jax.run.replay import largest_difference, replay
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ def main(config: Config) -> None:
         row |= {"compared": True, "bit_identical": difference is None, "largest_difference": difference or 0.0}
     paths = {"ledger": str(config.ledger), "out": str(config.out)}
     run_folder.write_json(config.out / "config.json", asdict(config) | paths)
-    common.write_results(config.out, [row], time.perf_counter() - begin)
-    common.print_table(f"adapter after round {done}: {config.out / 'adapter'}", [row])
+    _cli.write_results(config.out, [row], time.perf_counter() - begin)
+    _cli.print_table(f"adapter after round {done}: {config.out / 'adapter'}", [row])
     print(_verdict(row, header))
     if row["compared"] and not row["bit_identical"]:
         sys.exit(3)
@@ -134,4 +134,4 @@ def _verdict(row: dict[str, Any], header: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    common.run(main, Config, __doc__)
+    _cli.run(main, Config, __doc__)

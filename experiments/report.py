@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 import jinja2
 
-from experiments import common
+from experiments import _cli
 from fedmezo_jax.errors import UserError
-from fedmezo_jax.run_folder import write_json
+from fedmezo_jax.run.run_folder import write_json
 
 # Where the paper (arXiv 2402.05926) asks the same, and what it finds; a name without an entry goes past it.
 PAPER = {
@@ -108,8 +108,8 @@ def main(config: Config) -> None:
     (config.out / "report.html").write_text(PAGE.render(sections=sections), encoding="utf-8")
     rows = [{"result": one.name, "rows": len(one.rows), "pictures": len(one.pictures)} for one in sections]
     write_json(config.out / "config.json", asdict(config) | {"results": str(config.results), "out": str(config.out)})
-    common.write_results(config.out, rows, time.perf_counter() - start)
-    common.print_table(f"results in {config.results}", rows)
+    _cli.write_results(config.out, rows, time.perf_counter() - start)
+    _cli.print_table(f"results in {config.results}", rows)
     print(f"{config.out / 'report.html'}")
 
 
@@ -130,9 +130,9 @@ def section(file: Path) -> Section | None:
     module = command.split(" ")[2].removeprefix("experiments.") if command.startswith("python -m ") else name
     pictures = sorted(file.parent.glob("*.png") if whole else file.parent.glob(f"{name}.png"))
     coded = [base64.b64encode(picture.read_bytes()).decode() for picture in pictures]
-    cells = [[common.shown(row.get(head)) for head in heads] for row in rows]
+    cells = [[_cli.shown(row.get(head)) for head in heads] for row in rows]
     return Section(name, PAPER.get(name, PAPER.get(module)), command, facts, coded, heads, cells)
 
 
 if __name__ == "__main__":
-    common.run(main, Config, __doc__)
+    _cli.run(main, Config, __doc__)

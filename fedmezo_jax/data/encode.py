@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 
 from fedmezo_jax.data.examples import Chat, Example, Message, Rows
-from fedmezo_jax.data.prompt import (
+from fedmezo_jax.data.prompts import (
     Style,
     as_chat,
     begin,

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fedmezo_jax.data import files, records
-from fedmezo_jax.data.bundled import bundled
 from fedmezo_jax.data.examples import Chat, Example
 from fedmezo_jax.data.files import Record
+from fedmezo_jax.data.synthetic.bundled import bundled
 from fedmezo_jax.errors import UserError
 
 BUNDLED_ROWS = 4000

@@ -14,7 +14,7 @@ from fedmezo_jax.data.clusters import clusters
 from fedmezo_jax.data.encode import LongRows, encode
 from fedmezo_jax.data.examples import Chat, Example, Rows
 from fedmezo_jax.data.partition import Partition
-from fedmezo_jax.data.prompt import Style
+from fedmezo_jax.data.prompts import Style
 from fedmezo_jax.data.records import parse_fields
 from fedmezo_jax.data.sources import load
 from fedmezo_jax.errors import UserError

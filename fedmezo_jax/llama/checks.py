@@ -10,8 +10,8 @@ import numpy as np
 from flax import traverse_util
 
 from fedmezo_jax.errors import UserError
+from fedmezo_jax.llama.checkpoints.layout import layout
 from fedmezo_jax.llama.config import LlamaConfig
-from fedmezo_jax.llama.layout import layout
 from fedmezo_jax.llama.model import Base, Lora
 
 

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from fedmezo_jax.errors import UserError
+from fedmezo_jax.llama.checkpoints.layout import projections
 from fedmezo_jax.llama.config import LlamaConfig
-from fedmezo_jax.llama.layout import projections
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from fedmezo_jax import mezo
+from fedmezo_jax.core import mezo
 from fedmezo_jax.data.examples import Rows
 from fedmezo_jax.llama.model import Base, Llama, Lora
 from fedmezo_jax.llama.precision import PAIR

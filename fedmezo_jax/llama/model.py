@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from fedmezo_jax.core.mezo import Perturbation, shift_row
 from fedmezo_jax.llama.config import LinearRope, Llama3Rope, LlamaConfig
 from fedmezo_jax.llama.precision import Precision, frozen_product, in_loop, product
-from fedmezo_jax.mezo import Perturbation, shift_row
 
 Base: TypeAlias = dict[str, Any]
 Lora: TypeAlias = dict[str, dict[str, jax.Array]]

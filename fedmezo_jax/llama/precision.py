@@ -10,7 +10,7 @@ half-difference,
 which is the same in exact arithmetic. Rounding m to bfloat16 changes both losses alike and cancels in L₊ − L₋; rounding
 d is relative to d, which is small. Everything but these products stays in float32.
 
-Measured by ``python -m experiments.precision`` on SmolLM2-135M and GSM8K, relative error of the projected gradient:
+Relative error of the projected gradient on SmolLM2-135M and GSM8K (``python -m experiments.benchmarks.precision``):
 
     μ           3e-4     1e-3     3e-3     1e-2
     float32    0.4 %   0.08 %    0.3 %    3.4 %
@@ -142,8 +142,8 @@ def likely_error(precision: Precision, scale: float) -> float:
     """The relative error of the projected gradient to expect at perturbation scale μ.
 
     √((ρ/μ)² + δ² + (c·μ²)²): the losses' rounding grows as they approach each other, and their third derivative with
-    their distance. ρ, δ and c are fitted to ``python -m experiments.precision`` on SmolLM2-135M and GSM8K; another
-    model's differ, and that command measures them.
+    their distance. ρ, δ and c are fitted to ``python -m experiments.benchmarks.precision`` on SmolLM2-135M and GSM8K;
+    another model's differ, and that command measures them.
     """
     loss, difference = _ROUNDING[precision]
     return math.hypot(loss / scale, difference, 350 * scale**2)

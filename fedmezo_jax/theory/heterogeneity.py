@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
+from fedmezo_jax.core.mezo import LossFn, Params
 from fedmezo_jax.data.partition import Partition
-from fedmezo_jax.mezo import LossFn, Params
 
 
 def gradients(loss: LossFn, params: Params, batches: Any) -> jax.Array:

@@ -16,7 +16,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from scipy.linalg import eigh_tridiagonal
 
-from fedmezo_jax.mezo import LossFn, Params
+from fedmezo_jax.core.mezo import LossFn, Params
 
 Product: TypeAlias = Callable[[jax.Array], jax.Array]
 """``product(v) -> H·v`` for a symmetric H, both ``[d]`` float32."""

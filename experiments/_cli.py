@@ -1,0 +1,163 @@
+"""What every experiment shares: the command line, the results file and the table."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import math
+import os
+import platform
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import tyro
+from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from experiments import STOPS
+from fedmezo_jax.errors import UserError
+from fedmezo_jax.parallel import multihost
+from fedmezo_jax.run.run_folder import write_json
+
+T = TypeVar("T")
+Row = Mapping[str, Any]
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
+
+
+def run(main: Callable[[T], None], config: type[T], description: str | None) -> None:
+    """Runs an experiment's ``main`` on its config as parsed from the command line.
+
+    Whatever the user can mend ends in one line on standard error and exit code 2; a signal that stops the command, in
+    one line and 128 plus its number.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that knows no η prints ? and does not fail
+    try:
+        with _stops():
+            main(_parse(config, description))
+    except UserError as error:
+        _leave("error: " + " ".join(str(error).splitlines()), 2)  # a file's name may hold a line break
+    except StoppedError as stop:
+        hint = "; go on with --resume" if hasattr(config, "resume") else ""
+        _leave(f"stopped by {stop.signal.name}{hint}", 128 + stop.signal)
+
+
+class StoppedError(KeyboardInterrupt):
+    """A signal has stopped the command; what handles Ctrl-C handles it too."""
+
+    def __init__(self, number: int):
+        """Of the signal of this number."""
+        super().__init__()
+        self.signal = signal.Signals(number)
+
+
+def _raise(number: int, frame: Any) -> None:
+    raise StoppedError(number)
+
+
+@contextlib.contextmanager
+def _stops() -> Iterator[None]:
+    """Raises :class:`StoppedError` in the block for signals that the process does not ignore."""
+    before = {number: signal.getsignal(number) for number in STOPS}
+    try:
+        for number, handler in before.items():
+            if handler is not signal.SIG_IGN:
+                signal.signal(number, _raise)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _leave(message: str, code: int) -> None:
+    print(message, file=sys.stderr, flush=True)
+    multihost.abort(code)
+    sys.exit(code)
+
+
+def _parse(config: type[T], description: str | None) -> T:
+    """tyro's parser, whose framed error messages are brought to one line."""
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(config, description=description, config=(tyro.conf.OmitArgPrefixes,))
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        # The frame is of box characters or, for a terminal without them, of dashes; the message ends at its first rule.
+        lines = (line.strip(" │") for line in complaint.getvalue().splitlines()[1:])
+        parts = itertools.groupby(lines, key=lambda line: set(line) <= set("─-╰╯"))
+        message = next((" ".join(part) for is_rule, part in parts if not is_rule), complaint.getvalue().strip())
+        raise UserError(message) from None
+
+
+def write_results(folder: Path, rows: Sequence[Row], seconds: float) -> None:
+    """Writes ``results.json``: ``command``, ``versions``, ``host``, ``seconds`` and ``rows``.
+
+    Numbers that are not finite become null, as JSON has none.
+    """
+    rows = [{key: _in_json(value) for key, value in row.items()} for row in rows]
+    versions = {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES}
+    devices = jax.devices()
+    host = {
+        "system": platform.platform(),
+        "cores": os.cpu_count(),
+        "devices": len(devices),
+        "device_kind": devices[0].device_kind,
+        "platform": devices[0].platform,
+    }
+    module = sys.modules["__main__"].__spec__
+    command = shlex.join(["python", "-m", module.name if module else sys.argv[0], *sys.argv[1:]])
+    results = {"command": command, "versions": versions, "host": host, "seconds": seconds, "rows": rows}
+    write_json(folder / "results.json", results)
+
+
+def _in_json(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def print_table(title: str, rows: Sequence[Row]) -> None:
+    """Prints rows of one shape; their keys become the heads of the columns.
+
+    No value is ever cut or broken: where a table is wider than the console, each row is printed as a block of lines,
+    one for each value.
+    """
+    console = Console()
+    heads = [key.replace("_", " ") for key in rows[0]]
+    cells = [[shown(value).expandtabs() for value in row.values()] for row in rows]
+    console.print(title, markup=False, highlight=False, soft_wrap=True)
+    widths = [
+        max(cell_len(part) for part in (*head.split(), *(line for cell in column for line in cell.splitlines())))
+        for head, *column in zip(heads, *cells, strict=True)
+    ]
+    if sum(widths) + 3 * len(widths) + 1 > console.width:
+        longest = max(map(cell_len, heads))
+        for row in cells:
+            lines = (f"{head:{longest}}  {cell}" for head, cell in zip(heads, row, strict=True))
+            console.print("\n".join(lines), end="\n\n", markup=False, highlight=False, soft_wrap=True)
+        return
+    table = Table()
+    for head, width, value in zip(heads, widths, rows[0].values(), strict=True):
+        table.add_column(head, width=width, justify="right" if isinstance(value, int | float) else "left")
+    for row in cells:
+        table.add_row(*map(Text, row))
+    console.print(table)
+
+
+def shown(value: Any) -> str:
+    """A cell of a table."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "-"}[value]
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

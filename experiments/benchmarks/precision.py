@@ -1,0 +1,122 @@
+"""Measures the error of the projected gradient over μ and precision on your model and data, and recommends μ.
+
+    python -m experiments.benchmarks.precision
+    python -m experiments.benchmarks.precision --model smollm2-135m --data gsm8k --data-dir FOLDER --partition iid
+
+The truth is the exact directional derivative zᵀ∇L in float32, by forward-mode differentiation. The frozen weights are
+rounded to bfloat16 in all of it, so that what is measured is the arithmetic alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+import matplotlib as mpl
+import numpy as np
+
+from experiments import _cli
+from fedmezo_jax.core import federated, mezo
+from fedmezo_jax.data.examples import Rows
+from fedmezo_jax.errors import UserError
+from fedmezo_jax.llama.loss import loss_of, pair_loss_of
+from fedmezo_jax.llama.precision import WORRYING, Precision
+from fedmezo_jax.run import run_folder
+from fedmezo_jax.run.config import RunConfig
+from fedmezo_jax.run.context import Setup, prepare, run_key
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+
+@dataclass(frozen=True)
+class Config:
+    """The run whose model, data and LoRA are measured, and how."""
+
+    run: RunConfig
+    scales: str = "1e-4,3e-4,1e-3,3e-3,1e-2,3e-2"
+    """perturbation scales μ"""
+    rows: int = 2
+    """training rows in the loss"""
+    probes: int = 12
+    """directions z"""
+    out: Path = Path("runs/precision")
+    """folder for config.json, results.json and precision.png"""
+
+
+def main(config: Config) -> None:
+    """Measures, prints the table and the recommendation, writes the folder."""
+    start = time.perf_counter()
+    try:
+        scales = sorted(float(text) for text in config.scales.split(","))
+    except ValueError:
+        scales = [0.0]
+    if scales[0] <= 0:
+        raise UserError(f"--scales {config.scales}: give numbers above 0, separated by commas")
+    if config.rows < 1 or config.probes < 1:
+        raise UserError("--rows and --probes must be at least 1")
+    setup = prepare(config.run)
+    rows = []
+    for row in measure(setup, scales, config.rows, config.probes):
+        rows.append(row)
+        print(f"{row['precision']} at {row['perturbation_scale']:g}: {row['error']:.2%}", flush=True)
+    config.out.mkdir(parents=True, exist_ok=True)
+    run_folder.write_json(config.out / "config.json", asdict(config) | {"out": str(config.out)})
+    _cli.write_results(config.out, rows, time.perf_counter() - start)
+    plot(config.out / "precision.png", rows, f"{config.run.model} on {config.run.data}")
+    _cli.print_table("relative error of the projected gradient", rows)
+    for precision in get_args(Precision):
+        best = min((row for row in rows if row["precision"] == precision), key=lambda row: row["error"])
+        print(f"{precision}: take --perturbation-scale {best['perturbation_scale']:g} (error {best['error']:.1%})")
+
+
+def measure(setup: Setup, scales: list[float], count: int, probes: int) -> Iterator[dict[str, Any]]:
+    """One row for each precision and scale: √(Σ(g − zᵀ∇L)² / Σ(zᵀ∇L)²) over the probes."""
+    base = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), setup.base)
+    rows = Rows(*(jnp.asarray(leaf[:count]) for leaf in setup.train))
+    keys = jax.random.split(jax.random.fold_in(run_key(setup.config.seed), federated.PRECISION), probes)
+    law: mezo.Distribution = setup.config.distribution
+    zeros = jax.tree.map(jnp.zeros_like, setup.lora)
+    exact_loss = loss_of(setup.model.clone(precision="float32"), base)
+
+    @jax.jit
+    def slope(loss, key):
+        z = mezo.shift(zeros, mezo.Perturbation(key, 1.0, law))
+        return jax.jvp(lambda lora: loss(lora, rows), (setup.lora,), (z,))[1]
+
+    @jax.jit
+    def projected(pair_loss, key, scale):
+        plus, minus = pair_loss(setup.lora, rows, mezo.Perturbation(key, scale, law))
+        return (plus - minus) / (2 * scale)
+
+    exact = np.array([slope(exact_loss, key) for key in keys])
+    for precision in get_args(Precision):
+        loss = pair_loss_of(setup.model.clone(precision=precision), base)
+        for scale in scales:
+            found = np.array([projected(loss, key, jnp.float32(scale)) for key in keys])
+            error = np.linalg.norm(found - exact) / np.linalg.norm(exact)
+            yield {"precision": precision, "perturbation_scale": scale, "error": float(error), "probes": probes}
+
+
+def plot(file: Path, rows: list[dict[str, Any]], title: str) -> None:
+    """Error over μ, a line for each precision, as a PNG."""
+    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    for precision in get_args(Precision):
+        line = [(row["perturbation_scale"], row["error"]) for row in rows if row["precision"] == precision]
+        axes.plot(*zip(*line, strict=True), "o-", label=precision)
+    axes.axhline(WORRYING, color="0.6", linewidth=1, linestyle="--", label=f"{WORRYING:.0%}")
+    axes.set(xscale="log", yscale="log", xlabel="perturbation scale μ", title=title)
+    axes.set_ylabel("relative error of the projected gradient")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    _cli.run(main, Config, __doc__)

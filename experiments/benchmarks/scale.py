@@ -1,0 +1,115 @@
+"""Times rounds of more and more clients in blocks: memory stays flat, and a client costs the same.
+
+    python -m experiments.benchmarks.scale
+
+``over_smallest`` is the time of a client over that in rounds of the smallest number, timed beside.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments import _cli
+from experiments.benchmarks.step import Setting, random_case
+from fedmezo_jax.core import client, federated, mezo, server
+from fedmezo_jax.llama.loss import pair_loss_of
+from fedmezo_jax.llama.precision import Precision
+from fedmezo_jax.llama.shapes import named_shape
+from fedmezo_jax.run import run_folder
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to time."""
+
+    model: str = "smollm2-135m"
+    """a shape known by name (smollm2-135m, llama-3b, …) or the path of a config.json"""
+    clients: str = "8,64,512,1000"
+    """numbers of clients"""
+    block: int = 8
+    """clients that run at once"""
+    length: int = 32
+    """tokens in the one row of a client, half of them labelled"""
+    rank: int = 8
+    """LoRA rank"""
+    targets: str = "q_proj,v_proj"
+    """projections with an adapter"""
+    precision: Precision = "float32"
+    """of the products with frozen weights"""
+    seconds: float = 10
+    """how long each number is timed at least, in whole rounds"""
+    beside: int = 8
+    """rounds of the smallest number timed before and after each other round"""
+    seed: int = 0
+    """of weights and rows"""
+    out: Path = Path("runs/bench_scale")
+    """folder for config.json and results.json"""
+
+
+def main(config: Config) -> None:
+    """Times rounds of one local step at each number, prints the table and writes the folder."""
+    begin = time.perf_counter()
+    counts, rows = [int(count) for count in config.clients.split(",")], []
+    smallest, _ = ready(config, counts[0])
+    for count in counts:
+        work, temporary = ready(config, count)
+        # Machines slow down and recover within a minute: the smallest round is timed before and after.
+        beside, seconds = [], []
+        while sum(seconds) < config.seconds:
+            beside += _times(smallest, config.beside)
+            seconds += _times(work, 1)
+        beside += _times(smallest, config.beside)
+        each = statistics.mean(seconds) / count
+        rows.append(
+            {
+                "clients": count,
+                "temp_bytes": temporary,
+                "rounds": len(seconds),
+                "seconds": statistics.mean(seconds),
+                "seconds_per_client": each,
+                "over_smallest": each / statistics.mean(beside) * counts[0],
+            }
+        )
+        print(f"{count} clients: {rows[-1]['seconds']:.2f} s, {rows[-1]['over_smallest']:.3f}", flush=True)
+    config.out.mkdir(parents=True, exist_ok=True)
+    run_folder.write_json(config.out / "config.json", asdict(config) | {"out": str(config.out)})
+    _cli.write_results(config.out, rows, time.perf_counter() - begin)
+    _cli.print_table(f"{config.model}, {config.length} tokens a client, {config.block} clients at once", rows)
+
+
+def ready(config: Config, count: int) -> tuple[Callable[[], Any], int]:
+    """A round of so many clients, compiled, and its temporary bytes."""
+    llama, setting = named_shape(config.model), Setting(count, 1, config.length, config.rank)
+    case = random_case(llama, setting, config.targets.split(","), config.precision, config.seed)
+    work = client.mezo_work(mezo.MezoConfig())
+    init, round = federated.federated(work, server.RateConfig(1e-5), block_size=config.block)
+    arguments = (init(case.lora, count), pair_loss_of(case.model, case.base), case.cohort, case.key)
+    compiled = jax.jit(round.work).lower(*arguments).compile()
+    plan = compiled.memory_analysis()
+    assert plan is not None  # on this machine's own devices there is one
+    whole = replace(round, work=compiled)
+    steps = np.zeros((count, 1), np.float32)
+    report = federated.RoundReport(steps, steps[..., None], steps[:, 0])  # compiles the server's half and runs no round
+    jax.block_until_ready(whole.apply(arguments[0], case.cohort.ids, case.cohort.weights, report, case.key))
+    return lambda: whole(*arguments), plan.temp_size_in_bytes
+
+
+def _times(work: Callable[[], Any], count: int) -> list[float]:
+    seconds = []
+    for _ in range(count):
+        start = time.perf_counter()
+        jax.block_until_ready(work())
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+if __name__ == "__main__":
+    _cli.run(main, Config, __doc__)

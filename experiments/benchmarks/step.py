@@ -1,0 +1,258 @@
+"""Times a FedMeZO round against forwards alone, bare matrix products and PyTorch/PEFT, alternately in one run.
+
+    python -m experiments.benchmarks.step
+    python -m experiments.benchmarks.step --settings 8x1x128x8 --no-peer
+
+Weights and rows are random: their values change no time.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.progress import track
+
+from experiments import _cli
+from experiments.benchmarks.pytorch_baseline import peer_step
+from fedmezo_jax.core import client, federated, mezo, server
+from fedmezo_jax.data.examples import Rows
+from fedmezo_jax.errors import UserError
+from fedmezo_jax.llama.checkpoints.layout import base_shapes, projections
+from fedmezo_jax.llama.config import LlamaConfig
+from fedmezo_jax.llama.lora import init_lora
+from fedmezo_jax.llama.loss import loss_of, pair_loss_of
+from fedmezo_jax.llama.model import Llama
+from fedmezo_jax.llama.precision import frozen_product, in_loop
+from fedmezo_jax.llama.shapes import named_shape
+from fedmezo_jax.run import run_folder
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to time."""
+
+    model: str = "smollm2-135m"
+    """a shape known by name (smollm2-135m, llama-3b, …) or the path of a config.json"""
+    settings: str = "8x1x128x8,3x1x128x8,8x1x32x8,20x1x64x8,3x1x256x128"
+    """clients x batch x tokens x LoRA rank, separated by commas; half of each row is labelled"""
+    targets: str = "q_proj,v_proj"
+    """projections with an adapter"""
+    precisions: str = "float32,paired"
+    """of the products with frozen weights: float32, bfloat16, paired"""
+    peer: bool = True
+    """time PyTorch and PEFT too (they must be installed)"""
+    repeats: int = 5
+    """rounds timed, after one that compiles; the others' runs come in between"""
+    seed: int = 0
+    """of weights and rows"""
+    out: Path = Path("runs/bench_step")
+    """folder for config.json and results.json"""
+
+
+class Setting(NamedTuple):
+    """One case: clients at once, rows each, tokens a row, LoRA rank."""
+
+    clients: int
+    batch: int
+    length: int
+    rank: int
+
+
+def main(config: Config) -> None:
+    """Times every setting, prints the table and writes the folder."""
+    start = time.perf_counter()
+    settings = [_setting(text) for text in config.settings.split(",")]
+    if config.repeats < 1:
+        raise UserError(f"--repeats must be at least 1, not {config.repeats}")
+    llama = named_shape(config.model)
+    rows = []
+    for setting in track(settings, "settings timed", transient=True):
+        rows += bench(config, llama, setting)
+    config.out.mkdir(parents=True, exist_ok=True)
+    run_folder.write_json(config.out / "config.json", asdict(config) | {"out": str(config.out)})
+    _cli.write_results(config.out, rows, time.perf_counter() - start)
+    hidden = ("seconds_median", "losses_seconds", "forward_tokens_per_second", "peak_flops")
+    shown = [{name: value for name, value in row.items() if name not in hidden} for row in rows]
+    _cli.print_table(f"{config.model}, {config.targets}, best of {config.repeats}", shown)
+
+
+def bench(config: Config, llama: LlamaConfig, setting: Setting) -> list[dict[str, Any]]:
+    """One row for each precision."""
+    works: dict[str, Callable[[], Any]] = {}
+    precisions = config.precisions.split(",")
+    for precision in precisions:
+        programs = _programs(config, llama, setting, precision)
+        works |= {f"{precision} {name}": work for name, work in programs.items()}
+    if config.peer:
+        peers = ("float32", "bfloat16") if set(precisions) != {"float32"} else ("float32",)
+        shape = (setting.clients, setting.batch, setting.length, setting.rank, config.targets.split(","))
+        works |= {f"peer {dtype}": peer_step(llama, *shape, dtype) for dtype in peers}
+    times = alternate(works, config.repeats)
+    best = {name: min(found) for name, found in times.items()}
+    tokens = setting.clients * setting.batch * setting.length
+    rows = []
+    for precision in precisions:
+        # The local update is the server's to make, from the coefficients: a step is the whole round.
+        step, products = best[f"{precision} round"], best[f"{precision} products"]
+        forwards = best[f"{precision} forward"] * 2
+        rate = 2 * _operations(llama, setting, ()) / products
+        share = 2 * _operations(llama, setting, config.targets.split(",")) / step / rate
+        rows.append(
+            setting._asdict()
+            | {
+                "dtype": precision,
+                "seconds": step,
+                "seconds_median": statistics.median(times[f"{precision} round"]),
+                "losses_seconds": best[f"{precision} step"],
+                "tokens_per_second": 2 * tokens / step,
+                "forward_tokens_per_second": 2 * tokens / forwards,
+                "peak_flops": rate,
+                "share_of_peak": share,
+                "step_over_two_forwards": step / forwards,
+                "speedup_over_peer": best["peer float32"] / step if config.peer else None,
+                "speedup_over_peer_bfloat16": best["peer bfloat16"] / step if "peer bfloat16" in best else None,
+            }
+        )
+    return rows
+
+
+def alternate(works: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each work, ``repeats`` times in turn after one that warms up: a slow moment hits all of them."""
+    for work in works.values():
+        jax.block_until_ready(work())
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(repeats):
+        for name, work in works.items():
+            start = time.perf_counter()
+            jax.block_until_ready(work())
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+class Case(NamedTuple):
+    """Random weights and rows of one setting at one precision."""
+
+    model: Llama
+    base: Any
+    lora: mezo.Params
+    cohort: federated.Cohort
+    key: jax.Array
+
+
+def random_case(llama: LlamaConfig, setting: Setting, targets: list[str], precision: Any, seed: int) -> Case:
+    """A cohort of one local step, half of each row labelled; weights in float32 for float32 and else in bfloat16."""
+    clients, batch, length, rank = setting
+    stored = jnp.float32 if precision == "float32" else jnp.bfloat16
+    draw = np.random.default_rng(seed)
+
+    def weights(shape):
+        return jnp.asarray(0.02 * draw.standard_normal(shape, np.float32), stored)
+
+    base = jax.tree.map(weights, base_shapes(llama), is_leaf=lambda leaf: isinstance(leaf, tuple))
+    key = jax.random.key(seed, impl="threefry2x32")
+    tokens = draw.integers(0, llama.vocab_size, (clients, 1, batch, length)).astype(np.int32)
+    labelled = np.arange(length - _labels(setting), length, dtype=np.int32)
+    positions = np.broadcast_to(labelled - 1, (clients, 1, batch, len(labelled)))
+    labels = np.take_along_axis(tokens, positions + 1, axis=-1)
+    rows = jax.device_put(Rows(tokens, positions, labels, np.ones_like(labels, np.float32)))
+    cohort = federated.Cohort(np.arange(clients), np.ones(clients, np.float32), rows)
+    return Case(Llama(llama, 2.0, precision), base, init_lora(key, llama, rank, targets), cohort, key)
+
+
+def _programs(config: Config, llama: LlamaConfig, setting: Setting, precision: Any) -> dict[str, Callable[[], Any]]:
+    """A round of one local step, a forward of all clients, and the bare products of two forwards."""
+    case = random_case(llama, setting, config.targets.split(","), precision, config.seed)
+    init, round = federated.federated(client.mezo_work(mezo.MezoConfig()), server.RateConfig(1e-5))
+    single = case.model.clone(precision="bfloat16") if precision == "paired" else case.model
+    state, pair_loss, loss = (
+        init(case.lora, setting.clients),
+        pair_loss_of(case.model, case.base),
+        loss_of(single, case.base),
+    )
+    rows = jax.tree.map(lambda leaf: leaf[:, 0], case.cohort.batches)
+    loras = jax.tree.map(lambda leaf: jnp.stack([leaf] * setting.clients), case.lora)
+    forward = jax.jit(lambda loss, loras, rows: jax.vmap(loss)(loras, rows))
+    products = jax.jit(lambda base: _products(llama, base, setting, precision))
+    return {
+        "round": lambda: round(state, pair_loss, case.cohort, case.key),
+        "step": lambda: round.work(state, pair_loss, case.cohort, case.key),
+        "forward": lambda: forward(loss, loras, rows),
+        "products": lambda: products(case.base),
+    }
+
+
+def _products(llama: LlamaConfig, base: Any, setting: Setting, precision: Any) -> jax.Array:
+    """The products of two forwards with frozen weights and next to nothing else: the machine's peak for these shapes.
+
+    ``paired`` has twice the rows in one product, of a mean and a difference.
+    """
+    passes, times = (1, 2) if precision == "paired" else (2, 1)
+    tokens = setting.clients * setting.batch
+    kind = "bfloat16" if precision == "paired" else precision
+    product = partial(frozen_product, precision=kind)
+
+    def layer(x, index):
+        sliced = partial(jax.lax.dynamic_index_in_dim, axis=0, keepdims=False)
+        kernels = jax.tree.map(lambda leaf: sliced(*in_loop(leaf, index)), base["layers"])
+        attention, mlp = kernels["self_attn"], kernels["mlp"]
+        query, key, value = (product(x, attention[name]["kernel"]) for name in ("q_proj", "k_proj", "v_proj"))
+        gate, up = (product(x, mlp[name]["kernel"]) for name in ("gate_proj", "up_proj"))
+        moved = product(query, attention["o_proj"]["kernel"]) + product(gate + up, mlp["down_proj"]["kernel"])
+        return moved.at[:, : key.shape[1]].add(key + value), None
+
+    def forward(scale):
+        x = jnp.full((times * tokens * setting.length, llama.hidden_size), scale)
+        x, _ = jax.lax.scan(layer, x, jnp.arange(llama.num_hidden_layers))
+        labelled = x[: times * tokens * _labels(setting)]
+        table = base["embed_tokens"]["embedding"] if llama.tie_word_embeddings else base["lm_head"]["kernel"].T
+        blocks = -(-llama.vocab_size // 4096)
+        width = llama.vocab_size // blocks
+
+        def part(block):
+            return jnp.max(product(labelled, jax.lax.dynamic_slice_in_dim(*in_loop(table, block * width), width).T))
+
+        return jnp.max(jax.lax.map(part, jnp.arange(blocks)))
+
+    return jax.lax.map(forward, jnp.arange(1.0, 1.0 + passes))
+
+
+def _operations(llama: LlamaConfig, setting: Setting, targets: Sequence[str]) -> float:
+    """Floating-point operations of the products of one forward of all clients.
+
+    Without targets, of those with frozen weights alone; with them also of the adapters' and attention's, of which
+    causality leaves half.
+    """
+    widths = projections(llama)
+    tokens = setting.clients * setting.batch * setting.length
+    weights = llama.num_hidden_layers * sum(wide_in * wide_out for wide_in, wide_out in widths.values())
+    total = 2 * tokens * weights
+    total += 2 * setting.clients * setting.batch * _labels(setting) * llama.hidden_size * llama.vocab_size
+    if targets:
+        adapters = sum(setting.rank * sum(widths[target]) for target in targets)
+        attention = (setting.length + 1) * llama.num_attention_heads * llama.head_dim
+        total += 2 * tokens * llama.num_hidden_layers * (adapters + attention)
+    return total
+
+
+def _labels(setting: Setting) -> int:
+    return max(1, setting.length // 2)
+
+
+def _setting(text: str) -> Setting:
+    parts = text.split("x")
+    if len(parts) != 4 or not all(part.isdecimal() and int(part) for part in parts):
+        raise UserError(f"--settings: {text!r} is not clients x batch x tokens x rank, like 8x1x128x8")
+    return Setting(*map(int, parts))
+
+
+if __name__ == "__main__":
+    _cli.run(main, Config, __doc__)

@@ -1,0 +1,140 @@
+"""Weak scaling as far as compiled programs show it: the same clients for each device, on 1 to 256 devices.
+
+    python -m experiments.benchmarks.weak_scaling --model llama-3b --topology a100-80gb
+    python -m experiments.benchmarks.weak_scaling --model smollm2-135m --topology v5e --devices 4,16,64,256
+
+Peak memory and traffic of a device are the compiler's, its operations are counted; nothing is run. Each round is
+compiled in ``paired`` precision, the default of runs, and in plain bfloat16.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from dataclasses import asdict, dataclass
+from math import nan
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # shapes are compiled, nothing is run
+
+import matplotlib as mpl
+from rich.progress import track
+
+from experiments import _cli
+from fedmezo_jax.core.federated import Seeds
+from fedmezo_jax.errors import UserError
+from fedmezo_jax.llama.precision import Precision
+from fedmezo_jax.llama.shapes import named_shape
+from fedmezo_jax.planning import cost_model, hardware
+from fedmezo_jax.run.run_folder import write_json
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+PRECISIONS: tuple[Precision, ...] = ("paired", "bfloat16")
+"""The default of runs, and plain bfloat16 for comparison."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """What grows and what does not."""
+
+    model: str = "llama-3b"
+    """llama-3b, llama-7b, llama3-8b, llama-13b, llama-70b, smollm2-135m, or the path of a config.json"""
+    topology: str = "a100-80gb"
+    """kind of device: v5e, v6e, a100-40gb, a100-80gb or h100"""
+    devices: str = "1,4,16,64,256"
+    """numbers of devices; of TPUs those that fill a square slice"""
+    clients_per_device: int = 1
+    """clients of each device in a round"""
+    local_steps: int = 30
+    """local steps H"""
+    length: int = 1024
+    """tokens a row, half of them labels"""
+    rank: int = 128
+    """LoRA rank"""
+    seeds: Seeds = "per-client"
+    """whether clients draw directions of their own or share them"""
+    seed: int = 0
+    """has no part in this: shapes alone are compiled"""
+    out: Path = Path("runs/weak_scaling")
+    """folder for config.json, results.json and weak_scaling.png"""
+
+    @property
+    def counts(self) -> list[int]:
+        """``devices``, taken apart."""
+        try:
+            counts = [int(part) for part in self.devices.split(",")]
+        except ValueError:
+            counts = []
+        if not counts or min(counts) < 1 or self.clients_per_device < 1:
+            raise UserError(f"--devices {self.devices}: give numbers of at least 1, e.g. 1,4,16")
+        return counts
+
+
+def main(config: Config) -> None:
+    """Compiles the round for every number of devices, prints the table and writes the folder."""
+    start = time.perf_counter()
+    llama = named_shape(config.model)
+    rows: list[dict[str, Any]] = []
+    for count in track(config.counts, "compiling", transient=True):
+        target = hardware.describe(_slice(config.topology, count))
+        clients = count * config.clients_per_device
+        sizes = (clients, config.local_steps, 1, config.length, config.rank)
+        for precision in PRECISIONS:
+            planned = cost_model.Round(llama, *sizes, ("q_proj", "v_proj"), precision, config.seeds)
+            found = cost_model.compile_round(planned, target, (count, 1), config.clients_per_device)
+            rows.append(
+                {
+                    "devices": count,
+                    "clients": clients,
+                    "precision": precision,
+                    "program_bytes": found.code,
+                    "peak_bytes_per_device": found.peak,
+                    "flops_per_device": cost_model.operations(planned) // count,
+                    "collective_bytes_per_round": found.received,
+                }
+            )
+    config.out.mkdir(parents=True, exist_ok=True)
+    write_json(config.out / "config.json", asdict(config) | {"out": str(config.out)})
+    _cli.write_results(config.out, rows, time.perf_counter() - start)
+    plot(config.out / "weak_scaling.png", config, rows)
+    _cli.print_table(f"{config.model} on {config.topology}, {config.clients_per_device} client(s) a device", rows)
+
+
+def _slice(kind: str, count: int) -> str:
+    if kind not in hardware.TPUS:
+        return f"{kind}:{count}"
+    side = math.isqrt(count)
+    if side * side != count or side < 2:
+        raise UserError(f"--devices: {count} TPU chips are no square slice; take 4, 16, 64 or 256")
+    return f"{kind}:{side}x{side}"
+
+
+def plot(file: Path, config: Config, rows: list[dict[str, Any]]) -> None:
+    """Memory and traffic of a device over the number of devices."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.6), layout="constrained")
+    devices = list(dict.fromkeys(row["devices"] for row in rows))
+    for precision, style in zip(PRECISIONS, ("o-", "v--"), strict=True):
+        own = [row for row in rows if row["precision"] == precision]
+        left.plot(
+            devices, [(row["peak_bytes_per_device"] or nan) / hardware.GIB for row in own], style, label=precision
+        )
+        right.plot(devices, [row["collective_bytes_per_round"] for row in own], style)
+    left.set(ylabel="peak GiB of a device", ylim=(0, 1.1 * left.get_ylim()[1]))
+    right.set(ylabel="bytes received in a round")
+    for axes in (left, right):
+        axes.set(xscale="log", xlabel="devices")
+        axes.set_xticks(devices, [str(count) for count in devices])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
+    figure.suptitle(f"{config.model} on {config.topology}, {config.clients_per_device} client(s) a device", fontsize=11)
+    figure.savefig(file, dpi=100)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    _cli.run(main, Config, __doc__)

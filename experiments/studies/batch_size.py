@@ -1,0 +1,27 @@
+"""How the batch of a local step matters (Tab. 7 of arXiv 2402.05926: 1 starts slower and ends lower than 5).
+
+python -m experiments.studies.batch_size
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from experiments import _cli
+from experiments.studies import runner
+
+PRESETS = runner.three(
+    runner.fields_over("batch_size", (1, 2, 4), "B = {}"),
+    runner.fields_over("batch_size", (1, 3, 5), "B = {}"),
+    paper=replace(runner.PAPER, data="dolly", partition="meta", learning_rate=1e-5),
+)
+PAPER = {"B = 1": "1.38 (round 409)", "B = 5": "1.49 (round 409)"}
+
+
+def main(config: runner.Config) -> None:
+    """Runs the study."""
+    runner.run(config, "batch_size", PRESETS, title="batch size B", paper=PAPER)
+
+
+if __name__ == "__main__":
+    _cli.run(main, runner.Config, __doc__)

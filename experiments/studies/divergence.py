@@ -1,0 +1,131 @@
+"""Where the learning rate is too large: the loss at multiples of the usual rate, and what the guard says before.
+
+    python -m experiments.studies.divergence
+
+After Fig. 5 of arXiv 2402.05926 (η ∈ {1, 3, 5, 10} × 1e-5: the larger, the earlier the loss surges). The table has a
+row a run; round 0 as the first warning means before the first round.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import matplotlib as mpl
+import numpy as np
+
+from experiments import _cli
+from experiments.studies import result_cache, runner
+from fedmezo_jax.errors import UserError
+from fedmezo_jax.run import divergence
+from fedmezo_jax.run.config import RunConfig
+from fedmezo_jax.run.context import Setup, prepare
+from fedmezo_jax.run.loop import probe_start, train
+from fedmezo_jax.run.run_folder import write_json
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+PRESETS: dict[runner.PresetName, tuple[RunConfig, int]] = {
+    "small": (replace(runner.SMALL, rounds=12), 3),
+    "paper": (replace(runner.PAPER, learning_rate=1e-5), 3),
+    "smoke": (runner.SMOKE, 2),
+}
+"""The run at one time its learning rate, and how many seeds it is run with."""
+
+
+@dataclass(frozen=True)
+class Config(runner.Config):
+    """Which preset, and what of it to change."""
+
+    factors: str = "1,3,5,10"
+    """multiples of the preset's learning rate"""
+    on_surge: Literal["warn", "clip", "rollback"] = "warn"
+    """what the run does when its loss explodes"""
+
+
+def main(config: Config) -> None:
+    """Runs every rate and seed, prints the table, draws the curves."""
+    factors = _factors(config.factors)
+    run, seeds = PRESETS[config.preset]
+    changed = {name: getattr(config, name) for name in ("rounds", "model", "data", "data_dir", "on_surge")}
+    base = replace(run, **{name: value for name, value in changed.items() if value is not None})
+    out = config.out or Path("runs") / f"surge-{config.preset}"
+    runs = [
+        replace(base, seed=seed, learning_rate=base.learning_rate * factor)
+        for seed in range(config.seed, config.seed + (config.seeds or seeds))
+        for factor in factors
+    ]
+    outcomes, seconds = result_cache.measure(out / "points", [asdict(one) for one in runs], _outcome)
+    rows = [outcome["row"] for outcome in outcomes]
+    rows.sort(key=lambda row: (row["learning_rate"], row["seed"]))
+    write_json(out / "config.json", asdict(config) | {"out": str(out), "run": asdict(base)})
+    _cli.write_results(out, rows, seconds)
+    curves = np.array([outcome["train_loss"] for outcome in outcomes], np.float64).reshape(
+        -1, len(factors), base.rounds
+    )
+    plot(out / "surge.png", base, factors, curves)
+    _cli.print_table(f"{base.model} on {base.data}, --on-surge {base.on_surge}", rows)
+
+
+@lru_cache(maxsize=1)
+def _start(run: RunConfig) -> tuple[Setup, divergence.Probe]:
+    """What all rates of one seed share: the setup, and the guard's measurements before the first round."""
+    setup = prepare(run)
+    return setup, probe_start(setup)
+
+
+def _outcome(point: dict[str, Any]) -> dict[str, Any]:
+    """One run's row of the table, and its training loss over rounds (None where no client's loss was finite)."""
+    run = RunConfig(**point)
+    setup, probe = _start(replace(run, learning_rate=1.0))
+    with tempfile.TemporaryDirectory() as folder:
+        changed = setup._replace(config=replace(setup.config, learning_rate=run.learning_rate))
+        result = train(changed, Path(folder), checkpoint_every=run.rounds, eval_every=run.rounds)
+    trained = divergence.count(setup.lora)
+    surged = [record["round"] for record in result.metrics if record["surge"]]
+    warned = [record["round"] for record in result.metrics if (record["gradient_growth"] or 0) > divergence.GROWTH]
+    first_warning = 0 if divergence.warnings(probe, run, trained) else warned[0] if warned else None
+    row = {
+        "learning_rate": run.learning_rate,
+        "seed": run.seed,
+        "step_length": divergence.step_length(run.learning_rate, probe.noisy_gradient**0.5, trained),
+        "first_warning": first_warning,
+        "first_surge": surged[0] if surged else None,
+        "surges": len(surged),
+        "loss_before": result.loss_before,
+        "loss_after": result.loss_after,
+    }
+    return {"row": row, "train_loss": [record["train_loss"] for record in result.metrics]}
+
+
+def plot(file: Path, base: RunConfig, factors: Sequence[float], curves: np.ndarray) -> None:
+    """Training loss over rounds as a PNG: of ``[seeds, factors, rounds]`` a line each, a colour for each factor."""
+    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    for i, factor in enumerate(factors):
+        lines = axes.plot(np.arange(1, base.rounds + 1), curves[:, i].T, ".-", color=f"C{i}", alpha=0.7)
+        lines[0].set_label(f"{factor:g}×")
+    axes.set(xlabel="round", ylabel="training loss (nats a token)")
+    axes.set_title(f"{base.model} on {base.data}: multiples of η = {base.learning_rate:g}")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def _factors(text: str) -> list[float]:
+    try:
+        factors = [float(part) for part in text.split(",")]
+    except ValueError:
+        factors = []
+    if not factors or not all(0 < factor < np.inf for factor in factors) or len(set(factors)) < len(factors):
+        raise UserError(f"--factors must be different numbers above 0, like 1,3,5,10, not {text}")
+    return factors
+
+
+if __name__ == "__main__":
+    _cli.run(main, Config, __doc__)

@@ -1,0 +1,249 @@
+"""Which heterogeneity index follows the clients' true heterogeneity (open question 2 of arXiv 2402.05926).
+
+    python -m experiments.studies.heterogeneity_index
+
+Clients are ranked by each index after each round (round-wise and five-round loss, client drift), and by two truths:
+gradient disparity ‖∇f − ∇f_i‖² by back-propagation, and the distance of a client's categories from all rows'. The
+last index is the drift that the same clients would show if they shared their directions.
+
+A truth that is measured on few rows has noise of its own: the row "gradient disparity" has, instead of a correlation
+with itself, that of one half of its rows with the other, which no index can be expected to exceed by much; and from
+round to round it is taken on the same rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import matplotlib as mpl
+import numpy as np
+from scipy import stats
+
+from experiments import _cli
+from experiments.studies import runner
+from experiments.studies.result_cache import measure
+from fedmezo_jax.core import federated
+from fedmezo_jax.data.batches import round_batches
+from fedmezo_jax.data.examples import Rows
+from fedmezo_jax.llama.loss import loss_of
+from fedmezo_jax.run.config import RunConfig
+from fedmezo_jax.run.context import build, prepare, run_key, single
+from fedmezo_jax.run.run_folder import write_json
+from fedmezo_jax.theory import heterogeneity
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+INDICES = ("round-wise", "five-round", "model-diff", "model-diff, shared directions")
+_QUANTITIES = ("to_gradient", "to_label", "round_to_round")
+
+
+class Preset(NamedTuple):
+    """One scale of the study.
+
+    Attributes:
+        run: what all its runs share.
+        alphas: Dirichlet concentrations.
+        seeds: runs of each.
+        truth_rows: rows of a client on which its gradient is taken, a multiple of four.
+        truth_rounds: before which rounds the gradients are taken.
+    """
+
+    run: RunConfig
+    alphas: tuple[float, ...]
+    seeds: int
+    truth_rows: int
+    truth_rounds: tuple[int, ...]
+
+
+_SMALL = Preset(
+    RunConfig(clients=8, rounds=8, local_steps=5, length_buckets=1, precision="float32"),
+    (0.05, 0.2, 1.0, 10.0, 100.0),
+    3,
+    32,
+    (0, 7),
+)
+PRESETS = {
+    "small": _SMALL,
+    "paper": Preset(
+        replace(runner.PAPER, data="dolly", partition="dirichlet", clients=8, rounds=100),
+        (0.05, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0),
+        5,
+        128,
+        (0, 50, 99),
+    ),
+    "smoke": Preset(
+        replace(_SMALL.run, clients=4, rounds=6, local_steps=1, batch_size=1, lora_rank=2, test_rows=8),
+        (0.1, 100.0),
+        2,
+        4,
+        (0, 5),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to measure."""
+
+    preset: runner.PresetName = "small"
+    """small: minutes on two CPU cores; paper: the paper's model and data; smoke: seconds"""
+    data: str | None = None
+    """another data set than the preset's; it needs categories"""
+    data_dir: str | None = None
+    """folder with local copies of the data sets; without it they come from the hub"""
+    seed: int = 0
+    """the first seed"""
+    out: Path = Path("runs/heterogeneity_index")
+    """folder for config.json, results.json, the plot and finished points, which are not measured again"""
+
+
+def main(config: Config) -> None:
+    """Runs, prints the table and writes the folder."""
+    preset = PRESETS[config.preset]
+    changed = {name: value for name in ("data", "data_dir") if (value := getattr(config, name)) is not None}
+    run = replace(preset.run, **changed, personalize="model-diff", personalize_scale=0.0)  # measured and not used
+    seeds = range(config.seed, config.seed + preset.seeds)
+    runs = [replace(run, dirichlet_alpha=alpha, seed=seed) for alpha in preset.alphas for seed in seeds]
+    points = [{**asdict(one), "truth_rows": preset.truth_rows, "truth_rounds": preset.truth_rounds} for one in runs]
+    found, seconds = measure(config.out / "points", points, _trajectory)
+    rows = [
+        row
+        for alpha in preset.alphas
+        for row in summary(alpha, [each for each, one in zip(found, runs, strict=True) if one.dirichlet_alpha == alpha])
+    ]
+    write_json(config.out / "config.json", asdict(config) | {"out": str(config.out), "run": asdict(run)})
+    _cli.write_results(config.out, rows, seconds)
+    plot(config.out / "heterogeneity_index.png", rows, config.data or run.data)
+    _cli.print_table("rank correlations over clients: mean over runs ± half a 90 % interval", list(map(_shown, rows)))
+
+
+def _shown(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as printed: errors beside their values."""
+    named = {f"{name}_band_90" for name in _QUANTITIES}
+    values = {name: f"{row[name]:+.2f} ± {row[f'{name}_band_90'] or 0:.2f}" for name in _QUANTITIES}
+    return {name: values.get(name, value) for name, value in row.items() if name not in named}
+
+
+def _trajectory(point: dict[str, Any]) -> dict[str, Any]:
+    """One run: ``[rounds][clients]`` of each index (NaN before it is known); of the gradient disparity,
+    ``[truths][clients]``, and of the same from either half of its rows, ``[truths][2][clients]``; label distances."""
+    names = RunConfig.__dataclass_fields__
+    config = RunConfig(**{name: value for name, value in point.items() if name in names})
+    setup = prepare(config)
+    (init, round), loss = build(setup)
+    shared, _ = build(setup._replace(config=replace(config, seeds="shared")))
+    plain, key = loss_of(single(setup.model), setup.base), run_key(config.seed)
+    everyone, ones = np.arange(config.clients, dtype=np.int32), np.ones(config.clients, np.float32)
+    state = init(setup.lora, config.clients)
+    indices: dict[str, list[list[float]]] = {name: [] for name in INDICES}
+    truths, halves = [], []
+    samples = _samples(setup.train, setup.parts, point["truth_rows"], config.seed)
+    for t in range(config.rounds):
+        if t in point["truth_rounds"]:
+            quarters = [_gradients(plain, state.params, rows) for rows in samples]
+            first, second = _disparity(*quarters[:2]), _disparity(*quarters[2:])
+            halves.append([first.tolist(), second.tolist()])
+            truths.append(_disparity((quarters[0] + quarters[1]) / 2, (quarters[2] + quarters[3]) / 2).tolist())
+        batches = round_batches(
+            setup.train,
+            setup.parts,
+            everyone,
+            t,
+            seed=config.seed,
+            local_steps=config.local_steps,
+            batch_size=config.batch_size,
+        )
+        cohort = federated.Cohort(everyone, ones, jax.tree.map(jnp.asarray, batches))
+        alike, _ = shared.round(state, loss, cohort, key)
+        state, _ = round(state, loss, cohort, key)
+        losses = np.asarray(state.signals.losses)
+        each = (losses[:, 0], losses.mean(axis=1), state.signals.drift, alike.signals.drift)
+        for name, signal in zip(INDICES, each, strict=True):
+            indices[name].append(np.asarray(signal, np.float64).tolist())
+    categories = heterogeneity.label_distance(setup.parts, setup.categories)
+    return {"indices": indices, "gradient": truths, "halves": halves, "label": categories.tolist()}
+
+
+def _samples(train: Rows, parts: Sequence[np.ndarray], count: int, seed: int) -> list[Rows]:
+    """Four disjoint quarters of ``count`` rows of each client, leaves ``[N, count/4, …]``; a client with fewer rows
+    has some of them in several quarters."""
+    rng = np.random.default_rng(seed)
+    picked = np.stack([np.resize(rng.permutation(part), count) for part in parts])
+    return [Rows(*(jnp.asarray(leaf[quarter]) for leaf in train)) for quarter in np.split(picked, 4, axis=1)]
+
+
+_gradients = jax.jit(heterogeneity.gradients)
+_disparity = jax.jit(heterogeneity.disparity)
+
+
+def summary(alpha: float, runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each index, and one for the gradient disparity as if it were one: means over runs."""
+    rows = []
+    for name in (*INDICES, "gradient disparity"):
+        each = []
+        for one in runs:
+            gradient = np.mean(one["gradient"], axis=0)
+            signals = [
+                signal
+                for signal in (one["indices"][name] if name in INDICES else one["gradient"])
+                if np.isfinite(signal).all()
+            ]
+            to_gradient = [rank_correlation(signal, gradient) for signal in signals]
+            if name not in INDICES:  # of one half of its sample with the other
+                to_gradient = [rank_correlation(*halves) for halves in one["halves"]]
+            to_label = [rank_correlation(signal, one["label"]) for signal in signals]
+            stable = [rank_correlation(*pair) for pair in pairwise(signals)]
+            each.append([np.mean(to_gradient), np.mean(to_label), np.mean(stable)])
+        row: dict[str, Any] = {"dirichlet_alpha": alpha, "index": name, "runs": len(runs)}
+        for column, quantity in enumerate(_QUANTITIES):
+            values = np.array(each)[:, column]
+            row |= {quantity: float(values.mean()), f"{quantity}_band_90": runner.half_width(values)}
+        row["mean_gradient_disparity"] = float(np.mean([one["gradient"] for one in runs]))
+        row["mean_label_distance"] = float(np.mean([one["label"] for one in runs]))
+        rows.append(row)
+    return rows
+
+
+def rank_correlation(one: Sequence[float] | np.ndarray, other: Sequence[float] | np.ndarray) -> float:
+    """Spearman's ρ; 0 where one of the two ranks nobody above anybody."""
+    if np.ptp(one) == 0 or np.ptp(other) == 0:
+        return 0.0
+    return float(stats.spearmanr(one, other)[0])  # pyright: ignore[reportArgumentType]
+
+
+def plot(file: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
+    """Rank correlations and the truth itself over the Dirichlet α."""
+    figure, axes = plt.subplots(1, 4, figsize=(14, 3.8), layout="constrained")
+    names = ("with gradient disparity", "with label distance", "from round to round")
+    for one, quantity, name in zip(axes, _QUANTITIES, names, strict=False):
+        for i, index in enumerate(dict.fromkeys(row["index"] for row in rows)):
+            own = [row for row in rows if row["index"] == index]
+            label = index if index in INDICES or quantity != "to_gradient" else "gradient disparity, half with half"
+            x = [row["dirichlet_alpha"] * 1.05**i for row in own]
+            y, error = [row[quantity] for row in own], [row[f"{quantity}_band_90"] or 0 for row in own]
+            one.errorbar(x, y, error, fmt="o-", markersize=3, color=f"C{i}", label=label)
+        one.axhline(0, color="0.5", linewidth=0.8)
+        one.set(xscale="log", xlabel="Dirichlet α", title=f"rank correlation {name}", ylim=(-1.05, 1.05))
+    axes[0].legend(fontsize="xx-small")
+    own = [row for row in rows if row["index"] == INDICES[0]]
+    x = [row["dirichlet_alpha"] for row in own]
+    axes[3].plot(x, [row["mean_gradient_disparity"] for row in own], "o-", label="gradient disparity")
+    axes[3].plot(x, [row["mean_label_distance"] for row in own], "s-", label="label distance")
+    axes[3].set(xscale="log", xlabel="Dirichlet α", title=f"mean over clients ({title})")
+    axes[3].set_yscale("symlog", linthresh=1e-3)
+    axes[3].legend(fontsize="xx-small")
+    for one in axes:
+        one.grid(alpha=0.3)
+    figure.savefig(file, dpi=72)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    _cli.run(main, Config, __doc__)

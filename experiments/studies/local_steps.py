@@ -1,0 +1,23 @@
+"""How the number H of local steps matters (Fig. 3 and 9 of arXiv 2402.05926: more converge faster, 50 can surge).
+
+python -m experiments.studies.local_steps
+"""
+
+from __future__ import annotations
+
+from experiments import _cli
+from experiments.studies import runner
+
+PRESETS = runner.three(
+    runner.fields_over("local_steps", (3, 10, 30), "H = {}"),
+    runner.fields_over("local_steps", (10, 30, 50), "H = {}"),
+)
+
+
+def main(config: runner.Config) -> None:
+    """Runs the study."""
+    runner.run(config, "local_steps", PRESETS, title="local steps H")
+
+
+if __name__ == "__main__":
+    _cli.run(main, runner.Config, __doc__)

@@ -1,0 +1,314 @@
+"""The runner that studies of training share: variants × seeds, run side by side, resumed, averaged, drawn.
+
+A study's module names its variants and its presets; the rest is here. ``paper`` has the paper's model, data and
+hyper-parameters; ``small`` asks the same question on two CPU cores; ``smoke`` ends in seconds and proves nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import matplotlib as mpl
+import numpy as np
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from scipy import stats
+
+from experiments import _cli
+from fedmezo_jax.errors import UserError
+from fedmezo_jax.run.config import RunConfig
+from fedmezo_jax.run.context import Setup, prepare
+from fedmezo_jax.run.run_folder import write_json
+from fedmezo_jax.run.sweep import Curve, Knobs, runs_at_once, shape_of, sweep
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+PresetName = Literal["small", "paper", "smoke"]
+PAPER = RunConfig(
+    model="openlm-research/open_llama_3b_v2",
+    data="gsm8k",
+    partition="iid",
+    clients=3,
+    rounds=500,
+    local_steps=30,
+    batch_size=1,
+    length_buckets=1,
+    max_length=1000,
+    learning_rate=2.5e-5,
+    perturbation_scale=1e-3,
+    lora_rank=128,
+    lora_alpha=256.0,
+    precision="paired",
+)
+"""The paper's setting (Sec. 4.1, arXiv 2402.05926) on GSM8K; it ran in fp16, where ``paired`` is exact enough."""
+SMALL = RunConfig(clients=4, rounds=20, learning_rate=5e-4, length_buckets=1, precision="float32")
+"""A question in minutes on two CPU cores: the shipped model, bundled tasks dealt by Dirichlet shares."""
+SMOKE = replace(SMALL, clients=2, rounds=2, local_steps=2, test_rows=8, lora_rank=2)
+
+
+_RATE = ", η = "  # between a method's label and a learning rate, in the labels of variants
+Variants: TypeAlias = Mapping[str, Mapping[str, Any]]
+"""Label → fields of :class:`RunConfig` that it changes."""
+
+
+class Preset(NamedTuple):
+    """One scale of a study.
+
+    Attributes:
+        run: what all its runs share.
+        seeds: how many seeds each variant is run with.
+        eval_every: rounds between measurements of the test loss.
+        variants: what is compared.
+    """
+
+    run: RunConfig
+    seeds: int
+    eval_every: int
+    variants: Variants
+
+
+@dataclass(frozen=True)
+class Config:
+    """Which preset, and what of it to change."""
+
+    preset: PresetName = "small"
+    """small: minutes on two CPU cores; paper: the paper's model, data and hyper-parameters; smoke: seconds"""
+    seed: int = 0
+    """the first seed"""
+    seeds: int | None = None
+    """number of seeds; by default the preset's"""
+    rounds: int | None = None
+    """communication rounds; by default the preset's"""
+    model: str | None = None
+    """another model than the preset's"""
+    data: str | None = None
+    """another data set than the preset's"""
+    data_dir: str | None = None
+    """folder with local copies of the data sets; without it they come from the hub"""
+    out: Path | None = None
+    """folder for results, plots and finished runs, which are not run again; runs/NAME-PRESET by default"""
+
+
+class Outcome(NamedTuple):
+    """A variant's runs.
+
+    Attributes:
+        label: the variant's.
+        config: of its first seed.
+        curves: one a seed.
+    """
+
+    label: str
+    config: RunConfig
+    curves: list[Curve]
+
+    @property
+    def after(self) -> np.ndarray:
+        """``[seeds]`` test loss at the end."""
+        return np.array([curve.test_loss[-1] for curve in self.curves])
+
+
+class Tuned(NamedTuple):
+    """A method at the best learning rate of its sweep.
+
+    Attributes:
+        best: the outcome at that rate.
+        at_an_end: whether it is the smallest or the largest rate of the sweep, so that a better one may lie beyond.
+    """
+
+    best: Outcome
+    at_an_end: bool
+
+
+def three(
+    variants: Variants,
+    paper_variants: Variants | None = None,
+    *,
+    paper: RunConfig = PAPER,
+    seeds: int = 3,
+    **small: Any,
+) -> dict[PresetName, Preset]:
+    """The usual presets; ``small`` changes fields of :data:`SMALL`, and ``smoke`` runs the variants of ``small``."""
+    return {
+        "small": Preset(replace(SMALL, **small), seeds, 2, variants),
+        "paper": Preset(paper, 3, 10, paper_variants or variants),
+        "smoke": Preset(SMOKE, 2, 1, variants),
+    }
+
+
+def fields_over(name: str, values: Sequence[Any], label: str) -> Variants:
+    """Variants of one field; ``label`` is formatted with each value."""
+    return {label.format(value): {name: value} for value in values}
+
+
+def swept(methods: Mapping[str, tuple[Mapping[str, Any], Sequence[float]]]) -> Variants:
+    """Variants of several methods, each with a sweep of learning rates of its own.
+
+    Args:
+        methods: label → (fields of :class:`RunConfig`, learning rates).
+    """
+    return {
+        f"{label}{_RATE}{rate:g}": {**fields, "learning_rate": rate}
+        for label, (fields, rates) in methods.items()
+        for rate in rates
+    }
+
+
+def tune(outcomes: Sequence[Outcome]) -> dict[str, Tuned]:
+    """Each method of :func:`swept` at its best rate, by label. A rate at which a run diverged is never the best."""
+    methods: dict[str, list[Outcome]] = {}
+    for one in outcomes:
+        methods.setdefault(one.label.rpartition(_RATE)[0], []).append(one)
+    return {label: best_of(sweep) for label, sweep in methods.items()}
+
+
+def best_of(sweep: Sequence[Outcome]) -> Tuned:
+    """The outcome with the lowest mean test loss at the end, of runs that differ in their learning rate."""
+    best = min(sweep, key=lambda one: np.nan_to_num(np.mean(one.after), nan=np.inf))
+    rates = [one.config.learning_rate for one in sweep]
+    return Tuned(best, best.config.learning_rate in (min(rates), max(rates)))
+
+
+def tuned_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """:func:`rows`, with the best rate of each method marked, and whether it is at an end of the method's sweep."""
+    ends = {tuned.best.label: tuned.at_an_end for tuned in tune(outcomes).values()}
+    return [
+        row | {"best": row["variant"] in ends, "at_an_end_of_the_sweep": ends.get(row["variant"], False)}
+        for row in rows(outcomes, {})
+    ]
+
+
+def run(
+    config: Config,
+    name: str,
+    presets: Mapping[PresetName, Preset],
+    *,
+    title: str,
+    conclude: Callable[[Sequence[Outcome]], Sequence[_cli.Row]] | None = None,
+    paper: Mapping[str, str] | None = None,
+) -> tuple[Path, list[Outcome]]:
+    """Runs a study and writes its folder: ``config.json``, ``results.json``, ``curves.json`` and ``NAME.png``.
+
+    Args:
+        config: the command line's.
+        name: of the module, and of its plot.
+        presets: its scales.
+        title: of plot and table.
+        conclude: makes the table's rows of all outcomes; by default :func:`rows`.
+        paper: what the paper has for a variant, by label.
+    """
+    begun = time.perf_counter()
+    preset = presets[config.preset]
+    out = config.out or Path("runs") / f"{name}-{config.preset}"
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file: give a folder")
+    changed = {key: getattr(config, key) for key in ("rounds", "model", "data", "data_dir")}
+    base = replace(preset.run, **{key: value for key, value in changed.items() if value is not None})
+    seeds = range(config.seed, config.seed + (config.seeds or preset.seeds))
+    plan = {label: [replace(base, **fields, seed=seed) for seed in seeds] for label, fields in preset.variants.items()}
+    curves = _finish([one for runs in plan.values() for one in runs], preset.eval_every, out / "finished")
+    outcomes = [Outcome(label, runs[0], [curves[one] for one in runs]) for label, runs in plan.items()]
+    given = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
+    write_json(out / "config.json", given | {"out": str(out), "run": asdict(base)})
+    write_json(
+        out / "curves.json",
+        {"curves": [{"variant": one.label, **curve._asdict()} for one in outcomes for curve in one.curves]},
+    )
+    found = conclude(outcomes) if conclude else rows(outcomes, paper or {})
+    seconds = time.perf_counter() - begun
+    _cli.write_results(out, found, seconds)
+    plot(out / f"{name}.png", title, outcomes)
+    _cli.print_table(title, found)
+    print(f"{out}: config.json, results.json, curves.json, {name}.png ({seconds:.0f} s)")
+    return out, outcomes
+
+
+def rows(outcomes: Sequence[Outcome], paper: Mapping[str, str]) -> list[dict[str, Any]]:
+    """A row a variant: mean test loss before and after, and half the width of its 90 % confidence interval."""
+    return [
+        {
+            "variant": one.label,
+            "seeds": len(one.curves),
+            "rounds": one.config.rounds,
+            "loss_before": float(np.mean([curve.test_loss[0] for curve in one.curves])),
+            "loss_after": float(np.mean(one.after)),
+            "band_90": half_width(one.after),
+            "seconds_per_round": float(np.mean([curve.seconds_per_round for curve in one.curves])),
+            **({"paper": paper.get(one.label)} if paper else {}),
+        }
+        for one in outcomes
+    ]
+
+
+def half_width(values: np.ndarray, axis: int = 0) -> Any:
+    """Half of the two-sided 90 % confidence interval of the mean (Student's t); None for a single value."""
+    count = values.shape[axis]
+    if count < 2:
+        return None
+    width = stats.t.ppf(0.95, count - 1) * np.std(values, axis=axis, ddof=1) / np.sqrt(count)
+    return float(width) if values.ndim == 1 else width
+
+
+def plot(file: Path, title: str, outcomes: Sequence[Outcome]) -> None:
+    """Mean test loss over rounds with its 90 % band, a line a variant."""
+    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    for one in outcomes:
+        draw(axes, one.curves[0].rounds, np.array([curve.test_loss for curve in one.curves]), one.label)
+    axes.set(xlabel="round", ylabel="test loss (nats a token)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(file, dpi=100)
+    plt.close(figure)
+
+
+def draw(axes: Any, x: Sequence[float] | np.ndarray, values: np.ndarray, label: str) -> None:
+    """One line: the mean of ``[seeds, len(x)]`` values and its 90 % band."""
+    mean = np.mean(values, axis=0)
+    (line,) = axes.plot(x, mean, ".-", label=label)
+    if (width := half_width(values)) is not None:
+        axes.fill_between(x, mean - width, mean + width, color=line.get_color(), alpha=0.15, linewidth=0)
+
+
+def _finish(runs: Sequence[RunConfig], eval_every: int, folder: Path) -> dict[RunConfig, Curve]:
+    """The curves of all runs: those in ``folder`` are read, the others run, as many at once as fit, and kept there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {one: folder / f"{_fingerprint(one, eval_every)}.json" for one in runs}
+    known = {one: Curve(**json.loads(file.read_text())["curve"]) for one, file in files.items() if file.exists()}
+    groups: dict[RunConfig, list[RunConfig]] = {}
+    for one in files:
+        if one not in known:
+            groups.setdefault(shape_of(one), []).append(one)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn()) as bar:
+        task = bar.add_task("rounds of all runs", total=sum(one.rounds for one in files))
+        bar.advance(task, sum(one.rounds for one in known))
+        for shape, group in groups.items():
+            parts = -(-len(group) // runs_at_once(shape))
+            for batch in (group[i::parts] for i in range(parts)):
+                size = len(batch)
+                setups = _prepare(batch)
+                curves = sweep(setups, eval_every, lambda t, size=size: bar.advance(task, size))
+                for one, curve in zip(batch, curves, strict=True):
+                    write_json(files[one], {"run": asdict(one), "curve": curve._asdict()})
+                    known[one] = curve
+    return known
+
+
+def _prepare(runs: Sequence[RunConfig]) -> list[Setup]:
+    """The runs' setups; those of one seed share theirs, and all share one base."""
+    shared: dict[RunConfig, Setup] = {}
+    for one in runs:
+        key = replace(one, **dict.fromkeys(Knobs._fields, 0.5))
+        if key not in shared:
+            shared[key] = prepare(key)
+    return [shared[replace(one, **dict.fromkeys(Knobs._fields, 0.5))]._replace(config=one) for one in runs]
+
+
+def _fingerprint(run: RunConfig, eval_every: int) -> str:
+    return hashlib.sha256(json.dumps([asdict(run), eval_every], sort_keys=True).encode()).hexdigest()[:20]

@@ -1,0 +1,111 @@
+"""One client: MeZO against back-propagation, and the zeroth-order estimator's choices.
+
+    python -m experiments.studies.single_client
+
+Each method has a sweep of learning rates and is drawn at its best one; SGD also gets one of MeZO's rates. All spend
+equal forward passes, a backward pass counted as one: n directions come with n times fewer steps. The second table has
+the two-point estimate (L(θ + μz) − L(θ − μz))/2μ and the forward difference (L(θ + μz) − L(θ))/μ against the exact
+derivative along z; both take two losses, and only the first is free of the curvature's term μ·zᵀHz/2.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments import _cli
+from experiments.studies import runner
+from fedmezo_jax.core import federated, mezo
+from fedmezo_jax.data.examples import Rows
+from fedmezo_jax.llama.loss import loss_of
+from fedmezo_jax.run.context import prepare, run_key
+
+PROBES = 16
+SCALES = (1e-4, 1e-3, 1e-2, 1e-1)
+
+
+def variants(steps: int, common: float, mezo: Sequence[float], five: Sequence[float], sgd: Sequence[float]):
+    """What is compared: each method at the rates of its sweep, and SGD also at a rate of MeZO's.
+
+    Args:
+        steps: local steps of a round; with five directions a fifth of them.
+        common: one of MeZO's rates, which SGD gets as well.
+        mezo: learning rates of MeZO with one direction a step.
+        five: those with five directions.
+        sgd: those of back-propagated SGD.
+    """
+    return runner.swept(
+        {
+            "MeZO": ({"local_steps": steps}, mezo),
+            "MeZO, Rademacher": ({"local_steps": steps, "distribution": "rademacher"}, mezo),
+            "MeZO, n = 5": ({"local_steps": steps // 5, "directions": 5}, five),
+            "back-propagation, SGD": ({"algorithm": "fedavg", "local_steps": steps}, (common, *sgd)),
+        }
+    )
+
+
+PRESETS = runner.three(
+    variants(20, 2e-4, (1e-4, 2e-4, 4e-4, 8e-4), (5e-4, 1e-3, 2e-3, 4e-3), (3e-3, 1e-2, 3e-2, 1e-1)),
+    variants(30, 2.5e-5, (1e-5, 2.5e-5, 5e-5, 1e-4), (2.5e-5, 1e-4, 2.5e-4, 5e-4), (1e-2, 1e-1, 1.0)),
+    paper=replace(runner.PAPER, clients=1),
+    clients=1,
+    partition="iid",
+)
+
+
+def estimators(config: runner.Config) -> list[dict[str, Any]]:
+    """Median relative errors of both estimates over directions, at scales of μ, on a batch of training rows."""
+    run = replace(PRESETS[config.preset].run, seed=config.seed, data_dir=config.data_dir, precision="float32")
+    setup = prepare(replace(run, model=config.model or run.model, data=config.data or run.data))
+    loss = loss_of(setup.model.clone(precision="float32"), setup.base)
+    rows = Rows(*(leaf[:8] for leaf in setup.train))
+
+    @jax.jit
+    def measure(loss, lora, key):
+        z = jax.tree.map(lambda new, old: new - old, mezo.shift(lora, mezo.Perturbation(key, 1.0)), lora)
+        here, exact = jax.jvp(lambda lora: loss(lora, rows), (lora,), (z,))
+        pairs = [
+            [loss(mezo.shift(lora, mezo.Perturbation(key, sign * scale)), rows) for sign in (1, -1)] for scale in SCALES
+        ]
+        two_point = [(plus - minus) / (2 * scale) for (plus, minus), scale in zip(pairs, SCALES, strict=True)]
+        forward = [(plus - here) / scale for (plus, _), scale in zip(pairs, SCALES, strict=True)]
+        return exact, two_point, forward
+
+    # A start at which the adapter does something: B = 0 makes half of the gradient vanish.
+    start_key = jax.random.fold_in(run_key(config.seed), federated.ESTIMATORS_START)
+    moved = mezo.shift(setup.lora, mezo.Perturbation(start_key, 0.02))
+    keys = jax.random.split(jax.random.fold_in(run_key(config.seed), federated.ESTIMATORS), PROBES)
+    found = [jax.device_get(measure(loss, moved, key)) for key in keys]
+    exact = np.array([one[0] for one in found])
+    usual = np.sqrt(np.mean(exact**2))
+    return [
+        {
+            "perturbation_scale": scale,
+            "two_point_error": float(np.sqrt(np.mean((np.array([one[1][i] for one in found]) - exact) ** 2)) / usual),
+            "forward_error": float(np.sqrt(np.mean((np.array([one[2][i] for one in found]) - exact) ** 2)) / usual),
+            "probes": PROBES,
+        }
+        for i, scale in enumerate(SCALES)
+    ]
+
+
+def main(config: runner.Config) -> None:
+    """Runs the study, then measures the estimators."""
+    start = time.perf_counter()
+    title = "one client"
+    out, outcomes = runner.run(config, "single_client", PRESETS, title=title, conclude=runner.tuned_rows)
+    runner.plot(out / "single_client.png", title, [tuned.best for tuned in runner.tune(outcomes).values()])
+    errors: Sequence[_cli.Row] = estimators(config)
+    _cli.print_table("error over the exact derivative along z, root mean square", errors)
+    merged = [{"what": "training", **row} for row in runner.tuned_rows(outcomes)]
+    merged += [{"what": "estimator", **row} for row in errors]
+    _cli.write_results(out, merged, time.perf_counter() - start)
+
+
+if __name__ == "__main__":
+    _cli.run(main, runner.Config, __doc__)

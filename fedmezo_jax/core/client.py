@@ -1,0 +1,103 @@
+"""A client's local work: H steps from the global parameters, zeroth-order or back-propagated.
+
+Both kinds are called alike, ``work(loss, params, batches, key, learning_rate) -> LocalResult``, so that a round does
+not know which it runs. ``loss`` is a ``jax.tree_util.Partial`` where it holds frozen weights: these are then arguments
+of the compiled round and not constants in it, and one copy serves all clients under ``vmap``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fedmezo_jax.core import mezo
+from fedmezo_jax.core.mezo import Params
+
+
+class LocalResult(NamedTuple):
+    """What a client has after its H local steps.
+
+    Attributes:
+        params: its θ, the tree it was given, moved.
+        coefficients: ``[H, n]`` float32, η_i·g/n of each step and direction (``[H, 0]`` from back-propagation). With
+            the round's key they say all that ``params`` says.
+        losses: ``[H]`` float32, the training loss that each step saw.
+    """
+
+    params: Params
+    coefficients: jax.Array
+    losses: jax.Array
+
+
+@dataclass(frozen=True)
+class LocalWork:
+    """A way to train locally.
+
+    Attributes:
+        run: ``run(loss, params, batches, key, learning_rate[, limit]) -> LocalResult``; ``limit`` bounds |g| in
+            zeroth-order steps.
+        rebuild: ``rebuild(params, key, coefficients, learning_rate) -> params``, the client's θ without its data and
+            without a model; None where that takes more than scalars.
+    """
+
+    run: Callable[..., LocalResult]
+    rebuild: Callable[[Params, jax.Array, jax.Array, jax.Array], Params] | None
+
+    def __call__(self, loss: Any, params: Params, batches: Any, key: jax.Array, learning_rate: Any, *limit: Any):
+        """One client's local work."""
+        return self.run(loss, params, batches, key, learning_rate, *limit)
+
+
+def mezo_work(config: mezo.MezoConfig) -> LocalWork:
+    """Local work by FedMeZO's zeroth-order steps (Sec. 2.2, arXiv 2402.05926); ``loss`` is a :data:`mezo.PairLoss`.
+
+    Step h draws from ``fold_in(key, h)``. ``batches`` has a leading axis of length H.
+    """
+
+    def run(loss, params, batches, key, learning_rate, limit=None) -> LocalResult:
+        def one(params, h_and_batch):
+            h, batch = h_and_batch
+            done = mezo.step(loss, params, batch, jax.random.fold_in(key, h), learning_rate, config, limit)
+            return done.params, (done.coefficients, done.loss)
+
+        steps = jnp.arange(jax.tree.leaves(batches)[0].shape[0])
+        params, (coefficients, losses) = jax.lax.scan(one, params, (steps, batches))
+        return LocalResult(params, coefficients, losses)
+
+    def rebuild(params, key, coefficients, learning_rate) -> Params:
+        def one(params, h_and_coefficients):
+            h, coefficients = h_and_coefficients
+            return mezo.apply_step(params, jax.random.fold_in(key, h), coefficients, learning_rate, config), None
+
+        return jax.lax.scan(one, params, (jnp.arange(coefficients.shape[0]), coefficients))[0]
+
+    return LocalWork(run, rebuild)
+
+
+def backprop_work(optimizer: Callable[[Any], optax.GradientTransformation]) -> LocalWork:
+    """Local work by back-propagation, the FedAvg baseline (arXiv 1602.05629); ``loss`` is a :data:`mezo.LossFn`.
+
+    Args:
+        optimizer: makes an optax transformation of a learning rate, e.g. ``optax.sgd``. Its state starts afresh each
+            round.
+    """
+
+    def run(loss, params, batches, key, learning_rate) -> LocalResult:
+        del key
+        transform = optimizer(learning_rate)
+
+        def one(carry, batch):
+            params, state = carry
+            value, gradient = jax.value_and_grad(loss)(params, batch)
+            updates, state = transform.update(gradient, state, params)
+            return (optax.apply_updates(params, updates), state), value
+
+        (params, _), losses = jax.lax.scan(one, (params, transform.init(params)), batches)
+        return LocalResult(params, jnp.zeros((losses.shape[0], 0), jnp.float32), losses)
+
+    return LocalWork(run, None)

@@ -1,0 +1,330 @@
+"""One round of federated fine-tuning: the clients' work under ``vmap``, and the server's move from what they say.
+
+:func:`federated` returns a pair ``(init, round)`` in the manner of optax. A round is two halves: ``round.work`` is what
+the clients do, one compiled program; ``round.apply`` is what the server makes of their numbers. The second half needs
+neither data nor model, and every step of it is a compiled program of its own: a server that is sent scalars, one that
+is sent parameters, and a replay of the run years later execute the very same programs, and so agree bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from fedmezo_jax.core import server
+from fedmezo_jax.core.client import LocalWork
+from fedmezo_jax.core.mezo import Params
+
+# What the run's key is folded with: no two uses share a stream. The second line belongs to experiments.
+WORK, RATES, INIT, SHARED, PROBE = range(5)
+PRECISION, EFFECTIVE_RANK, CONSTANTS, DESCENT, ESTIMATORS, ESTIMATORS_START = range(5, 11)
+CLIENTS = "clients"
+"""The mesh axis along which clients are spread."""
+Seeds: TypeAlias = Literal["per-client", "shared"]
+
+
+class FederatedState(NamedTuple):
+    """All that a run carries from one round to the next.
+
+    Attributes:
+        params: θ, the global parameters.
+        optimizer: state of the server's optimizer.
+        signals: what the server remembers of each of the N clients.
+        round: int32 scalar, rounds done.
+    """
+
+    params: Params
+    optimizer: optax.OptState
+    signals: server.Signals
+    round: jax.Array
+
+
+class Cohort(NamedTuple):
+    """The P clients of one round and what they work on.
+
+    Attributes:
+        ids: ``[P]`` int32, distinct client ids.
+        weights: ``[P]`` float32, weights of the mean; scaled to sum to one within the round.
+        batches: pytree with leading axes ``[P, H]``.
+    """
+
+    ids: jax.Array | np.ndarray
+    weights: jax.Array | np.ndarray
+    batches: Any
+
+
+class RoundReport(NamedTuple):
+    """What a round's clients tell.
+
+    Attributes:
+        losses: ``[P, H]`` float32, training loss of each local step.
+        coefficients: ``[P, H, n]`` float32, η_i·g/n (``[P, H, 0]`` for back-propagation).
+        learning_rates: ``[P]`` float32, η_i.
+        params: the clients' θ_i, leaves ``[P, …]``, where scalars cannot rebuild them (back-propagation), or None.
+    """
+
+    losses: jax.Array | np.ndarray
+    coefficients: jax.Array | np.ndarray
+    learning_rates: jax.Array | np.ndarray
+    params: Params | None = None
+
+
+def client_key(key: jax.Array, round_index: jax.Array | int, client: jax.Array | int) -> jax.Array:
+    """The key of one client's local work in one round; local step h then folds in h."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, WORK), round_index), client)
+
+
+def shared_key(key: jax.Array, round_index: jax.Array | int) -> jax.Array:
+    """The key of all clients' local work in one round, where they share their directions."""
+    return jax.random.fold_in(jax.random.fold_in(key, SHARED), round_index)
+
+
+@dataclass(frozen=True)
+class Round:
+    """A round, ``round(state, loss, cohort, key) -> (state, report)``, and its two halves.
+
+    It has no side effects, and equal arguments give equal results. It runs on the host, though: it calls programs that
+    are compiled already, inspects their numbers with NumPy and raises where none are finite, so that it cannot be
+    traced (``jit``, ``vmap``, ``grad``) as a whole. ``key`` is the run's, the same in every round.
+
+    Attributes:
+        work: ``work(state, loss, cohort, key[, limit, damping]) -> RoundReport``: what the clients do. ``limit`` bounds
+            |g|; ``damping`` multiplies the learning rates.
+        apply: ``apply(state, ids, weights, report, key[, uploads]) -> FederatedState``: what the server does.
+            ``weights`` is ``[P]``, zero for a client that is left out. ``uploads`` are θ_i as the clients sent them, in
+            the order of ids; without them the server rebuilds θ_i from the coefficients.
+        upload: ``upload(state, id, report, i, key) -> θ_i`` of participant i of the report, whose id is given.
+        seeds: whether clients share their directions.
+    """
+
+    work: Callable[..., RoundReport]
+    apply: Callable[..., FederatedState]
+    upload: Callable[..., Params]
+    seeds: Seeds
+
+    def __call__(
+        self, state: FederatedState, loss: Any, cohort: Cohort, key: jax.Array
+    ) -> tuple[FederatedState, RoundReport]:
+        """Both halves; a client whose numbers are not finite is left out.
+
+        Raises:
+            FloatingPointError: no client's numbers are finite.
+        """
+        report = self.work(state, loss, cohort, key)
+        weights = np.where(finite(report), np.asarray(cohort.weights), 0)
+        if not weights.any():
+            raise FloatingPointError("no client returned finite numbers")
+        return self.apply(state, np.asarray(cohort.ids), weights, report, key), report
+
+
+class Federated(NamedTuple):
+    """What federated training is.
+
+    Attributes:
+        init: ``init(params, clients) -> FederatedState``.
+        round: see :class:`Round`.
+    """
+
+    init: Callable[[Params, int], FederatedState]
+    round: Round
+
+
+def finite(report: RoundReport) -> np.ndarray:
+    """``[P]`` bool: whose losses, coefficients and parameters, if it sent any, are all finite."""
+    rows = [np.asarray(leaf) for leaf in (report.losses, report.coefficients, *jax.tree.leaves(report.params))]
+    return np.all([np.isfinite(leaf).reshape(len(leaf), -1).all(axis=1) for leaf in rows], axis=0)
+
+
+def mean_losses(losses: np.ndarray) -> np.ndarray:
+    """``[P]`` float32, the mean of each row of ``[P, H]`` over the losses that are finite; 0 where none is."""
+    known = np.isfinite(losses)
+    total = np.sum(np.where(known, losses, 0), axis=1, dtype=np.float64)
+    return (total / np.maximum(known.sum(axis=1), 1)).astype(np.float32)
+
+
+def federated(
+    work: LocalWork,
+    rates: server.RateConfig,
+    optimizer: optax.GradientTransformation | None = None,
+    block_size: int | None = None,
+    seeds: Seeds = "per-client",
+    mesh: Mesh | None = None,
+    least_width: int = 1,
+) -> Federated:
+    """Federated training of any loss: FedMeZO with :func:`client.mezo_work`, FedAvg with :func:`client.backprop_work`.
+
+    θ ← θ + Σ_i w_i·Δ_i with Δ_i = θ_i − θ the update of participant i, or the server optimizer's move on it. With
+    shared directions (and no weight decay) that is θ − Σ_h (Σ_i w_i·c_ih)·z_h: the server averages scalars, and no
+    client's θ_i has to be rebuilt.
+
+    Args:
+        work: the clients' local work.
+        rates: learning rates of the clients.
+        optimizer: the server's, fed with the pseudo-gradient −Σ_i w_i·Δ_i; None means plain averaging.
+        block_size: how many clients run at once under ``vmap`` (of each group of a mesh); None means all. Memory grows
+            with it. The result is the same bit for bit wherever the loss is (see :func:`llama.precision.least_rows`).
+        seeds: each client draws directions of its own (as in the paper), or all clients of a round draw the same H.
+        mesh: devices to spread the clients over, along its axis ``clients``; a cohort's batches then have as many rows
+            as its groups can share evenly, those after the P clients being copies; the state lies whole on every
+            device. Of a round's work its groups tell each other scalars alone (with back-propagation, the clients'
+            parameters).
+        least_width: how many clients run at once at least; where there are fewer, copies fill the block.
+    """
+    groups = 1 if mesh is None else mesh.shape[CLIENTS]
+    optimizer = optimizer or optax.sgd(1.0)
+    by_drift = rates.strategy in server.BY_DRIFT
+
+    def init(params: Params, clients: int) -> FederatedState:
+        params = jax.tree.map(jnp.array, params)
+        return FederatedState(params, optimizer.init(params), server.init_signals(clients), jnp.int32(0))
+
+    @jax.jit
+    def run(state: FederatedState, loss: Any, cohort: Cohort, key: jax.Array, limit=None, damping=None) -> RoundReport:
+        ids = jnp.asarray(cohort.ids)
+        clients, held = ids.shape[0], jax.tree.leaves(cohort.batches)[0].shape[0]
+        places = jnp.where(jnp.arange(held) < clients, jnp.arange(held), 0)
+        rates_key = jax.random.fold_in(jax.random.fold_in(key, RATES), state.round)
+        rate = server.learning_rates(rates, state.signals, rates_key)[ids]
+        rate = rate if damping is None else rate * damping
+        bound = () if limit is None else (limit,)
+        axes = (None, None, 0, None if seeds == "shared" else 0, 0, *(None for _ in bound))
+
+        def run_block(block):
+            batches, ids, rate = block
+            keys = shared_key(key, state.round)
+            if seeds == "per-client":
+                keys = jax.vmap(client_key, in_axes=(None, None, 0))(key, state.round, ids)
+            done = jax.vmap(work, in_axes=axes)(loss, state.params, batches, keys, rate, *bound)
+            return done.losses, done.coefficients, None if work.rebuild else done.params
+
+        block = (cohort.batches, ids[places], rate[places])
+        blocks = _in_blocks(block, groups, block_size or held, least_width)
+        if mesh is not None:
+            blocks = jax.lax.with_sharding_constraint(blocks, NamedSharding(mesh, P(None, CLIENTS)))
+        outcome = _map_blocks(run_block, blocks, state.round)
+        outcome = jax.tree.map(lambda leaf: leaf[:clients], _out_of_blocks(outcome, groups, held))
+        if mesh is not None:
+            outcome, rate = jax.lax.with_sharding_constraint((outcome, rate), NamedSharding(mesh, P()))
+        losses, coefficients, params = outcome
+        return RoundReport(losses, coefficients, rate, params)
+
+    rebuilt = jax.jit(work.rebuild) if work.rebuild else None
+    own_key, common_key = jax.jit(client_key), jax.jit(shared_key)
+
+    def rebuild(state, id, coefficients, rate, key) -> Params:
+        assert rebuilt is not None  # back-propagated work brings its parameters
+        ours = common_key(key, state.round) if seeds == "shared" else own_key(key, state.round, np.int32(id))
+        return rebuilt(state.params, ours, np.asarray(coefficients, np.float32), np.float32(rate))
+
+    def upload(state: FederatedState, id: int, report: RoundReport, i: int, key: jax.Array) -> Params:
+        if report.params is not None:
+            return jax.tree.map(lambda leaf: leaf[i], report.params)
+        return rebuild(state, id, report.coefficients[i], report.learning_rates[i], key)
+
+    def apply(
+        state: FederatedState,
+        ids: np.ndarray,
+        weights: np.ndarray,
+        report: RoundReport,
+        key: jax.Array,
+        uploads: Iterable[Params | None] | None = None,
+    ) -> FederatedState:
+        losses, coefficients = np.asarray(report.losses), np.asarray(report.coefficients)
+        share = (np.asarray(weights, np.float64) / np.sum(weights, dtype=np.float64)).astype(np.float32)
+        from_mean = seeds == "shared" and uploads is None and report.params is None
+        each = uploads or (upload(state, id, report, i, key) if share[i] else None for i, id in enumerate(ids))
+        mean, deltas = jax.tree.map(jnp.zeros_like, state.params), []
+        if from_mean:
+            moved = rebuild(state, 0, server.mean_coefficients(share, coefficients), 0, key)
+            mean = _add_weighted(mean, np.float32(1), moved, state.params)
+        if not from_mean or by_drift:
+            for weight, theirs in zip(share, each, strict=True):
+                if weight:
+                    mean = mean if from_mean else _add_weighted(mean, weight, theirs, state.params)
+                    deltas += [_difference(theirs, state.params)] if by_drift else []
+        drift = np.zeros(len(share), np.float32)
+        if deltas:
+            drift[share > 0] = server.client_drift(jax.tree.map(lambda *leaves: jnp.stack(leaves), *deltas))
+        # Two programs, so that a replay, which needs no signals, moves θ by the very same one.
+        params, optimizer_state = move(state.params, mean, state.optimizer)
+        signals = observe(state.signals, ids, mean_losses(losses), drift if deltas else None, share > 0)
+        return FederatedState(params, optimizer_state, signals, state.round + 1)
+
+    move, observe = jax.jit(partial(server.apply_mean_update, optimizer)), jax.jit(server.observe)
+    return Federated(init, Round(run, apply, upload, seeds))
+
+
+@jax.jit
+def _difference(new: Params, old: Params) -> Params:
+    return jax.tree.map(jnp.subtract, new, old)
+
+
+@jax.jit
+def _add_weighted(total: Params, weight: jax.Array, new: Params, old: Params) -> Params:
+    return jax.tree.map(lambda t, n, o: t + weight * (n - o), total, new, old)
+
+
+def _map_blocks(run: Callable[[Any], Any], blocks: Any, round_index: jax.Array) -> Any:
+    """``jax.lax.map(run, blocks)`` with the same bits for one block as for several.
+
+    XLA unrolls a loop of one trip and fuses its body with what surrounds it, and the numbers of a single client then
+    differ from those that it has in a loop. So a single block becomes one trip, unknown to the compiler, over two.
+    """
+    if jax.tree.leaves(blocks)[0].shape[0] > 1:
+        return jax.lax.map(run, blocks)
+    blocks = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), blocks)
+
+    def step(i, outcome):
+        new = run(jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False), blocks))
+        return jax.tree.map(lambda old, new: jax.lax.dynamic_update_index_in_dim(old, new, i, 0), outcome, new)
+
+    shapes = jax.eval_shape(run, jax.tree.map(lambda leaf: leaf[0], blocks))
+    outcome = jax.tree.map(lambda shape: jnp.zeros((2, *shape.shape), shape.dtype), shapes)
+    trips = jnp.where(round_index < 0, 2, 1)  # always 1
+    return jax.tree.map(lambda leaf: leaf[:1], jax.lax.fori_loop(0, trips, step, outcome))
+
+
+def block_width(clients: int, block_size: int) -> int:
+    """How many of a group's clients run at once, in blocks of at most ``block_size``.
+
+    Blocks are made as even as they can be, so that little is spent on filling the last one up with copies.
+    """
+    blocks = -(-clients // block_size)
+    return -(-clients // blocks)
+
+
+def _in_blocks(tree: Any, groups: int, block_size: int, least_width: int) -> Any:
+    """Splits leading axes ``[P, …]`` into ``[blocks, groups·size, …]``: each group's clients stay with it."""
+
+    def split(leaf):
+        each = leaf.shape[0] // groups
+        size = max(least_width, block_width(each, block_size))
+        blocks = -(-each // size)
+        leaf = leaf.reshape(groups, each, *leaf.shape[1:])
+        if fill := blocks * size - each:
+            leaf = jnp.concatenate([leaf, jnp.repeat(leaf[:, :1], fill, axis=1)], axis=1)
+        leaf = jnp.swapaxes(leaf.reshape(groups, blocks, size, *leaf.shape[2:]), 0, 1)
+        return jax.lax.collapse(leaf, 1, 3)
+
+    return jax.tree.map(split, tree)
+
+
+def _out_of_blocks(tree: Any, groups: int, held: int) -> Any:
+    """Undoes :func:`_in_blocks`, the filling left out: ``[blocks, groups·size, …]`` into ``[held, …]``."""
+
+    def join(leaf):
+        blocks, width = leaf.shape[:2]
+        leaf = jnp.swapaxes(leaf.reshape(blocks, groups, width // groups, *leaf.shape[2:]), 0, 1)
+        leaf = jax.lax.collapse(leaf, 1, 3)[:, : held // groups]
+        return jax.lax.collapse(leaf, 0, 2)
+
+    return jax.tree.map(join, tree)

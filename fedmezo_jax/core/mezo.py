@@ -1,0 +1,216 @@
+"""The seeded zeroth-order step: perturb, evaluate, restore (MeZO, arXiv 2305.17333; FedMeZO, arXiv 2402.05926).
+
+A direction z is never stored: it is a function of a key, a leaf's name and a row of that leaf, so that whoever holds
+the key (a layer in the middle of a forward pass, the update, a replay years later) draws the same numbers. This module
+knows pytrees and a loss, and no model.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from fedmezo_jax.core import threefry
+
+Params: TypeAlias = Any
+"""A pytree of floating-point arrays."""
+Distribution: TypeAlias = Literal["gaussian", "rademacher"]
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("key", "scale"), meta_fields=("distribution",))
+@dataclass(frozen=True)
+class Perturbation:
+    """The point θ + scale·z(key), described and not yet drawn.
+
+    Attributes:
+        key: the PRNG key of the direction z, scalar.
+        scale: ±μ in an evaluation, −η·g in an update; float32 scalar.
+        distribution: law of z's entries; both have mean 0 and variance 1.
+    """
+
+    key: jax.Array
+    scale: jax.Array | float
+    distribution: Distribution = "gaussian"
+
+    def __neg__(self) -> Perturbation:
+        """The mirrored point θ − scale·z(key)."""
+        return replace(self, scale=-self.scale)
+
+
+LossFn: TypeAlias = Callable[[Params, Any], jax.Array]
+"""``loss(params, batch) -> scalar``."""
+PairLoss: TypeAlias = Callable[[Params, Any, Perturbation], tuple[jax.Array, jax.Array]]
+"""``pair_loss(params, batch, perturbation) -> (L₊, L₋)``, losses at θ ± scale·z: all that the step asks of a model."""
+
+
+class MezoConfig(NamedTuple):
+    """Hyper-parameters of the zeroth-order step.
+
+    Attributes:
+        perturbation_scale: μ > 0 in Eq. 3, the distance at which the loss is probed.
+        directions: n ≥ 1, how many directions a step averages over (n-SPSA); 2n forward passes.
+        distribution: law of the directions' entries.
+        weight_decay: λ ≥ 0, decoupled: a step first shrinks θ by 1 − η·λ.
+    """
+
+    perturbation_scale: float = 1e-3
+    directions: int = 1
+    distribution: Distribution = "gaussian"
+    weight_decay: float = 0.0
+
+
+AT_ONCE = 1 << 22
+"""Entries of a leaf up to which all its rows are moved at once, in half the time of a loop. A larger one is moved in
+place, row after row: on GPUs a second copy of it would exist otherwise."""
+
+
+class Step(NamedTuple):
+    """One local step's outcome.
+
+    Attributes:
+        params: θ after the step.
+        coefficients: ``[n]`` float32, c_k = η·g_k/n with g_k the projected gradient: θ moved by −Σ_k c_k·z_k.
+        loss: scalar float32, mean of the 2n losses evaluated.
+    """
+
+    params: Params
+    coefficients: jax.Array
+    loss: jax.Array
+
+
+def draw(key: jax.Array, shape: tuple[int, ...], distribution: Distribution) -> jax.Array:
+    """Independent float32 entries of mean 0 and variance 1.
+
+    Rademacher signs are taken straight from the generator's bits, so they are the same on every backend; Gaussian
+    entries pass through an inverse error function, which backends round differently.
+    """
+    return (threefry.normal if distribution == "gaussian" else threefry.signs)(key, shape)
+
+
+def shift(params: Params, perturbation: Perturbation) -> Params:
+    """θ + scale·z(key) over a whole tree.
+
+    Each row of a leaf's leading axis has a draw of its own, so that a model that stacks its layers there can draw each
+    layer's share on its own (:func:`shift_row`). Of a large leaf no more than one row of z exists at once.
+
+    Args:
+        params: pytree of float arrays. The path of a leaf names its stream, so adding a leaf changes no other leaf's z.
+        perturbation: key, scale and law of z.
+
+    Returns:
+        A new tree of the same structure, shapes and dtypes; ``params`` itself does not change.
+    """
+
+    def move(path, leaf):
+        key = _leaf_key(perturbation.key, path)
+        if leaf.ndim < 2:
+            return _add(leaf, key, perturbation)
+
+        def move_row(row, leaf):
+            value = jax.lax.dynamic_index_in_dim(leaf, row, keepdims=False)
+            moved = _add(value, jax.random.fold_in(key, row), perturbation)
+            return jax.lax.dynamic_update_index_in_dim(leaf, moved, row, 0)
+
+        if leaf.size <= AT_ONCE:
+            return jax.vmap(lambda row, value: _add(value, jax.random.fold_in(key, row), perturbation))(
+                jnp.arange(leaf.shape[0]), leaf
+            )
+        # Row after row in place: a scan would hold a second tree for its results.
+        return jax.lax.fori_loop(0, leaf.shape[0], move_row, leaf)
+
+    return jax.tree_util.tree_map_with_path(move, params)
+
+
+def shift_row(rows: Params, perturbation: Perturbation, row: jax.Array | int) -> Params:
+    """Moves one row of every leaf: what a layer calls on its own slice of stacked parameters.
+
+    Args:
+        rows: the tree of :func:`shift` with the leading axis of each leaf taken at ``row``.
+        perturbation: where to move to.
+        row: index along that axis (the layer), int32.
+
+    Returns:
+        ``rows + scale·z``, with the very z that :func:`shift` adds at that row.
+    """
+
+    def move(path, value):
+        return _add(value, jax.random.fold_in(_leaf_key(perturbation.key, path), row), perturbation)
+
+    return jax.tree_util.tree_map_with_path(move, rows)
+
+
+def _leaf_key(key: jax.Array, path: tuple[Any, ...]) -> jax.Array:
+    """The key of the leaf at ``path``: from a checksum of its name, not from its place in the tree."""
+    return jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path, simple=True, separator="/").encode()))
+
+
+def _add(value: jax.Array, key: jax.Array, perturbation: Perturbation) -> jax.Array:
+    return value + (perturbation.scale * draw(key, value.shape, perturbation.distribution)).astype(value.dtype)
+
+
+def pair_loss_of(loss: LossFn) -> PairLoss:
+    """Makes a :data:`PairLoss` of any plain loss by moving the whole tree: the oracle of a model's own, leaner one.
+
+    Both points are computed from the same θ. It is not perturbed in place: adding μz, −2μz and μz would leave rounding
+    errors in it.
+    """
+
+    def pair_loss(params: Params, batch: Any, perturbation: Perturbation) -> tuple[jax.Array, jax.Array]:
+        return loss(shift(params, perturbation), batch), loss(shift(params, -perturbation), batch)
+
+    return pair_loss
+
+
+def step(
+    pair_loss: PairLoss,
+    params: Params,
+    batch: Any,
+    key: jax.Array,
+    learning_rate: jax.Array | float,
+    config: MezoConfig,
+    limit: jax.Array | float | None = None,
+) -> Step:
+    """One FedMeZO step, θ ← (1 − ηλ)·θ − (η/n)·Σ_k g_k·z_k with g_k = (L₊ − L₋)/2μ (Eq. 3 and 4, arXiv 2402.05926).
+
+    Args:
+        pair_loss: losses at θ ± μz.
+        params: θ, pytree of float arrays.
+        batch: whatever ``pair_loss`` takes.
+        key: the step's key; direction k is drawn from ``fold_in(key, k)``.
+        learning_rate: η, scalar.
+        config: μ, n, the law of z and λ.
+        limit: largest |g_k| that counts, scalar: a larger one is clipped, and one that is NaN moves nothing.
+    """
+
+    def probe(k):
+        perturbation = Perturbation(jax.random.fold_in(key, k), config.perturbation_scale, config.distribution)
+        plus, minus = pair_loss(params, batch, perturbation)
+        return (plus - minus) / (2 * config.perturbation_scale), (plus + minus) / 2
+
+    # One after the other: two forward passes in flight would double the activations.
+    gradients, losses = jax.lax.map(probe, jnp.arange(config.directions))
+    if limit is not None:
+        gradients = jnp.where(jnp.isnan(gradients), 0, jnp.clip(gradients, -limit, limit))
+    coefficients = learning_rate * gradients / config.directions
+    moved = apply_step(params, key, coefficients, learning_rate, config)
+    return Step(moved, coefficients, jnp.mean(losses))
+
+
+def apply_step(
+    params: Params, key: jax.Array, coefficients: jax.Array, learning_rate: jax.Array | float, config: MezoConfig
+) -> Params:
+    """The move of :func:`step` from its key and its ``[n]`` coefficients alone: no data and no model needed."""
+    if config.weight_decay:
+        params = jax.tree.map(lambda leaf: leaf * (1 - learning_rate * config.weight_decay), params)
+
+    def move(moved, k_and_coefficient):
+        k, coefficient = k_and_coefficient
+        return shift(moved, Perturbation(jax.random.fold_in(key, k), -coefficient, config.distribution)), None
+
+    return jax.lax.scan(move, params, (jnp.arange(config.directions), coefficients))[0]

@@ -1,0 +1,175 @@
+"""The server's side of a round: who takes part, at which learning rate, and what the clients' updates become.
+
+All functions are pure. The signals that personalise learning rates are kept for each of the N clients of the
+federation, whether or not it takes part in a round.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, TypeAlias, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fedmezo_jax.core.mezo import Params
+
+Strategy: TypeAlias = Literal["frozen", "random", "round-wise", "five-round", "model-diff", "shuffled"]
+STRATEGIES: tuple[str, ...] = get_args(Strategy)
+BY_DRIFT = ("model-diff", "shuffled")
+"""Strategies for which client drift is measured."""
+HISTORY = 5
+"""Rounds that the five-round strategy looks back (Sec. 3.3, arXiv 2402.05926)."""
+
+
+class RateConfig(NamedTuple):
+    """How learning rates are set.
+
+    Attributes:
+        learning_rate: η₀ > 0.
+        strategy: what Φ_i is made of; ``frozen`` gives every client η₀; ``shuffled`` deals out at random, each round
+            anew, what ``model-diff`` has: a control with the same rates that knows nothing of whom they are for.
+        scale: A in [0, 1), with α = A·η₀: rates stay within η₀(1 ± A), above zero. The paper's 5e-6 at 1e-5 is 0.5.
+    """
+
+    learning_rate: float = 1e-3
+    strategy: Strategy = "frozen"
+    scale: float = 0.5
+
+
+class Signals(NamedTuple):
+    """What the server remembers of each client. NaN stands for "not seen yet".
+
+    Attributes:
+        losses: ``[N, 5]`` float32, its mean training losses of the last rounds it took part in, newest first.
+        drift: ``[N]`` float32, its client drift ‖Δ_i − mean_j Δ_j‖ in the last round it took part in.
+    """
+
+    losses: jax.Array
+    drift: jax.Array
+
+
+def init_signals(clients: int) -> Signals:
+    """Signals of ``clients`` clients of which nothing is known."""
+    return Signals(jnp.full((clients, HISTORY), jnp.nan), jnp.full((clients,), jnp.nan))
+
+
+def observe(
+    signals: Signals,
+    participants: jax.Array,
+    losses: jax.Array,
+    drift: jax.Array | None,
+    heard: jax.Array | bool = True,
+) -> Signals:
+    """Records a round.
+
+    Args:
+        signals: of all N clients.
+        participants: ``[P]`` int32, distinct ids of the clients that took part.
+        losses: ``[P]`` float32, their mean training losses.
+        drift: ``[P]`` float32, their client drift, or None where it is not measured.
+        heard: ``[P]`` bool, whose result came in; of the others nothing new is known.
+    """
+    before = signals.losses[participants]
+    heard = jnp.broadcast_to(heard, losses.shape)
+    history = jnp.where(heard[:, None], jnp.concatenate([losses[:, None], before[:, :-1]], axis=1), before)
+    drifts = signals.drift
+    if drift is not None:
+        drifts = drifts.at[participants].set(jnp.where(heard, drift, drifts[participants]))
+    return Signals(signals.losses.at[participants].set(history), drifts)
+
+
+def heterogeneity_index(signal: jax.Array) -> jax.Array:
+    """Φ_i = (s_i − mean_j s_j) / max_j |s_j − mean s| (Prop. 3.7, arXiv 2402.05926).
+
+    Args:
+        signal: ``[N]`` float32; NaN for a client whose signal is not known yet.
+
+    Returns:
+        ``[N]`` float32 in [−1, 1]: 0 where the signal is unknown, and 0 for all where all signals are equal.
+    """
+    known = jnp.isfinite(signal)
+    mean = jnp.sum(jnp.where(known, signal, 0)) / jnp.maximum(jnp.sum(known), 1)
+    centred = jnp.where(known, signal - mean, 0)
+    # Equal signals differ from their own mean by rounding alone, which must not be blown up to ±1.
+    widest = jnp.max(jnp.abs(centred))
+    spread = widest > 4 * jnp.finfo(signal.dtype).eps * jnp.abs(mean)
+    return jnp.where(spread, centred / jnp.where(spread, widest, 1), 0)
+
+
+def learning_rates(config: RateConfig, signals: Signals, key: jax.Array) -> jax.Array:
+    """Each client's rate for the coming round, η_i = η₀·(1 + A·Φ_i) (Prop. 3.7 with α = A·η₀).
+
+    Args:
+        config: η₀, A and the strategy.
+        signals: of all N clients.
+        key: the round's key, used by ``random`` and ``shuffled``.
+
+    Returns:
+        ``[N]`` float32.
+    """
+    clients = signals.drift.shape[0]
+    if config.strategy == "frozen":
+        index = jnp.zeros((clients,))
+    elif config.strategy == "random":
+        index = jax.random.uniform(key, (clients,), minval=-1.0, maxval=1.0)
+    elif config.strategy == "round-wise":
+        index = heterogeneity_index(signals.losses[:, 0])
+    elif config.strategy == "five-round":
+        index = heterogeneity_index(jnp.mean(signals.losses, axis=1))  # NaN until all five are there
+    else:
+        index = heterogeneity_index(signals.drift)
+    if config.strategy == "shuffled":
+        index = jax.random.permutation(key, index)
+    return config.learning_rate * (1 + config.scale * index)
+
+
+def mean_coefficients(share: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
+    """Σ_i w_i·c_i: the ``[H, n]`` float32 mean of ``[P, H, n]`` coefficients along shared directions.
+
+    Summed on the host, client by client in float64, so that every machine gets the same. A client of weight 0 may have
+    sent anything.
+    """
+    total = np.zeros(coefficients.shape[1:], np.float64)
+    for weight, row in zip(share, coefficients, strict=True):
+        if weight:
+            total += np.float64(weight) * row
+    return total.astype(np.float32)
+
+
+def client_drift(deltas: Params) -> jax.Array:
+    """‖Δ_i − mean_j Δ_j‖ over all parameters, ``[P]`` float32, from a tree of ``[P, …]`` updates.
+
+    The mean weighs clients alike, as in the paper (its reference sums the norms of the leaves instead of taking one
+    norm).
+    """
+
+    def squared(leaf):
+        centred = leaf - jnp.mean(leaf, axis=0)
+        return jnp.sum(centred.reshape(centred.shape[0], -1) ** 2, axis=1)
+
+    return jnp.sqrt(sum(map(squared, jax.tree.leaves(deltas)), start=jnp.zeros(())))
+
+
+def apply_mean_update(
+    optimizer: optax.GradientTransformation, params: Params, mean_delta: Params, state: optax.OptState
+) -> tuple[Params, optax.OptState]:
+    """Moves θ by the server's optimizer on the pseudo-gradient −Σ_i w_i·Δ_i (FedOpt, arXiv 2003.00295).
+
+    ``optax.sgd(1.0)`` is plain averaging, θ + Σ_i w_i·Δ_i: FedAvg.
+    """
+    updates, state = optimizer.update(jax.tree.map(jnp.negative, mean_delta), state, params)
+    return optax.apply_updates(params, updates), state
+
+
+def sample_participants(seed: int, round_index: int, clients: int, count: int, attempt: int = 0) -> np.ndarray:
+    """The ids of one round's clients, ``[count]`` int32, sorted and distinct: a function of its arguments alone.
+
+    A further attempt at the round, after all of its clients failed, draws others.
+    """
+    if count == clients:
+        return np.arange(clients, dtype=np.int32)
+    stream = (0x5A, attempt) if attempt else (0x5A,)
+    generator = np.random.default_rng(np.random.SeedSequence([seed, round_index], spawn_key=stream))
+    return np.sort(generator.choice(clients, count, replace=False)).astype(np.int32)

@@ -1,0 +1,154 @@
+"""GGUF, llama.cpp's file format, for the LLaMA architecture: its tensors under Hugging Face's names and order."""
+
+from collections.abc import Mapping
+from functools import cache, partial
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFReader
+from gguf.constants import GGML_QUANT_SIZES
+from gguf.quants import dequantize
+
+from fedmezo_jax.errors import UserError
+from fedmezo_jax.llama.checkpoints.safetensors import Entry
+from fedmezo_jax.llama.config import LlamaConfig
+from fedmezo_jax.llama.folder import opened, shorten
+
+ROPE_FREQS = "rope_freqs.weight"
+"""LLaMA 3.1's change of the rotary frequencies: no weight, but what each of them is divided by."""
+
+_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_MOST_PARTS = 1 << 23  # numbers and texts read before the weights; a tokenizer of 2**18 tokens has some 2 million
+_CHUNK = 1 << 22  # stored bytes dequantised at one time; the package's own temporaries are several times as large
+
+
+class Stored(NamedTuple):
+    """One tensor as it lies in the file."""
+
+    shape: tuple[int, ...]  # outermost first, unlike in the file
+    kind: GGMLQuantizationType
+    offset: int  # of its first byte
+    size: int  # bytes
+
+
+class _BoundedReader(GGUFReader):
+    """A reader that raises ``ValueError`` for a part beyond the file's end.
+
+    Its parent returns a shorter part instead, and never finishes an array that claims 2**60 entries.
+    """
+
+    _parts = 0
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+        self._parts += 1
+        if offset + int(count) * np.dtype(dtype).itemsize > len(self.data):
+            raise ValueError("it ends too early")
+        if self._parts > _MOST_PARTS:
+            raise ValueError(f"its metadata have more than {_MOST_PARTS:,} parts")
+        return super()._get(offset, dtype, count, override_order)
+
+
+class Gguf(NamedTuple):
+    """A file's contents but for the tensors' bytes."""
+
+    file: Path
+    meta: Mapping[str, Any]
+    tensors: Mapping[str, Stored]  # under Hugging Face's names where there is one
+
+
+def open_gguf(file: str | PathLike) -> Gguf:
+    """Read a file's metadata and the places of its tensors; ``UserError`` where it is damaged or cut short."""
+    file = Path(file)
+    try:
+        with opened(file):
+            reader = _BoundedReader(file)
+        meta = {name: field.contents() for name, field in reader.fields.items()}
+        tensors = {
+            _hugging_face_name(tensor.name): Stored(
+                tuple(map(int, tensor.shape[::-1])), tensor.tensor_type, int(tensor.data_offset), int(tensor.n_bytes)
+            )
+            for tensor in reader.tensors
+        }
+    except (ValueError, IndexError, KeyError, RecursionError) as error:
+        raise UserError(f"{file}: is no readable GGUF file ({shorten(str(error))}); fetch it again") from None
+    return Gguf(file, meta, tensors)
+
+
+def gguf_entries(opened: Gguf, config: LlamaConfig) -> dict[str, Entry]:
+    """The file's tensors as float32 in Hugging Face's order of rows; each is dequantised exactly when it is read."""
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    return {
+        name: Entry(
+            opened.file,
+            stored.shape,
+            "F32" if _is_known(stored.kind) else stored.kind.name,
+            partial(read_stored, opened.file, stored, heads.get(name.split(".")[-2]) if "." in name else None),
+        )
+        for name, stored in opened.tensors.items()
+    }
+
+
+@cache
+def _is_known(kind: GGMLQuantizationType) -> bool:
+    """Whether the ``gguf`` package can dequantise it."""
+    try:
+        dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _hugging_face_name(name: str) -> str:
+    """``blk.3.attn_q.weight`` -> ``model.layers.3.self_attn.q_proj.weight``; an unknown name stays as it is."""
+    parts = name.split(".")
+    block = f"model.layers.{parts[1]}." if parts[0] == "blk" and len(parts) == 4 else ""
+    if len(parts) != (4 if block else 2) or parts[-2] not in _NAMES:
+        return name
+    return f"{block}{_NAMES[parts[-2]]}.{parts[-1]}"
+
+
+def read_stored(file: Path, stored: Stored, heads: int | None = None) -> np.ndarray:
+    """A tensor in float32; with ``heads`` its rows are reordered as by :func:`rows_for_rotate_half`."""
+    weight = np.empty(stored.shape, np.float32)
+    if not weight.size:
+        return weight
+    rows = weight.reshape(-1, stored.shape[-1])
+    width = stored.size // len(rows)
+    places = np.arange(len(rows))
+    if heads and weight.ndim > 1:
+        places = np.argsort(rows_for_rotate_half(places, heads))  # of each stored row
+    step = max(1, _CHUNK // width)
+    # a block's scale may be infinite or NaN; callers check the weights
+    with opened(file) as stream, np.errstate(all="ignore"):
+        stream.seek(stored.offset)
+        for start in range(0, len(rows), step):
+            chunk = places[start : start + step]
+            raw = np.fromfile(stream, np.uint8, len(chunk) * width)
+            if raw.size != len(chunk) * width:
+                raise UserError(f"{file}: is cut short; fetch it again")
+            rows[chunk] = dequantize(raw.reshape(len(chunk), width), stored.kind)
+    return rows_for_rotate_half(weight, heads) if heads and weight.ndim == 1 else weight
+
+
+def rows_for_rotate_half(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Reorder the rows of q or k (``[heads*head_dim, ...]``) from interleaved rotary pairs to rotate-half.
+
+    GGUF rotates rows (2i, 2i+1) of a head together, Hugging Face rows (i, i + head_dim/2).
+    """
+    pairs = weight.reshape(heads, -1, 2, *weight.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(weight.shape)

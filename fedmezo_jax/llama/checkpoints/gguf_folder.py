@@ -1,0 +1,58 @@
+"""Model folders from GGUF files: with a link to the file as it is, or converted to safetensors."""
+
+import hashlib
+import json
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from fedmezo_jax.errors import UserError
+from fedmezo_jax.llama.checkpoints.base_model import write_tokenizer, write_weights
+from fedmezo_jax.llama.checkpoints.gguf import open_gguf
+from fedmezo_jax.llama.checkpoints.gguf_config import gguf_weights, read_gguf_config
+from fedmezo_jax.llama.checkpoints.layout import layout
+from fedmezo_jax.llama.checkpoints.safetensors import Entry, misfits
+from fedmezo_jax.llama.config import LlamaConfig, to_json
+from fedmezo_jax.llama.folder import readable, staged
+from fedmezo_jax.llama.tokenizers.gguf import read_gguf_tokenizer
+
+
+def gguf_folder(file: str | PathLike, cache: Path) -> Path:
+    """A folder under ``cache`` with a GGUF file's config, its tokenizer and a link to it; made once for each version.
+
+    The weights stay where they are and are dequantised as they are read. Raises ``UserError`` as ``convert_gguf``.
+    """
+    file = Path(file).resolve()
+    with readable(file):
+        state = file.stat()
+    version = hashlib.sha256(f"{file} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()[:16]
+    folder = cache / f"{file.stem}-{version}"
+    if not folder.is_dir():
+        config, tokenizer, _ = _read(file)
+        with staged(folder) as fresh:
+            write_tokenizer(fresh, tokenizer)
+            (fresh / "config.json").write_text(json.dumps(to_json(config), indent=2) + "\n", encoding="utf-8")
+            (fresh / file.name).symlink_to(file)
+    return folder
+
+
+def convert_gguf(file: str | PathLike, folder: str | PathLike) -> None:
+    """Write the Hugging Face folder (config, float32 safetensors, tokenizer) of a LLaMA's GGUF file; all at once.
+
+    Quantised weights are dequantised exactly. Raises ``UserError`` where the file is damaged, is no LLaMA, or holds
+    a tensor, rotary scaling or tokenizer that is not supported.
+    """
+    config, tokenizer, entries = _read(Path(file))
+    with staged(Path(folder)) as fresh:
+        write_tokenizer(fresh, tokenizer)
+        write_weights(fresh, config, lambda name: entries[name].read(), "float32")
+
+
+def _read(file: Path) -> tuple[LlamaConfig, Any, dict[str, Entry]]:
+    """A file's config, tokenizer and tensors, which fit together."""
+    opened = open_gguf(file)
+    config = read_gguf_config(opened)
+    entries = gguf_weights(opened, config)
+    if problems := misfits({name: slot.shape for name, slot in layout(config).items()}, entries):
+        raise UserError(f"{file}: does not fit its metadata: " + "; ".join(problems))
+    return config, read_gguf_tokenizer(file, opened.meta), entries

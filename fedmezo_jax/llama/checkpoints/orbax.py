@@ -1,0 +1,69 @@
+"""Base weights in an Orbax checkpoint: a folder ``orbax`` beside ``config.json``, one array a tensor.
+
+Its tree is Hugging Face's names, parted at the dots: ``{"model": {"layers": {"0": {"mlp": …``. Tensors stay apart, in
+Hugging Face's shapes, because Orbax needs the room of an array twice while it reads it.
+"""
+
+import logging
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import traverse_util
+
+from fedmezo_jax.errors import UserError
+from fedmezo_jax.llama.checkpoints.safetensors import Entry
+
+logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every save there
+
+ORBAX = "orbax"
+_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_FIRST = "model.norm.weight"
+
+
+def write_orbax_tensors(folder: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Write tensors by Hugging Face's names into the new folder ``folder/orbax``."""
+    tree = traverse_util.unflatten_dict(dict(tensors), sep=".")
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save((folder / ORBAX).absolute(), tree)
+
+
+def read_orbax_header(place: Path) -> dict[str, Entry]:
+    """The tensors of an Orbax folder; ``UserError`` where it is damaged."""
+    place = place.absolute()
+    # Reading one tensor tells damage as one exception; the metadata of all would leave tracebacks of many behind.
+    _read(place, _FIRST)
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            metadata = checkpointer.metadata(place).item_metadata
+        if metadata is None:
+            raise ValueError("its metadata are damaged")
+        flat: dict[str, Any] = traverse_util.flatten_dict(metadata.tree, sep=".")
+        return {
+            name: Entry(
+                place, tuple(leaf.shape), _DTYPES.get(str(leaf.dtype), str(leaf.dtype)), partial(_read, place, name)
+            )
+            for name, leaf in flat.items()
+        }
+    except Exception as error:  # Orbax, its storage and JSON each have their own
+        raise _unreadable(place, "it", error) from None
+
+
+def _read(place: Path, name: str) -> np.ndarray:
+    keys = tuple(name.split("."))
+    wanted = traverse_util.unflatten_dict({keys: ocp.RestoreArgs(restore_type=np.ndarray)})
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            restore = ocp.args.PyTreeRestore(item=wanted, restore_args=wanted, partial_restore=True)
+            found: dict[Any, Any] = traverse_util.flatten_dict(checkpointer.restore(place, restore))
+            return found[keys]
+    except Exception as error:
+        raise _unreadable(place, name, error) from None
+
+
+def _unreadable(place: Path, what: str, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:200]
+    return UserError(f"{place}: {what} cannot be read as an Orbax checkpoint ({reason}); write it again")

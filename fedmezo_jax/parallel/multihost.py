@@ -1,0 +1,266 @@
+"""A run over several processes: how they find each other, agree on what to do, and end together.
+
+All of them run the same program on the same configuration and decide alike from the same numbers. During the rounds
+they communicate through the mesh's collectives alone. Before that, and around files, they exchange short texts through
+the key-value store of JAX's coordination service. None of these waits has a time limit, because a slow compilation or a
+slow disk is no failure. Instead every process sends heartbeats (:mod:`heartbeats`) through the same store, and a
+process that misses those of another one ends itself.
+"""
+
+from __future__ import annotations
+
+import atexit
+import errno
+import itertools
+import json
+import os
+import re
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
+
+import jax
+from jax._src import clusters, distributed  # the store has no public name; Orbax takes it from here too
+
+from fedmezo_jax.errors import UserError
+from fedmezo_jax.parallel import heartbeats
+
+T = TypeVar("T")
+_turns = itertools.count()
+_aborting = threading.Event()
+_NO_LIMIT = 7 * 24 * 3600 * 1000
+"""Milliseconds that no wait ever reaches: the store's functions require a limit."""
+_LOST = re.compile(r"gloo|nccl|connection|unavailable|deadline|coordination|heartbeat|peer|socket|barrier", re.I)
+
+
+def join(text: str | None, timeout: int) -> None:
+    """Connects this process with the others of its run; to be called before anything touches a device.
+
+    Args:
+        text: ``ADDRESS:PORT,COUNT,INDEX``: where process 0 listens, how many processes there are, and which of them
+            this one is, from 0; ``auto``: all of it from the launcher, as ``jax.distributed.initialize`` finds it
+            (SLURM, Open MPI, GKE and other Kubernetes, TPU pods); None: as ``auto`` where a launcher's environment
+            tells of several processes, and else alone.
+        timeout: seconds after which a process that does not answer is given up.
+
+    Raises:
+        UserError: the text says something else, or the processes did not find each other.
+    """
+    if text is None and not _launched():
+        return
+    place = _place(text) if text not in (None, "auto") else None
+    among = f"all {place[1]} processes" if place else "all processes"
+    complaint = (
+        f"--processes {text or 'auto'}: not {among} have come together within {timeout} s: start all of them, "
+        "with the same address and count"
+    )
+    # JAX ends a process that waited in vain by a signal and its C++ stack: it is not let come to that.
+    watch = threading.Timer(timeout, _give_up, [complaint])
+    watch.daemon = True
+    watch.start()
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM and go on
+    try:
+        address, count, index = place or _detect(timeout)
+        if index == 0 and address:
+            _check_port(address)
+        jax.distributed.initialize(
+            address,
+            count,
+            index,
+            cluster_detection_method="deactivate" if place else None,
+            initialization_timeout=timeout + 60,
+            shutdown_timeout_seconds=timeout + 60,
+            heartbeat_timeout_seconds=2 * timeout + 60,  # later than our own heartbeats
+        )
+        _check_count()
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{complaint} ({_first_line(error)})") from None
+    finally:
+        watch.cancel()
+    _watch(timeout)
+
+
+def _place(text: str) -> tuple[str, int, int]:
+    """The address of process 0, the number of processes, and the index of this one, from ``--processes``."""
+    found = re.fullmatch(r"(\S+:([0-9]{1,5})),([0-9]{1,9}),([0-9]{1,9})", text)
+    if found is None or not 0 < int(found[2]) < 2**16 or int(found[4]) >= int(found[3]):
+        raise UserError(
+            f"--processes {text}: give it as ADDRESS:PORT,COUNT,INDEX with PORT from 1 to 65535 and INDEX below COUNT, "
+            "or auto"
+        )
+    return found[1], int(found[3]), int(found[4])
+
+
+def _detect(timeout: int) -> tuple[str | None, int | None, int | None]:
+    """The same three from the launcher's environment, as ``jax.distributed.initialize`` finds them."""
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    address, count, index, _ = clusters.ClusterEnv.auto_detect_unset_distributed_params(
+        address, None, None, None, None, timeout
+    )
+    return address, count, index
+
+
+def _check_port(address: str) -> None:
+    """Checks that process 0 can listen on the port, since JAX ends by a segmentation fault where it cannot.
+
+    Raises:
+        UserError: another program listens there, or the system does not allow it.
+    """
+    if "JAX_COORDINATOR_BIND_ADDRESS" in os.environ:  # JAX listens elsewhere
+        return
+    port = int(address.rsplit(":", 1)[1])
+    both = socket.has_dualstack_ipv6()
+    try:
+        family = socket.AF_INET6 if both else socket.AF_INET
+        socket.create_server(("", port), family=family, dualstack_ipv6=both).close()
+    except OSError as error:
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            raise UserError(
+                f"process 0 cannot listen on port {port} ({os.strerror(error.errno)}): choose another port, and give "
+                "it to all processes"
+            ) from None
+
+
+def _check_count() -> None:
+    """Checks that all processes were given the same COUNT: JAX takes process 0's and ignores the others'.
+
+    Raises:
+        UserError: they were not; in every process in the same words.
+    """
+    state = distributed.global_state
+    client = state.client
+    assert client is not None
+    client.key_value_set(f"fedmezo/count/{state.process_id}", str(state.num_processes))
+    first = int(client.blocking_key_value_get("fedmezo/count/0", _NO_LIMIT))
+    for index in range(first):
+        count = int(client.blocking_key_value_get(f"fedmezo/count/{index}", _NO_LIMIT))
+        if count != first:
+            raise UserError(
+                f"--processes: process 0 was given a COUNT of {first} and process {index} one of {count}: give all "
+                "processes the same"
+            )
+
+
+def _watch(timeout: int) -> None:
+    """Watches the other processes until the end of the program, which waits for all of them."""
+    state = distributed.global_state
+    client = state.client
+    assert client is not None
+
+    def give_up(complaint: str) -> None:
+        if not _aborting.is_set():
+            _give_up(complaint)
+
+    stop = heartbeats.start(client, state.process_id, state.num_processes, timeout, give_up)
+
+    def end() -> None:
+        if hasattr(sys, "last_value"):  # after an unhandled exception the others must not wait for this process
+            sys.stdout.flush()
+            os._exit(1)
+        with suppress(jax.errors.JaxRuntimeError):
+            client.wait_at_barrier("fedmezo/end", _NO_LIMIT)
+        stop()
+
+    atexit.register(end)
+
+
+def _give_up(complaint: str) -> None:
+    print("error:", complaint, file=sys.stderr, flush=True)
+    os._exit(2)
+
+
+def _launched() -> bool:
+    """Whether a launcher's environment tells of several processes."""
+    counts = (os.environ.get(name, "") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
+    several = any(count.isdecimal() and int(count) > 1 for count in counts)
+    return several or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") or "JAX_COORDINATOR_ADDRESS" in os.environ
+
+
+def is_coordinator() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return jax.process_index() == 0
+
+
+def all_or_none(make: Callable[[], T]) -> T:
+    """``make()``, and then a wait for the others' to be done; what one process refuses, all do.
+
+    Raises:
+        UserError: ``make`` raised it here or in another process.
+    """
+    if jax.process_count() == 1:
+        return make()
+    try:
+        made, refusal = make(), ""
+    except UserError as error:
+        made, refusal = None, str(error)
+    for index, theirs in enumerate(_exchange(refusal)):
+        if theirs:
+            raise UserError(theirs if refusal else f"process {index}: {theirs}")
+    return made  # pyright: ignore[reportReturnType]
+
+
+def check_same_config(said: Mapping[str, Any]) -> None:
+    """Checks that all processes were started alike.
+
+    Args:
+        said: what must be the same everywhere.
+
+    Raises:
+        UserError: it is not; names what differs, in every process in the same words.
+    """
+    everyone = [json.loads(text) for text in _exchange(json.dumps(said, default=str))]
+    for index, theirs in enumerate(everyone):
+        ours = everyone[0]
+        if odd := sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)):
+            described = ", ".join(f"{key} ({ours.get(key)} in process 0, {theirs.get(key)} there)" for key in odd)
+            raise UserError(f"process {index} was started otherwise: {described}: start all processes alike")
+
+
+def _exchange(text: str) -> list[str]:
+    """Every process's text, in their order."""
+    client, turn = distributed.global_state.client, next(_turns)
+    if client is None:
+        return [text]
+    client.key_value_set(f"fedmezo/{turn}/{jax.process_index()}", f"{text} ")  # the store takes no empty value
+    keys = [f"fedmezo/{turn}/{index}" for index in range(jax.process_count())]
+    return [client.blocking_key_value_get(key, _NO_LIMIT)[:-1] for key in keys]
+
+
+@contextmanager
+def report_peer_failure() -> Iterator[None]:
+    """Turns the runtime's error about a process that can no longer be reached into a line that says so."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1 or not _LOST.search(str(error)):
+            raise
+        raise UserError(
+            f"another process has ended or can no longer be reached ({_first_line(error)}): start all of them again, "
+            "with --resume"
+        ) from None
+
+
+def abort(code: int) -> None:
+    """Ends a process that has failed. Returns where it is the only one.
+
+    An ordinary exit would wait for processes that may be gone; and the first one, through which the others hear, leaves
+    last.
+    """
+    client = distributed.global_state.client
+    if client is None:
+        return
+    _aborting.set()
+    with suppress(jax.errors.JaxRuntimeError):
+        client.wait_at_barrier("fedmezo/abort", 3000)
+    if distributed.global_state.process_id == 0:
+        time.sleep(0.5)
+    os._exit(code)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

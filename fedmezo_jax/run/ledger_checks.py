@@ -1,0 +1,147 @@
+"""Whether a ledger is one that its configuration permits. Nothing of a ledger is used before it is checked here.
+
+The checksums of a ledger say that it is as it was written; anybody can write one. These checks say that the rounds are
+all there in their order, that in each the right clients took part, and that every number is one that a run of this
+configuration can have.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import numpy as np
+
+from fedmezo_jax.core.server import sample_participants
+from fedmezo_jax.errors import UserError
+from fedmezo_jax.run import client_failures, ledger
+from fedmezo_jax.run.acceptance import Expected, Message, receive
+from fedmezo_jax.run.config import RunConfig
+from fedmezo_jax.run.ledger import Entry
+
+MOST_CLIENTS, MOST_COEFFICIENTS = 10**7, 2**28
+"""Largest N, and P·H·n, of a ledger that is read: what a replay holds in memory grows with them."""
+_ROUNDING = 1e-5
+
+
+def run_config(header: Mapping[str, Any], file: Path) -> RunConfig:
+    """The configuration in a ledger's header.
+
+    Raises:
+        UserError: it is not one that a run with a ledger can have, or is too large to be real.
+    """
+    given, hints = header["config"], get_type_hints(RunConfig)
+    refusal = f"{file}: its configuration is not one of this version of the package"
+    if odd := given.keys() ^ {field.name for field in fields(RunConfig)}:
+        raise UserError(f"{refusal}: {', '.join(sorted(odd))} is missing or unknown")
+    for name, value in given.items():
+        if not _fits(value, hints[name]):
+            raise UserError(f"{refusal}: {name} cannot be {value!r:.60}")
+    try:
+        config = RunConfig(**given)
+    except UserError as error:
+        raise UserError(f"{refusal}: {error}") from None
+    if config.algorithm != "fedmezo":
+        raise UserError(f"{refusal}: runs of {config.algorithm} have no ledger")
+    if config.clients > MOST_CLIENTS:
+        raise UserError(f"{refusal}: {config.clients} clients are more than {MOST_CLIENTS}")
+    if config.participants * config.local_steps * config.directions > MOST_COEFFICIENTS:
+        raise UserError(f"{refusal}: a round of it has more than {MOST_COEFFICIENTS} coefficients")
+    return config
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of an annotated type, as the command line would make it."""
+    if get_origin(hint) in (Union, UnionType):
+        return any(_fits(value, option) for option in get_args(hint))
+    if get_origin(hint) is Literal:
+        return type(value) is str and value in get_args(hint)
+    if hint is float:
+        return type(value) is float or (type(value) is int and abs(value) < 2**53)
+    return type(value) is (NoneType if hint is None else hint)
+
+
+def entries(file: Path, config: RunConfig, first: int = 0) -> Iterator[Entry]:
+    """The rounds of a ledger from round ``first`` (counted from 0) on, each verified and checked, one by one.
+
+    Raises:
+        UserError: a record is damaged, or an entry is not one that the configuration permits; names the round.
+    """
+    damping = 1.0
+    for index, entry in enumerate(ledger.entries(file)):
+        if wrong := _fault(entry, index, config, damping):
+            raise UserError(
+                f"{file}: the record of round {index + 1} does not fit the run: {wrong}: give the ledger as the run "
+                "wrote it"
+            )
+        damping /= 2 if entry.rolled_back else 1
+        if index >= first:
+            yield entry
+
+
+def _fault(entry: Entry, index: int, config: RunConfig, damping: float) -> str | None:
+    """What is wrong with an entry, or None."""
+    if entry.round != index or index >= config.rounds:
+        return f"it is of round {entry.round + 1} of {config.rounds}"
+    if entry.attempt >= config.attempts:
+        return f"it is of attempt {entry.attempt + 1} of {config.attempts}"
+    if not np.array_equal(entry.ids, _participants(entry, entry.attempt, config)):
+        return "its clients are not those that its seed draws"
+    if entry.rolled_back and config.on_surge != "rollback":
+        return "it is rolled back, and on_surge is not rollback"
+    if entry.clipped > (config.participants * config.local_steps if config.on_surge == "clip" else 0):
+        return f"it has {entry.clipped} clipped steps"
+    return _failed_fault(entry, config) or _number_fault(entry, config, damping)
+
+
+def _participants(entry: Entry, attempt: int, config: RunConfig) -> np.ndarray:
+    return sample_participants(config.seed, entry.round, config.clients, config.participants, attempt)
+
+
+def _failed_fault(entry: Entry, config: RunConfig) -> str | None:
+    """What is wrong with who failed: in earlier attempts everyone did, in the last those whose weight is 0."""
+    if len(entry.failed) != entry.attempt * len(entry.ids) + np.sum(entry.weights == 0):
+        return f"{len(entry.failed)} failures do not go with attempt {entry.attempt + 1} and its weights"
+    events = {(attempt, id): why for attempt, id, why in entry.failed}
+    expected = {
+        (attempt, int(id)) for attempt in range(entry.attempt) for id in _participants(entry, attempt, config)
+    } | {(entry.attempt, int(id)) for id in entry.ids[entry.weights == 0]}
+    if events.keys() != expected:
+        return "the clients that failed are not those whose weight is 0, or not all of an earlier attempt"
+    if unknown := set(events.values()) - set(client_failures.REASONS):
+        return f"{min(unknown)!r:.60} is no reason to fail"
+    for id, update in zip(entry.ids, entry.updates, strict=True):
+        why = events.get((entry.attempt, int(id)))
+        if update is None and why not in (*client_failures.NO_MESSAGE, client_failures.LATE):
+            return f"client {id} has no update"
+        if update is not None and why in client_failures.NO_MESSAGE:
+            return f"client {id} {why} and has an update"
+    return None
+
+
+def _number_fault(entry: Entry, config: RunConfig, damping: float) -> str | None:
+    """What is wrong with weights, learning rates and updates."""
+    if not np.all(np.isfinite(entry.weights)) or np.any(entry.weights < 0):
+        return "a weight is negative or not finite"
+    if not entry.rolled_back and not np.any(entry.weights > 0):
+        return "no client has a weight"
+    middle = config.learning_rate * damping
+    spread = 0 if config.personalize == "frozen" else config.personalize_scale
+    slack = _ROUNDING * middle + np.finfo(np.float32).tiny
+    if not np.all(np.abs(np.asarray(entry.learning_rates, np.float64) - middle) <= spread * middle + slack):
+        return f"a learning rate is not within {spread:g} of {middle:g}"
+    bound = math.inf if config.on_surge == "clip" else None
+    for id, weight, message in zip(map(int, entry.ids), entry.weights, entry.updates, strict=True):
+        if message is None:
+            continue
+        expected = Expected(entry.round, id, None, config.local_steps, config.directions, bound)
+        update, _, why = receive(Message(message), expected, {})
+        if update is None or (weight and why):
+            return f"client {id} {why}"
+        if weight and weight != (np.float32(update.samples) if config.weighting == "samples" else 1):
+            return f"client {id} has weight {weight:g} and {update.samples} rows"
+    return None

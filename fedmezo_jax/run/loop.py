@@ -1,0 +1,210 @@
+"""A whole run: rounds with their ledger, metrics and checkpoints, from wherever an earlier session stopped."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from fedmezo_jax.core import federated, mezo, server
+from fedmezo_jax.data.batches import round_picks, take
+from fedmezo_jax.data.buckets import computed_tokens, lengths
+from fedmezo_jax.llama.checkpoints.adapter import save_adapter
+from fedmezo_jax.parallel import multihost, sharding
+from fedmezo_jax.run import divergence, rounds, run_checkpoints, run_folder
+from fedmezo_jax.run.config import RunConfig
+from fedmezo_jax.run.context import Setup, base_loss, build, evaluator, run_key
+from fedmezo_jax.run.journal import open_journal
+
+
+def forward_passes(config: RunConfig) -> int:
+    """Forward passes of a round over all clients; a back-propagated step counts as two.
+
+    With a frozen base the backward pass has as many products as the forward one: gradients of activations alone.
+    """
+    each = 2 * config.directions if config.algorithm == "fedmezo" else 2
+    return config.participants * config.local_steps * each
+
+
+class Result(NamedTuple):
+    """A finished run.
+
+    Attributes:
+        lora: θ at the end.
+        loss_before: test loss of the base model, in nats.
+        loss_after: test loss at the end; NaN where it is not finite.
+        metrics: one record a round, as in ``metrics.jsonl``.
+    """
+
+    lora: mezo.Params
+    loss_before: float
+    loss_after: float
+    metrics: list[dict[str, Any]]
+
+
+def train(
+    setup: Setup,
+    folder: Path,
+    *,
+    checkpoint_every: int,
+    eval_every: int,
+    loss_before: float | None = None,
+    on_round: Callable[[dict[str, Any]], None] = lambda record: None,
+    notify: Callable[[str], None] = lambda notice: None,
+) -> Result:
+    """Runs all rounds that the folder has not seen yet and writes the adapter.
+
+    A round is done when its record is in the ledger. A resumed run starts from the newest checkpoint that is intact,
+    makes again from the ledger the rounds that came after it (without their clients' work), and goes on; all it leaves
+    is bit for bit what an undisturbed run leaves, save ``seconds``. Back-propagated rounds have no ledger: those after
+    the checkpoint are computed again.
+
+    Args:
+        setup: from :func:`prepare`.
+        folder: the run's, with its ``config.json`` written; gets ledger, metrics, checkpoints and ``adapter``.
+        checkpoint_every: rounds between checkpoints; the last round always gets one.
+        eval_every: rounds between measurements of the test loss; the last round always gets one.
+        loss_before: from :func:`base_loss`, where it has been measured already.
+        on_round: called with each round's record, those of earlier sessions first.
+        notify: called with each thing that the user should know.
+
+    Raises:
+        UserError: the base's loss is not finite, the ledger is damaged, or all clients failed too often.
+    """
+    config, mesh = setup.config, setup.mesh
+    (init, round), loss = build(setup)
+    test_loss = evaluator(setup)
+    key = run_key(config.seed)
+    sizes = np.array([len(part) for part in setup.parts], np.float32)
+    passes = forward_passes(config)
+    cohort = _cohorts(setup)
+    clock = Stopwatch()
+
+    def work_of(progress: rounds.Progress, t: int) -> rounds.Work:
+        def work(attempt: int, limit: float) -> rounds.Answers:
+            current, _, _ = cohort(t, attempt)
+            bound = np.float32(limit) if config.on_surge == "clip" else None
+            damping = progress.damping if config.on_surge == "rollback" else None
+            with clock:
+                report = round.work(progress.state, loss, current, key, bound, damping)
+                if t + 1 < config.rounds:
+                    cohort(t + 1, 0)  # while the device works
+                ids, report = np.asarray(current.ids), jax.device_get(report)
+            return rounds.simulated_answers(config, round, progress.state, sizes, ids, report, key)
+
+        return work
+
+    loss_before = base_loss(setup) if loss_before is None else loss_before
+    with run_checkpoints.manager(folder) as manager:
+        fresh = sharding.whole(mesh, rounds.begin(init(setup.lora, config.clients), config))
+        journal = open_journal(setup, folder, manager, fresh, notify)
+        progress = journal.progress
+        first = int(progress.state.round)
+        for record in journal.metrics:
+            on_round(record)
+        recent = deque(filter(divergence.kept, journal.metrics), divergence.MEMORY)
+        journal.metrics.clear()  # a long run's records are on the disk and not in memory
+        start = time.perf_counter()
+        for t in range(first, config.rounds):
+            last = t + 1 == config.rounds
+            gauge = divergence.gauge(loss_before, recent)
+            (entry, chain), uploads = next(journal.known, (None, None)), None
+            if entry is None:
+                entry, uploads = rounds.run_round(config, t, sizes, gauge, work_of(progress, t), setup.lora)
+                chain = journal.append(entry)
+            with clock:
+                progress, report, traffic = rounds.conclude(config, round, progress, entry, uploads, key)
+                measured = test_loss(progress.state.params) if last or (t + 1) % eval_every == 0 else None
+            record = rounds.metrics_of(config, entry, report, traffic, gauge)
+            spent = [cohort(t, attempt)[1:] for attempt in range(entry.attempt + 1)]
+            held, tokens = map(sum, zip(*spent, strict=True))
+            now = time.perf_counter()
+            record |= {
+                "test_loss": measured if measured is None or math.isfinite(measured) else None,  # JSON has no NaN
+                "seconds": now - start,
+                "host_seconds": now - start - clock.lap(),
+                "forward_passes": passes * len(spent),
+                "tokens": passes * tokens // (config.participants * config.local_steps),
+                "padding_share": 1 - held / tokens,
+            }
+            start = now  # what is written below counts as the next round's
+            journal.record(record)
+            recent.extend([record] if divergence.kept(record) else [])
+            if last or (t + 1) % checkpoint_every == 0:
+                run_checkpoints.save(manager, folder, progress, chain)
+            for notice in rounds.notices(config, record, divergence.count(setup.lora)):
+                notify(notice)
+            on_round(record)
+
+    lora = jax.device_get(progress.state.params)
+    settings = {"rank": config.lora_rank, "alpha": config.lora_alpha, "targets": config.target_names}
+    if multihost.is_coordinator():
+        save_adapter(folder / "adapter", lora, **settings, base_name=config.model)
+    metrics = multihost.all_or_none(lambda: run_folder.read_metrics(folder))
+    loss_after = metrics[-1]["test_loss"]
+    return Result(lora, loss_before, math.nan if loss_after is None else loss_after, metrics)
+
+
+class Stopwatch:
+    """Adds up the time spent inside its ``with`` blocks."""
+
+    def __init__(self):
+        """At zero."""
+        self._total = self._begun = 0.0
+
+    def __enter__(self):
+        """Goes on."""
+        self._begun = time.perf_counter()
+
+    def __exit__(self, *_: object):
+        """Stops."""
+        self._total += time.perf_counter() - self._begun
+
+    def lap(self) -> float:
+        """The seconds so far; from here on it counts anew."""
+        total, self._total = self._total, 0.0
+        return total
+
+
+PROBE_DIRECTIONS, PROBE_BATCHES, PROBE_SCALE = 8, 8, 1e-2
+"""Of the learning-rate guard. Its μ is large enough for a second difference of float32 losses."""
+
+
+def probe_start(setup: Setup) -> divergence.Probe:
+    """Measures at θ's start how large a learning rate may be, on batches of the first round."""
+    _, loss = build(setup)
+    picks = _picks(setup, 0, 0)[1]
+    picks = picks.reshape(-1, picks.shape[-1])
+    some = np.linspace(0, len(picks) - 1, PROBE_BATCHES).astype(int)
+    batches = sharding.whole(setup.mesh, take(setup.train, picks[some]))
+    key = jax.random.fold_in(run_key(setup.config.seed), federated.PROBE)
+    return divergence.probe(loss, setup.lora, batches, key, PROBE_SCALE, PROBE_DIRECTIONS)
+
+
+def _picks(setup: Setup, t: int, attempt: int) -> tuple[np.ndarray, np.ndarray]:
+    """A round's clients ``[P]``, and the training rows they work on, ``[P, H, batch]``."""
+    config = setup.config
+    ids = server.sample_participants(config.seed, t, config.clients, config.participants, attempt)
+    settings = {"seed": config.seed, "local_steps": config.local_steps, "batch_size": config.batch_size}
+    return ids, round_picks(setup.train, setup.parts, ids, t, **settings, by_length=len(setup.widths) > 1)
+
+
+def _cohorts(setup: Setup) -> Callable[[int, int], tuple[federated.Cohort, int, int]]:
+    """``cohort(t, attempt)``: a round's clients and their batches, and the tokens these hold and cost."""
+    sizes = np.array([len(part) for part in setup.parts], np.float32)
+    length = lengths(setup.train)
+
+    @lru_cache(maxsize=2)
+    def cohort(t: int, attempt: int) -> tuple[federated.Cohort, int, int]:
+        ids, picks = _picks(setup, t, attempt)
+        batches = sharding.over_clients(setup.mesh, len(ids), lambda at: take(setup.train, picks[at]))
+        return federated.Cohort(ids, sizes[ids], batches), *computed_tokens(length[picks], setup.widths)
+
+    return cohort

@@ -1,0 +1,310 @@
+"""One round of a run, from the clients' work to the entry in the ledger and on to the next θ.
+
+What a round was is decided once and written down in its :class:`ledger.Entry`. Everything after that follows from the
+entry alone: so a resumed run, which reads it, and a replay end where the run did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fedmezo_jax.core import federated, server
+from fedmezo_jax.core.mezo import Params
+from fedmezo_jax.errors import UserError
+from fedmezo_jax.run import client_failures, divergence, messages
+from fedmezo_jax.run.acceptance import Expected, Message, Received, receive
+from fedmezo_jax.run.config import RunConfig
+from fedmezo_jax.run.ledger import Entry
+
+
+class Progress(NamedTuple):
+    """All that a run carries from one round to the next, and a checkpoint holds.
+
+    Attributes:
+        state: as :mod:`federated` has it.
+        before: θ and the server optimizer's state where the last round that was kept began; None where no round can be
+            rolled back.
+        damping: float32 scalar on all learning rates, halved whenever a round is rolled back.
+    """
+
+    state: federated.FederatedState
+    before: tuple[Params, optax.OptState] | None
+    damping: jax.Array
+
+
+class Answers(NamedTuple):
+    """What comes back to the server when it has asked clients for their work.
+
+    Attributes:
+        ids: ``[P]`` int32, who was asked.
+        learning_rates: ``[P]`` float32, η_i that they were given.
+        messages: for each of them what came in, as bytes.
+    """
+
+    ids: np.ndarray
+    learning_rates: np.ndarray
+    messages: Iterable[Message]
+
+
+Work: TypeAlias = Callable[[int, float], Answers]
+"""``work(attempt, limit) -> Answers``: the clients' half of a round; ``limit`` bounds |g|."""
+
+
+def begin(state: federated.FederatedState, config: RunConfig) -> Progress:
+    """Progress before the first round."""
+    before = (state.params, state.optimizer) if config.on_surge == "rollback" else None
+    return Progress(state, before, jnp.float32(1))
+
+
+def advance(
+    round: federated.Round,
+    progress: Progress,
+    entry: Entry,
+    report: federated.RoundReport,
+    key: jax.Array,
+    uploads: Iterable[Params | None] | None = None,
+) -> Progress:
+    """The server's half of a round, or its undoing."""
+    state = progress.state
+    if entry.rolled_back:
+        assert progress.before is not None  # as RunConfig.on_surge says
+        params, optimizer = progress.before
+        state = state._replace(params=params, optimizer=optimizer, round=state.round + 1)
+        return progress._replace(state=state, damping=progress.damping / 2)
+    before = progress.before and (state.params, state.optimizer)
+    return progress._replace(state=round.apply(state, entry.ids, entry.weights, report, key, uploads), before=before)
+
+
+def report_of(entry: Entry, steps: int, directions: int) -> federated.RoundReport:
+    """What the round's clients reported, from their updates; NaN for those of whom there is none."""
+    losses = np.full((len(entry.ids), steps), np.nan, np.float32)
+    coefficients = np.full((len(entry.ids), steps, directions), np.nan, np.float32)
+    for i, message in enumerate(entry.updates):
+        if message is not None:
+            update = messages.unpack_update(message)
+            losses[i], coefficients[i] = update.losses, update.coefficients
+    return federated.RoundReport(losses, coefficients, entry.learning_rates)
+
+
+def simulated_answers(
+    config: RunConfig,
+    round: federated.Round,
+    state: federated.FederatedState,
+    sizes: np.ndarray,
+    ids: np.ndarray,
+    report: federated.RoundReport,
+    key: jax.Array,
+) -> Answers:
+    """The messages of clients that were simulated here, from their report on the host, packed one by one."""
+
+    def packed(t: int) -> Iterator[Message]:
+        for i, id in enumerate(ids):
+            numbers = np.asarray(report.coefficients[i]), np.asarray(report.losses[i])
+            update, lora = messages.Update(t, int(id), int(sizes[id]), *numbers), None
+            if not config.sends_coefficients:
+                lora = messages.pack_lora_update(update, jax.device_get(round.upload(state, int(id), report, i, key)))
+            yield Message(messages.pack_update(update), lora)
+
+    return Answers(ids, np.asarray(report.learning_rates), packed(int(state.round)))
+
+
+def run_round(
+    config: RunConfig,
+    t: int,
+    sizes: np.ndarray,
+    gauge: divergence.Gauge,
+    work: Work,
+    like: Params,
+) -> tuple[Entry, list[Params | None]]:
+    """Lets the clients work until some of them come back with numbers of use.
+
+    Args:
+        config: the run's.
+        t: number of the round.
+        sizes: ``[N]`` rows of each client.
+        gauge: what earlier rounds measured.
+        work: the clients' half of the round.
+        like: a tree with the structure and shapes of θ.
+
+    Returns:
+        The round's entry, and for each participant the θ_i that it sent, if it sent one.
+
+    Raises:
+        UserError: every client failed, as often as the configuration allows.
+    """
+    failed: list[tuple[int, int, str]] = []
+    for attempt in range(config.attempts):
+        away = client_failures.absent(config.seed, t, attempt, config.clients, config.dropout, config.deadline)
+        clip = config.on_surge == "clip"
+        limit = gauge.limit if clip else np.inf
+        ids, rates, received = work(attempt, limit)
+        received = []
+        for message, id, rate in zip(received, map(int, ids), rates, strict=True):
+            bound = divergence.largest_coefficient(rate, config.directions, limit) if clip else None
+            expected = Expected(t, id, int(sizes[id]), config.local_steps, config.sent_directions, bound)
+            dropped = away.get(id) == client_failures.DROPPED
+            answer = Received(None, None, None) if dropped else receive(message, expected, like)
+            received.append(answer._replace(why=away.get(id) or answer.why))
+        failed += [(attempt, int(id), answer.why) for id, answer in zip(ids, received, strict=True) if answer.why]
+        weights = sizes[ids] if config.weighting == "samples" else np.ones(len(ids), np.float32)
+        weights = np.where([answer.why is None for answer in received], weights, 0).astype(np.float32)
+        updates = [answer.update and messages.pack_update(answer.update) for answer in received]
+        entry = Entry(t, attempt, ids, weights, rates, updates, failed)
+        report = report_of(entry, config.local_steps, config.sent_directions)
+        if clip:
+            here = np.array([update is not None for update in updates])
+            entry = entry._replace(clipped=divergence.count_clipped(report, here, config.directions, limit))
+        if config.on_surge == "rollback" and gauge.surged(known_losses(entry, report)):
+            entry = entry._replace(rolled_back=True)
+        if weights.any() or entry.rolled_back:
+            return entry, [answer.params for answer in received]
+    raise UserError(
+        f"round {t + 1}: in {config.attempts} attempts no client came back with numbers of use "
+        f"({', '.join(sorted({why for *_, why in failed}))}): {_remedy(failed)}, or allow more --attempts"
+    )
+
+
+def _remedy(failed: list[tuple[int, int, str]]) -> str:
+    whys = {why for *_, why in failed}
+    if whys & set(client_failures.UNUSABLE):
+        return "lower --learning-rate"
+    if whys & {client_failures.DROPPED, client_failures.LATE}:
+        return "lower --dropout or raise --deadline"
+    return "check that all clients run this version with this configuration"
+
+
+def known_losses(entry: Entry, report: federated.RoundReport) -> np.ndarray:
+    """``[K, H]`` losses of the clients that were heard in time, infinite where their numbers are of no use."""
+    failed = {id: why for attempt, id, why in entry.failed if attempt == entry.attempt}
+    whys = [failed.get(int(id)) for id in entry.ids]
+    heard = [why is None or why in client_failures.UNUSABLE for why in whys]
+    usable = np.array([why is None for why in whys])[:, None]
+    return np.where(usable, np.asarray(report.losses), np.inf)[heard]
+
+
+class Traffic(NamedTuple):
+    """Bytes of a round, read off its messages.
+
+    Attributes:
+        up: from each of the P participants.
+        down: to each of the P participants.
+        others: to all other clients together.
+    """
+
+    up: list[int]
+    down: list[int]
+    others: int = 0
+
+
+def scalar_traffic(config: RunConfig, entry: Entry, report: federated.RoundReport) -> Traffic:
+    """The messages of a round whose clients send coefficients, and whose result is broadcast to all N clients."""
+    begin = [len(messages.pack_start(entry.round, float(rate))) for rate in entry.learning_rates]
+    up = [len(message or b"") for message in entry.updates]
+    if entry.rolled_back:
+        return Traffic(up, begin)
+    counted = entry.weights > 0
+    if config.seeds == "shared":
+        share = entry.weights / np.sum(entry.weights, dtype=np.float64)
+        mean = server.mean_coefficients(share.astype(np.float32), np.asarray(report.coefficients))
+        size = len(messages.pack_mean(entry.round, mean))
+        return Traffic(up, [first + size for first in begin], size * (config.clients - len(entry.ids)))
+    coefficients = np.asarray(report.coefficients)[counted].reshape(int(counted.sum()), -1)
+    weights = entry.weights[counted] if config.weighting == "samples" else None
+    rates = entry.learning_rates[counted] if config.weight_decay else None
+    outcome = messages.Outcome(entry.round, entry.ids[counted], weights, rates, coefficients)
+    down = [
+        first + len(messages.pack_outcome(outcome, config.clients, int(id)))
+        for first, id in zip(begin, entry.ids, strict=True)
+    ]
+    return Traffic(up, down, len(messages.pack_outcome(outcome, config.clients)) * (config.clients - len(entry.ids)))
+
+
+def conclude(
+    config: RunConfig,
+    round: federated.Round,
+    progress: Progress,
+    entry: Entry,
+    uploads: list[Params | None] | None,
+    key: jax.Array,
+) -> tuple[Progress, federated.RoundReport, Traffic]:
+    """The server's half of a round, from what the messages say.
+
+    Args:
+        config: the run's.
+        round: the algorithm's.
+        progress: before the round.
+        entry: what the round was.
+        uploads: the clients' θ_i as they were sent, where clients send them; None in a round that is made again from
+            the ledger, where they are rebuilt from the coefficients.
+        key: the run's.
+    """
+    report = report_of(entry, config.local_steps, config.sent_directions)
+    if config.sends_coefficients:
+        traffic = scalar_traffic(config, entry, report)
+        return jax.block_until_ready(advance(round, progress, entry, report, key)), report, traffic
+    params = jax.device_get(progress.state.params)
+    sent = [
+        0 if message is None else len(messages.pack_lora_update(messages.unpack_update(message), params))
+        for message in entry.updates
+    ]
+    traffic = Traffic(sent, [len(messages.lora_message(params))] * len(sent))
+    each = uploads or (
+        jax.device_get(round.upload(progress.state, int(id), report, i, key)) if entry.weights[i] else None
+        for i, id in enumerate(entry.ids)
+    )
+    return jax.block_until_ready(advance(round, progress, entry, report, key, each)), report, traffic
+
+
+def notices(config: RunConfig, record: dict[str, Any], trained: int) -> list[str]:
+    """What of a round's record the user should be told."""
+    said = [
+        f"round {record['round']}: client {event['client']} {event['why']}: left out"
+        for event in record["failed"]
+        if event["why"] not in (client_failures.DROPPED, client_failures.LATE)
+    ]
+    if record["surge"] or record["rolled_back"]:
+        then = "rolled back, learning rates halved" if record["rolled_back"] else "lower --learning-rate, or --on-surge"
+        said.append(f"round {record['round']}: the loss has exploded ({record['train_loss']}): {then}")
+    elif (record["gradient_growth"] or 0) > divergence.GROWTH:
+        rate = max(record["learning_rates"])
+        walk = divergence.step_length(rate, record["projected_gradient"], trained, config.local_steps)
+        said.append(
+            f"round {record['round']}: projected gradients grew {record['gradient_growth']:.1f}-fold over the local "
+            f"steps, which move θ by η·|g|·√(d·H) = {walk:.2g}: a surge is near, lower --learning-rate"
+        )
+    if record["clipped"]:
+        said.append(f"round {record['round']}: {record['clipped']} steps were clipped")
+    return said
+
+
+def metrics_of(
+    config: RunConfig, entry: Entry, report: federated.RoundReport, traffic: Traffic, gauge: divergence.Gauge
+) -> dict[str, Any]:
+    """What a round's record in ``metrics.jsonl`` takes from its entry."""
+    heard, losses = entry.weights > 0, known_losses(entry, report)
+    known = losses[np.isfinite(losses)]
+    median = divergence.median_loss(losses) if len(losses) else np.inf
+    return {
+        "round": entry.round + 1,
+        "train_loss": float(np.mean(known)) if known.size else None,
+        "participants": entry.ids.tolist(),
+        "learning_rates": entry.learning_rates.tolist(),
+        "median_loss": median if np.isfinite(median) else None,
+        "projected_gradient": divergence.gradient_rms(report, heard, config.directions),
+        "median_gradient": divergence.median_gradient(report, heard, config.directions),
+        "gradient_growth": divergence.growth(report, heard),
+        "failed": [{"attempt": attempt + 1, "client": id, "why": why} for attempt, id, why in entry.failed],
+        "surge": gauge.surged(losses),
+        "clipped": entry.clipped,
+        "rolled_back": entry.rolled_back,
+        "uplink_bytes": sum(traffic.up),
+        "downlink_bytes": sum(traffic.down) + traffic.others,
+        "client_uplink_bytes": traffic.up,
+        "client_downlink_bytes": traffic.down,
+    }

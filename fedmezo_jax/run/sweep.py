@@ -1,0 +1,199 @@
+"""Many runs at once: those that differ in seed, learning rate, μ or the scale of personal rates are one program.
+
+A sweep keeps no checkpoints and no ledger; it is for studies, whose runs are many and short. Each of its runs has the
+data, start, directions and rates of the run that the main job makes of the same configuration, and its results agree
+with that run's up to rounding.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedmezo_jax.core import client, federated, mezo, server
+from fedmezo_jax.data.batches import round_batches
+from fedmezo_jax.data.examples import Rows
+from fedmezo_jax.errors import UserError
+from fedmezo_jax.llama.loss import loss_of, loss_sums, pair_loss_of
+from fedmezo_jax.llama.model import Base, Llama
+from fedmezo_jax.run.config import RunConfig
+from fedmezo_jax.run.context import TOKENS_AT_ONCE, Setup, local_optimizer, run_key, server_optimizer, single
+
+
+class Knobs(NamedTuple):
+    """What runs of one program may differ in, ``[R]`` float32 each.
+
+    Attributes:
+        learning_rate: η₀.
+        perturbation_scale: μ.
+        personalize_scale: A.
+    """
+
+    learning_rate: Any
+    perturbation_scale: Any
+    personalize_scale: Any
+
+
+class Curve(NamedTuple):
+    """One run's outcome.
+
+    Attributes:
+        rounds: the numbers of rounds after which the test loss was measured, 0 first.
+        test_loss: at those, nats a token.
+        train_loss: mean over clients and steps, of each round.
+        seconds_per_round: of the program that ran it, divided by the number of runs in it, compilation left out.
+    """
+
+    rounds: list[int]
+    test_loss: list[float]
+    train_loss: list[float]
+    seconds_per_round: float
+
+
+def shape_of(config: RunConfig) -> RunConfig:
+    """The configuration without what runs of one program may differ in: equal for those that can run together."""
+    return replace(config, seed=0, learning_rate=1.0, perturbation_scale=1.0, personalize_scale=0.0)
+
+
+def check_supported(config: RunConfig) -> None:
+    """Refuses a configuration of which a sweep would leave something out.
+
+    Raises:
+        UserError: with the first option that a sweep cannot follow.
+    """
+    for option, value, needed in (
+        ("dropout", config.dropout, 0.0),
+        ("deadline", config.deadline, None),
+        ("on_surge", config.on_surge, "warn"),
+        ("length_buckets", config.length_buckets, 1),
+    ):
+        if value != needed:
+            raise UserError(
+                f"--{option.replace('_', '-')} {value}: runs side by side cannot follow it: use experiments.fedmezo, "
+                f"or {needed}"
+            )
+
+
+def runs_at_once(config: RunConfig) -> int:
+    """How many runs are one program: as many as keep its batches within ``TOKENS_AT_ONCE``, and at least one."""
+    return max(1, TOKENS_AT_ONCE // (config.participants * config.batch_size * config.max_length))
+
+
+def sweep(setups: Sequence[Setup], eval_every: int, on_round: Callable[[int], None] = lambda t: None) -> list[Curve]:
+    """Runs all of ``setups`` side by side.
+
+    Args:
+        setups: runs of one :func:`shape_of`.
+        eval_every: rounds between measurements of the test loss; the last round always gets one.
+        on_round: called with the number of rounds done.
+
+    Raises:
+        UserError: a run asks for what a sweep cannot do.
+    """
+    configs = [setup.config for setup in setups]
+    config, model, base = configs[0], setups[0].model, setups[0].base
+    check_supported(config)
+    assert len({shape_of(other) for other in configs}) == 1, "these runs are of several shapes"
+    clients, count = config.participants, len(setups)
+    loss = pair_loss_of(model, base) if config.algorithm == "fedmezo" else loss_of(single(model), base)
+    advance = jax.jit(partial(_round, config), donate_argnums=1)
+    knobs = Knobs(*(jnp.array([getattr(one, name) for one in configs], jnp.float32) for name in Knobs._fields))
+    start = [server.init_signals(config.clients) for _ in setups]
+    params = _stack([setup.lora for setup in setups])
+    optimizer = jax.vmap(server_optimizer(config).init)(params)
+    states = federated.FederatedState(params, optimizer, _stack(start), jnp.zeros(count, jnp.int32))
+    keys = jnp.stack([run_key(one.seed) for one in configs])
+    train = _alike([setup.train for setup in setups])
+    test = jax.tree.map(jnp.asarray, Rows(*map(np.stack, zip(*_alike([setup.test for setup in setups]), strict=True))))
+    evaluate = jax.jit(partial(_test_losses, single(model)))
+
+    def cohort(t: int) -> federated.Cohort:
+        steps, size = config.local_steps, config.batch_size
+        each = []
+        for setup, rows in zip(setups, train, strict=True):
+            ids = server.sample_participants(setup.config.seed, t, config.clients, clients)
+            sizes = np.array([len(setup.parts[i]) for i in ids], np.float32)
+            weights = sizes if config.weighting == "samples" else np.ones(clients, np.float32)
+            batches = round_batches(
+                rows, setup.parts, ids, t, seed=setup.config.seed, local_steps=steps, batch_size=size
+            )
+            each.append(federated.Cohort(ids, weights, batches))
+        return jax.device_put(_stack(each))
+
+    rounds, test_losses, train_losses = [0], [np.asarray(evaluate(base, states.params, test))], []
+    seconds = []
+    for t in range(config.rounds):
+        begun = time.perf_counter()
+        states, losses = advance(knobs, states, loss, cohort(t), keys)
+        train_losses.append(np.asarray(losses))
+        seconds.append((time.perf_counter() - begun) / count)
+        if t + 1 == config.rounds or (t + 1) % eval_every == 0:
+            rounds.append(t + 1)
+            test_losses.append(np.asarray(evaluate(base, states.params, test)))
+        on_round(t + 1)
+    pace = float(np.median(seconds[1:] or seconds))
+    return [
+        Curve(rounds, [float(row[i]) for row in test_losses], [float(row[i]) for row in train_losses], pace)
+        for i in range(count)
+    ]
+
+
+def _round(config: RunConfig, knobs: Knobs, states, loss, cohorts: federated.Cohort, keys: jax.Array):
+    """A round of R runs; states, cohorts, knobs and keys have a leading axis R. Also the mean losses ``[R]``."""
+    optimizer = server_optimizer(config)
+
+    def one(knobs: Knobs, state: federated.FederatedState, cohort: federated.Cohort, key: jax.Array):
+        ids = jnp.asarray(cohort.ids)
+        if config.algorithm == "fedmezo":
+            settings = (knobs.perturbation_scale, config.directions, config.distribution, config.weight_decay)
+            work = client.mezo_work(mezo.MezoConfig(*settings))
+        else:
+            work = client.backprop_work(local_optimizer(config))
+        rates = server.RateConfig(knobs.learning_rate, config.personalize, knobs.personalize_scale)
+        rates_key = jax.random.fold_in(jax.random.fold_in(key, federated.RATES), state.round)
+        rate = server.learning_rates(rates, state.signals, rates_key)[ids]
+        if config.seeds == "shared":
+            work_keys = jnp.stack([federated.shared_key(key, state.round)] * config.participants)
+        else:
+            work_keys = jax.vmap(federated.client_key, in_axes=(None, None, 0))(key, state.round, ids)
+        done = jax.vmap(work, in_axes=(None, None, 0, 0, 0))(loss, state.params, cohort.batches, work_keys, rate)
+        deltas = jax.tree.map(jnp.subtract, done.params, state.params)
+        share = cohort.weights / jnp.sum(cohort.weights)
+        mean = jax.tree.map(lambda leaf: jnp.tensordot(share, leaf, 1, precision=jax.lax.Precision.HIGHEST), deltas)
+        params, moved = server.apply_mean_update(optimizer, state.params, mean, state.optimizer)
+        drift = server.client_drift(deltas)
+        losses = jnp.mean(done.losses, axis=1)
+        signals = server.observe(state.signals, ids, losses, drift)
+        return federated.FederatedState(params, moved, signals, state.round + 1), jnp.mean(losses)
+
+    return jax.vmap(one)(knobs, states, cohorts, keys)
+
+
+def _test_losses(model: Llama, base: Base, loras: mezo.Params, rows: Rows) -> jax.Array:
+    """``[R]`` mean cross-entropy over each run's test rows."""
+
+    def one(lora_and_rows):
+        total, labels = loss_sums(model, base, *lora_and_rows)
+        return total / labels
+
+    return jax.lax.map(one, (loras, rows))
+
+
+def _stack(trees: Iterable[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
+
+
+def _alike(tables: Sequence[Rows]) -> list[Rows]:
+    """The tables padded to one width: their rows were cut from unlike texts."""
+    widths = [max(leaf.shape[1] for leaf in leaves) for leaves in zip(*tables, strict=True)]
+    return [
+        Rows(*(np.pad(leaf, [(0, 0), (0, width - leaf.shape[1])]) for leaf, width in zip(rows, widths, strict=True)))
+        for rows in tables
+    ]

@@ -1,0 +1,260 @@
+"""The jitted, vectorised round against the paper's loops, and the invariants that a run rests on."""
+
+from dataclasses import replace
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import paper_loop
+import pytest
+from jax.tree_util import Partial
+
+from fedmezo_jax.core import client, federated, mezo, server
+from fedmezo_jax.run import messages
+
+CLIENTS, STEPS, WIDTH = 6, 3, 7
+RATE, MU = 0.05, 1e-2
+GENERATOR = np.random.default_rng(3)
+TARGETS = (
+    GENERATOR.normal(size=(9, CLIENTS, STEPS, 4, WIDTH)).astype(np.float32) + np.arange(CLIENTS)[:, None, None, None]
+)
+START = {
+    "w": GENERATOR.normal(size=WIDTH).astype(np.float32),
+    "m": GENERATOR.normal(size=(4, WIDTH)).astype(np.float32),
+}
+
+
+def loss(params, batch):
+    """Smooth, coupled across leaves and not quadratic; works on numpy and jax alike."""
+    return ((params["m"] * params["w"] - batch) ** 2).mean() + 0.1 * (params["w"] ** 3).sum()
+
+
+def run_key():
+    return jax.random.key(5, impl="threefry2x32")
+
+
+def cohort(t, ids, weights=None):
+    ids = np.asarray(ids, np.int32)
+    weights = np.ones(CLIENTS, np.float32) if weights is None else weights
+    return federated.Cohort(jnp.asarray(ids), jnp.asarray(weights[ids]), jnp.asarray(TARGETS[t][ids]))
+
+
+def make(strategy="frozen", block_size=None, directions=1, optimizer=None, scale=0.5, seeds="per-client", decay=0.0):
+    work = client.mezo_work(mezo.MezoConfig(MU, directions, weight_decay=decay))
+    return federated.federated(work, server.RateConfig(RATE, strategy, scale), optimizer, block_size, seeds)
+
+
+def run(cohorts, *, weights=None, **options):
+    fed = make(**options)
+    state = fed.init(jax.tree.map(jnp.asarray, START), CLIENTS)
+    pair_loss = Partial(mezo.pair_loss_of(loss))
+    for t, ids in enumerate(cohorts):
+        state, report = fed.round(state, pair_loss, cohort(t, ids, weights), run_key())
+        yield state, report
+
+
+@pytest.mark.parametrize("strategy", ["frozen", "round-wise", "five-round", "model-diff"])
+@pytest.mark.parametrize(
+    ("partial", "directions", "seeds"), [(False, 1, "per-client"), (True, 3, "per-client"), (True, 1, "shared")]
+)
+def test_rounds_equal_the_papers_loops(strategy, partial, directions, seeds):
+    cohorts = [np.arange(CLIENTS)] * 8
+    if partial:
+        cohorts = [server.sample_participants(1, t, CLIENTS, 4) for t in range(8)]
+    weights = np.array([1, 2, 3, 4, 5, 6], np.float32)
+    start = {name: leaf.astype(np.float64) for name, leaf in START.items()}
+    expected = paper_loop.fedmezo(
+        loss, start, TARGETS, cohorts, weights, run_key(), RATE, strategy, 0.5, MU, directions, seeds == "shared"
+    )
+    for (state, report), (params, rates) in zip(
+        run(cohorts, strategy=strategy, weights=weights, directions=directions, seeds=seeds), expected, strict=True
+    ):
+        for name in START:
+            np.testing.assert_allclose(state.params[name], params[name], atol=5e-4)
+        np.testing.assert_allclose(report.learning_rates, rates, rtol=2e-2)
+    assert np.abs(params["m"] - START["m"]).max() > 0.2  # the loops went somewhere
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 4, 5])
+def test_block_size_changes_no_bit(block_size):
+    everyone = [np.arange(CLIENTS)] * 3
+    *_, (whole, whole_report) = run(everyone, strategy="model-diff")
+    *_, (blocked, blocked_report) = run(everyone, strategy="model-diff", block_size=block_size)
+    chex.assert_trees_all_equal(whole, blocked)
+    chex.assert_trees_all_equal(whole_report, blocked_report)
+
+
+def test_a_round_compiles_once():
+    fed = federated.federated(client.mezo_work(mezo.MezoConfig(MU)), server.RateConfig(RATE, "five-round"))
+    chex.clear_trace_counter()
+    work = jax.jit(chex.assert_max_traces(lambda *given: fed.round.work(*given), 1))
+    round = replace(fed.round, work=work)
+    state = fed.init(jax.tree.map(jnp.asarray, START), CLIENTS)
+    pair_loss = Partial(mezo.pair_loss_of(loss))
+    for t in range(4):
+        state, _ = round(state, pair_loss, cohort(t, server.sample_participants(0, t, CLIENTS, 3)), run_key())
+    assert state.round == 4
+
+
+def test_a_lone_client_is_its_own_average():
+    *_, (state, _) = run([[2]])
+    key = federated.client_key(run_key(), 0, 2)
+    work = client.mezo_work(mezo.MezoConfig(MU))
+    alone = work(mezo.pair_loss_of(loss), START, jnp.asarray(TARGETS[0][2]), key, jnp.float32(RATE))
+    chex.assert_trees_all_close(state.params, alone.params, atol=1e-6)
+
+
+def test_server_optimizer_sees_the_pseudo_gradient():
+    (plain, _), (scaled, _) = next(run([np.arange(CLIENTS)])), next(run([np.arange(CLIENTS)], optimizer=optax.sgd(0.5)))
+    for name in START:
+        moved = np.asarray(plain.params[name]) - START[name]
+        np.testing.assert_allclose(scaled.params[name], START[name] + 0.5 * moved, atol=1e-6)
+
+
+def test_fedavg_equals_hand_written_gradient_descent():
+    fed = federated.federated(client.backprop_work(optax.sgd), server.RateConfig(RATE))
+    state = fed.init(jax.tree.map(jnp.asarray, START), CLIENTS)
+    state, report = fed.round(state, Partial(loss), cohort(0, np.arange(CLIENTS)), run_key())
+    ends = []
+    for i in range(CLIENTS):
+        w, m = START["w"].astype(np.float64), START["m"].astype(np.float64)
+        for target in TARGETS[0][i].astype(np.float64):
+            residual = 2 * (m * w - target) / target.size
+            w, m = w - RATE * ((residual * m).sum(axis=0) + 0.3 * w**2), m - RATE * residual * w
+        ends.append((w, m))
+    np.testing.assert_allclose(state.params["w"], np.mean([w for w, _ in ends], axis=0), atol=1e-5)
+    np.testing.assert_allclose(state.params["m"], np.mean([m for _, m in ends], axis=0), atol=1e-5)
+    assert report.coefficients.shape == (CLIENTS, STEPS, 0)
+
+
+def test_clients_see_different_directions_and_rounds_do_too():
+    reports = [report.coefficients for _, report in run([np.arange(CLIENTS)] * 2)]
+    values = np.concatenate([np.asarray(c).ravel() for c in reports])
+    assert len(np.unique(values)) == values.size
+
+
+OPTIONS = [{}, {"directions": 2, "decay": 0.1}, {"strategy": "model-diff"}, {"optimizer": optax.adam(0.01)}]
+
+
+@pytest.mark.parametrize(("options", "steps"), [*zip(OPTIONS, [STEPS] * len(OPTIONS), strict=True), ({}, 1)])
+def test_a_server_that_is_sent_parameters_gets_the_bits_of_one_that_is_sent_scalars(options, steps):
+    """The parameters pass through bytes on their way."""
+    fed = make(**options)
+    states = [fed.init(jax.tree.map(jnp.asarray, START), CLIENTS) for _ in range(2)]
+    for t in range(3):
+        ids = server.sample_participants(0, t, CLIENTS, 4)
+        batches = jnp.asarray(TARGETS[t][ids][:, :steps])
+        given = federated.Cohort(jnp.asarray(ids), jnp.ones(4), batches)
+        report = jax.device_get(fed.round.work(states[0], Partial(mezo.pair_loss_of(loss)), given, run_key()))
+        weights = np.array([1, 0, 2, 3], np.float32)  # one of them is left out
+        uploads = [fed.round.upload(states[1], id, report, i, run_key()) for i, id in enumerate(ids)]
+        uploads = [messages.unpack_lora_update(messages.pack_lora_update(WORD, theirs), START)[1] for theirs in uploads]
+        states[0] = fed.round.apply(states[0], ids, weights, report, run_key())
+        states[1] = fed.round.apply(states[1], ids, weights, report, run_key(), uploads)
+        chex.assert_trees_all_equal(*states)
+    assert np.abs(states[0].params["m"] - START["m"]).max() > 1e-3
+
+
+WORD = messages.Update(0, 0, 1, np.zeros((1, 1), np.float32), np.zeros(1, np.float32))
+
+
+@pytest.mark.parametrize("seeds", ["per-client", "shared"])
+def test_a_client_that_hears_only_the_broadcast_has_the_servers_parameters(seeds):
+    """It makes every round again from the messages, its own coefficients put in; the server's momentum, too."""
+    fed = make(directions=2, optimizer=optax.sgd(0.7, 0.9), seeds=seeds)
+    theirs = ours = fed.init(jax.tree.map(jnp.asarray, START), CLIENTS)
+    for t in range(3):
+        ids = server.sample_participants(0, t, CLIENTS, 4)
+        report = jax.device_get(fed.round.work(ours, Partial(mezo.pair_loss_of(loss)), cohort(t, ids), run_key()))
+        weights = np.array([1, 1, 0, 1], np.float32)
+        ours = fed.round.apply(ours, ids, weights, report, run_key())
+        heard, me = ids[weights > 0], int(ids[0])
+        sent = report.coefficients[weights > 0].reshape(3, -1)
+        if seeds == "shared":
+            share = (weights / 3).astype(np.float32)
+            _, mean = messages.unpack_mean(messages.pack_mean(t, server.mean_coefficients(share, report.coefficients)))
+            got = messages.Outcome(t, np.array([me]), None, None, mean[None])
+        else:
+            message = messages.pack_outcome(messages.Outcome(t, heard, None, None, sent), CLIENTS, me)
+            got = messages.unpack_outcome(message, me, report.coefficients[0])
+        told = federated.RoundReport(
+            np.zeros((len(got.ids), STEPS), np.float32),
+            got.coefficients.reshape(-1, STEPS, 2),
+            np.zeros(len(got.ids), np.float32),
+        )
+        theirs = fed.round.apply(theirs, got.ids, np.ones(len(got.ids), np.float32), told, run_key())
+        chex.assert_trees_all_equal(theirs.params, ours.params)
+    assert np.abs(ours.params["m"] - START["m"]).max() > 1e-3
+
+
+def test_shared_directions_move_everyone_along_the_same_lines():
+    """Its round moves θ inside the span of its H directions; with own directions it does not."""
+    for seeds, rank in (("shared", STEPS), ("per-client", CLIENTS * STEPS)):
+        *_, (state, report) = run([np.arange(CLIENTS)], seeds=seeds)
+        move = np.concatenate([np.ravel(state.params[name] - START[name]) for name in START])
+        keys = [federated.shared_key(run_key(), 0)]
+        if seeds == "per-client":
+            keys = [federated.client_key(run_key(), 0, i) for i in range(CLIENTS)]
+        zs = [
+            paper_loop.direction(jax.random.fold_in(jax.random.fold_in(key, h), 0), START)
+            for key in keys
+            for h in range(STEPS)
+        ]
+        basis = np.stack([np.concatenate([z[name].ravel() for name in START]) for z in zs], axis=1)
+        coefficients = np.linalg.lstsq(basis, move, rcond=None)[0]
+        mean = np.mean(report.coefficients, axis=0) if seeds == "shared" else np.asarray(report.coefficients) / CLIENTS
+        assert basis.shape[1] == rank
+        np.testing.assert_allclose(coefficients, -mean.ravel(), atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "seeds"), [("frozen", "shared"), ("model-diff", "per-client"), ("round-wise", "per-client")]
+)
+def test_a_client_with_nan_is_left_out_as_if_it_were_not_there(strategy, seeds):
+    pair_loss = Partial(mezo.pair_loss_of(lambda p, b: jnp.where(b[0, 0] > 1e6, jnp.nan, loss(p, b))))
+    fed, weights = make(strategy=strategy, seeds=seeds), np.array([1, 2, 3, 4, 5, 6], np.float32)
+    ill, well = (fed.init(jax.tree.map(jnp.asarray, START), CLIENTS) for _ in range(2))
+    for t in range(3):
+        whole = cohort(t, np.arange(CLIENTS), weights)
+        broken = whole._replace(batches=whole.batches.at[2, 1].set(1e7))  # in the second of its steps
+        ill, report = fed.round(ill, pair_loss, broken, run_key())
+        assert np.isnan(report.coefficients[2]).any()
+        well, _ = fed.round(well, pair_loss, cohort(t, [0, 1, 3, 4, 5], weights), run_key())
+        chex.assert_trees_all_equal(ill, well)
+    assert np.isfinite(ill.params["m"]).all()
+
+
+def test_a_round_without_one_good_client_is_an_error():
+    fed = make()
+    state = fed.init(jax.tree.map(jnp.asarray, START), CLIENTS)
+    with pytest.raises(FloatingPointError, match="no client"):
+        fed.round(state, Partial(mezo.pair_loss_of(lambda p, b: jnp.sum(p["w"]) / 0)), cohort(0, [1, 2]), run_key())
+
+
+def test_parameters_that_are_not_finite_are_seen_too():
+    """A back-propagated client's last step can throw θ away after its last loss was seen."""
+    report = federated.RoundReport(
+        np.ones((2, 3)), np.ones((2, 3, 0)), np.ones(2), {"w": np.array([[1.0, 2.0], [1.0, np.inf]])}
+    )
+    np.testing.assert_array_equal(federated.finite(report), [True, False])
+
+
+def test_a_limit_bounds_projected_gradients_and_stills_nan():
+    fed = make()
+    state = fed.init(jax.tree.map(jnp.asarray, START), CLIENTS)
+    given = cohort(0, np.arange(CLIENTS))
+    pair_loss = Partial(mezo.pair_loss_of(lambda p, b: jnp.where(b[0, 0] > 1e6, jnp.nan, loss(p, b))))
+    free = fed.round.work(state, pair_loss, given, run_key())
+    limit = float(np.median(np.abs(free.coefficients))) / RATE
+    bound = fed.round.work(state, pair_loss, given, run_key(), np.float32(limit))
+    assert np.abs(free.coefficients).max() > limit * RATE
+    np.testing.assert_allclose(np.abs(bound.coefficients).max(), limit * RATE, rtol=1e-6)
+    first = np.clip(free.coefficients[:, 0], -limit * RATE, limit * RATE)  # later steps start from elsewhere
+    np.testing.assert_allclose(bound.coefficients[:, 0], first, rtol=1e-5)
+    broken = given._replace(batches=given.batches.at[2, 1].set(1e7))
+    still = fed.round.work(state, pair_loss, broken, run_key(), np.float32(np.inf))
+    assert still.coefficients[2, 1] == 0
+    assert np.isfinite(still.coefficients).all()
+    assert np.isnan(still.losses[2, 1])

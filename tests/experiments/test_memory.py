@@ -1,0 +1,99 @@
+"""The memory experiment: what it reports, and what it is for: a step in the memory of a forward pass."""
+
+import json
+import sys
+
+import pytest
+from llama_files import SMALL
+
+from experiments import _cli, memory
+from fedmezo_jax.errors import UserError
+from fedmezo_jax.planning import hardware
+
+MANY_LAYERS = SMALL | {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+
+
+@pytest.fixture
+def model(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(MANY_LAYERS))
+    return str(tmp_path / "config.json")
+
+
+def plans(**options):
+    config = memory.Config(device="cpu", length=16, rank=4, **options)
+    return {(row["what"], row["precision"]): row for row in memory.measure(config, hardware.host())}
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "paired", "float32"])
+def test_no_program_copies_the_base(model, precision):
+    """Its 1.6 million weights take 3 or 6 MB; compilers like to convert or to reorder them all, outside of the loop."""
+    found = plans(model=model, precision=precision)
+    assert found["forward", "float32" if precision == "float32" else "bfloat16"]["temp_bytes"] < 600_000
+    assert found["fedmezo", precision]["temp_bytes"] < 1_000_000
+
+
+def test_rows_tell_programs_apart(model):
+    found = plans(model=model)
+    # By default the step is shown as runs compute it, paired, and in plain bfloat16.
+    forward, paired, plain, backprop, checkpointed = found.values()
+    assert list(found) == [
+        ("forward", "bfloat16"),
+        ("fedmezo", "paired"),
+        ("fedmezo", "bfloat16"),
+        ("backprop", "bfloat16"),
+        ("backprop_checkpointed", "bfloat16"),
+    ]
+    assert forward["over_forward"] == 1
+    assert backprop["over_forward"] > 1  # temporaries are in the peak
+    assert backprop["temp_bytes"] > checkpointed["temp_bytes"] > paired["temp_bytes"]
+    assert checkpointed["temp_bytes"] > plain["temp_bytes"]
+    assert all(row["fits"] for row in found.values())
+
+
+def test_each_precision_s_row_is_of_that_precision(model):
+    """A pair in flight takes more than one loss after the other."""
+    both = plans(model=model)
+    alone = plans(model=model, precision="bfloat16")
+    assert list(alone) == [key for key in both if key != ("fedmezo", "paired")]
+    assert both["fedmezo", "bfloat16"] == alone["fedmezo", "bfloat16"]
+    assert both["fedmezo", "paired"]["temp_bytes"] > alone["fedmezo", "bfloat16"]["temp_bytes"]
+
+
+def test_a_sweep_writes_its_table_and_its_picture(model, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    monkeypatch.setitem(memory.SWEEPS, "length", ("length", (8, 16)))
+    arguments = ["--model", model, "--device", "cpu", "--rank", "4", "--sweep", "length", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["memory", *arguments])
+    _cli.run(memory.main, memory.Config, memory.__doc__)
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    assert [row["length"] for row in rows] == [8] * 5 + [16] * 5
+    assert rows[6]["peak_bytes"] > rows[1]["peak_bytes"]
+    assert (out / "growth.png").read_bytes()[1:4] == b"PNG"
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"device": "cpu", "topology": "v5e:2x2"}, "--topology and --device"),
+        ({"length": 0}, "--length must be at least 1"),
+        ({"clients_per_device": 0}, "--clients-per-device must be at least 1"),
+    ],
+)
+def test_what_cannot_be_compiled_is_refused(options, complaint):
+    with pytest.raises(UserError, match=complaint):
+        memory.Config(**options)
+
+
+def test_a_model_that_is_not_known_is_named():
+    with pytest.raises(UserError, match=r"unknown model 'llama-4b': give llama-3b, .* or the path of a config.json"):
+        plans(model="llama-4b")

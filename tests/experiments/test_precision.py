@@ -1,0 +1,74 @@
+"""The precision experiment, and what a run is told to expect of its pair."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+import small_run
+
+from experiments import _cli, fedmezo
+from experiments.benchmarks import precision as experiment
+from fedmezo_jax.llama import precision
+from fedmezo_jax.llama.precision import WORRYING, likely_error
+
+
+def test_errors_are_measured_against_the_derivative(tmp_path, monkeypatch, capsys):
+    small_run.write_model(tmp_path / "model")
+    small_run.write_data(tmp_path / "data.jsonl", 60)
+    monkeypatch.setenv("FEDMEZO_CACHE", str(tmp_path / "cache"))
+    arguments = ["--model", tmp_path / "model", "--data", tmp_path / "data.jsonl", "--max-length", 64]
+    arguments += ["--scales", "1e-3,1e-2", "--probes", 4, "--out", tmp_path / "out", "--test-rows", 4]
+    monkeypatch.setattr(sys, "argv", ["precision", *map(str, arguments)])
+    _cli.run(experiment.main, experiment.Config, experiment.__doc__)
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    error = {(row["precision"], row["perturbation_scale"]): row["error"] for row in rows}
+    assert len(error) == 6
+    assert error["float32", 1e-3] < 0.005
+    assert error["paired", 1e-3] < error["bfloat16", 1e-3] / 5
+    assert (tmp_path / "out" / "precision.png").exists()
+    assert "float32: take --perturbation-scale 0.0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("kind", "scale"), [("bfloat16", 1e-3), ("bfloat16", 1e-4), ("float32", 0.1), ("paired", 1e-6)]
+)
+def test_a_noisy_pair_is_worth_a_warning(kind, scale):
+    assert likely_error(kind, scale) > WORRYING
+
+
+@pytest.mark.parametrize(("kind", "scale"), [("float32", 1e-3), ("paired", 1e-3), ("paired", 1e-2), ("bfloat16", 1e-2)])
+def test_a_sound_pair_is_not(kind, scale):
+    assert likely_error(kind, scale) < WORRYING
+
+
+CPUS = {
+    "Intel without bfloat16": ("flags\t\t: fpu avx2 avx512f avx512_vnni", False),
+    "Intel with AVX-512 bfloat16": ("flags\t\t: fpu avx2 avx512f avx512_bf16", True),
+    "Arm with bfloat16": ("Features\t: fp asimd bf16 i8mm", True),
+    "Arm without": ("Features\t: fp asimd", False),
+}
+
+
+@pytest.mark.parametrize(("text", "has"), CPUS.values(), ids=CPUS)
+def test_the_default_looks_at_the_cpu(monkeypatch, tmp_path, text, has):
+    file = tmp_path / "cpuinfo"
+    file.write_text(f"processor\t: 0\n{text}\n")
+    assert precision._multiplies_bfloat16(file) == has
+    assert not precision._multiplies_bfloat16(tmp_path / "absent")
+    monkeypatch.setattr(precision, "_multiplies_bfloat16", lambda: has)
+    monkeypatch.setattr(precision.jax, "default_backend", lambda: "cpu")
+    assert precision.default_precision(sixteen_bit=True)[0] == ("paired" if has else "float32")
+    assert precision.default_precision(sixteen_bit=False)[0] == "float32"
+    monkeypatch.setattr(precision.jax, "default_backend", lambda: "tpu")
+    assert precision.default_precision(sixteen_bit=True)[0] == "paired"
+
+
+@pytest.mark.parametrize(("scale", "size"), [(4e-7, "250%"), (1e-8, "more than 1000%"), (1e-60, "more than 1000%")])
+def test_the_warning_is_a_line_that_can_be_read(capsys, scale, size):
+    run = SimpleNamespace(algorithm="fedmezo", perturbation_scale=scale)
+    setup = SimpleNamespace(model=SimpleNamespace(precision="float32"))
+    fedmezo.warn(SimpleNamespace(run=run, guard=False), setup, begun=False)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert f"is likely off by {size}: choose" in line
+    assert len(line) < 250

@@ -1,0 +1,100 @@
+"""Studies: each runs at its smallest scale, is resumed, and says with what certainty."""
+
+import importlib
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+
+from experiments import _cli
+from experiments.studies import runner
+from fedmezo_jax.run.sweep import Curve
+
+STUDIES = [
+    *("batch_size", "clients", "convergence", "local_steps", "lora_rank", "model_size"),
+    *("personalised_rates", "perturbation_scale", "shared_directions", "single_client", "splitters"),
+]
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_study_s_paper_preset_is_the_paper_s(name):
+    paper = importlib.import_module(f"experiments.{name}").PRESETS["paper"]
+    assert (paper.run.rounds, paper.run.lora_rank, paper.run.lora_alpha, paper.seeds) == (500, 128, 256.0, 3)
+    assert paper.run.model == "openlm-research/open_llama_3b_v2"
+    assert len(paper.variants) > 1
+
+
+def run(monkeypatch, name, *arguments):
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    module = importlib.import_module(f"experiments.{name}")
+    try:
+        _cli.run(module.main, runner.Config, module.__doc__)
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def test_a_study_runs_and_is_not_run_twice(tmp_path, monkeypatch, capsys):
+    given = ("perturbation_scale", "--preset", "smoke", "--out", tmp_path / "out")
+    assert run(monkeypatch, *given) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [row["variant"] for row in results["rows"]] == ["μ = 0.0002", "μ = 0.001", "μ = 0.005", "μ = 0.02"]
+    assert (tmp_path / "out" / "perturbation_scale.png").read_bytes()[:4] == b"\x89PNG"
+    curves = json.loads((tmp_path / "out" / "curves.json").read_text())["curves"]
+    assert [curve["variant"] for curve in curves[:2]] == ["μ = 0.0002"] * 2
+    assert [curve["rounds"] for curve in curves] == [[0, 1, 2]] * 8
+    losses = [curve["test_loss"][-1] for curve in curves[:2]]
+    assert results["rows"][0]["loss_after"] == pytest.approx(np.mean(losses))
+    # A second time everything is read from what is finished.
+    monkeypatch.setattr(runner, "sweep", None)
+    assert run(monkeypatch, *given) == 0
+    again = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert again["rows"] == results["rows"]
+    # What is not finished is run, and nothing else.
+    asked = []
+
+    def noted(setups, *rest):
+        asked.extend(setup.config.seed for setup in setups)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "sweep", noted)
+    assert run(monkeypatch, *given, "--seeds", 3) == 130
+    assert set(asked) == {2}
+
+
+def test_a_confidence_interval_by_hand():
+    # Of 1, 2, 3: mean 2, standard error 1/√3, and Student's t with 2 degrees of freedom has 2.92 at 95 %.
+    assert runner.half_width(np.array([1.0, 2.0, 3.0])) == pytest.approx(2.91998558 / math.sqrt(3))
+    assert runner.half_width(np.array([1.0])) is None
+
+
+def outcomes(losses):
+    """An outcome for each method and rate that ends at the given test losses, one a seed."""
+    swept = runner.swept({label: ({}, tuple(rates)) for label, rates in losses.items()})
+    ends = [loss for rates in losses.values() for loss in rates.values()]
+    return [
+        runner.Outcome(
+            label,
+            runner.replace(runner.SMOKE, **fields),
+            [Curve([0, 2], [3.0, loss], [3.0, 3.0], 0.1) for loss in each],
+        )
+        for (label, fields), each in zip(swept.items(), ends, strict=True)
+    ]
+
+
+def test_a_method_is_shown_at_its_best_rate_and_a_best_rate_at_an_end_is_marked():
+    inside = {0.1: [2.0, 2.0], 0.2: [1.0, 1.2], 0.4: [0.5, math.nan]}
+    found = outcomes({"a, b": inside, "c": {0.1: [2.0], 0.2: [1.0]}, "d": {0.1: [1.0], 0.2: [2.0]}})
+    tuned = runner.tune(found)
+    assert {label: one.best.config.learning_rate for label, one in tuned.items()} == {"a, b": 0.2, "c": 0.2, "d": 0.1}
+    assert [one.at_an_end for one in tuned.values()] == [False, True, True]
+    marked = [(row["best"], row["at_an_end_of_the_sweep"]) for row in runner.tuned_rows(found)]
+    no, best, edge = (False, False), (True, False), (True, True)
+    assert marked == [no, best, no, no, edge, edge, no]
+
+
+def test_an_unknown_preset_is_one_line(monkeypatch, capsys):
+    assert run(monkeypatch, "splitters", "--preset", "huge") == 2
+    assert capsys.readouterr().err.count("\n") == 1

@@ -1,0 +1,276 @@
+"""Several real processes on this machine: one run, equal to one process's; and none of them hangs or writes twice."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import pytest
+import small_run
+
+from fedmezo_jax.errors import UserError
+from fedmezo_jax.parallel import multihost
+from fedmezo_jax.run import ledger
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    place = tmp_path_factory.mktemp("processes")
+    small_run.write_model(place / "model")
+    small_run.write_data(place / "data.jsonl")
+    return place
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def start(place, out, *arguments, devices=1, environment=None, cwd=None):
+    """The main job on a small model, in a process with so many devices."""
+    settings = (
+        "--clients 5 --rounds 3 --local-steps 2 --max-length 64 --test-rows 10 --lora-rank 2 --checkpoint-every 2"
+    )
+    names = ["--model", "model", "--data", str(place / "data.jsonl"), "--out", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.fedmezo",
+        *names,
+        *settings.split(),
+        "--checkpoint-every",
+        "2",
+        *arguments,
+    ]
+    variables = {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "PYTHONPATH": str(ROOT),
+        "FEDMEZO_CACHE": str(place / "cache"),
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=cwd or place, env=os.environ | variables | (environment or {}), **pipes)
+
+
+def both(place, out, *arguments, second=(), **options):
+    """Two processes of one run; what the second is told besides."""
+    at = f"localhost:{free_port()}"
+    return [
+        start(place, out, "--processes", f"{at},2,{i}", *arguments, *(second if i else ()), **options) for i in range(2)
+    ]
+
+
+OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1:41"}
+SLURM = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2", "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost"}
+RANKS = "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID"
+
+
+def launched(launcher, place, out, *arguments):
+    """Two processes that are told of each other by a launcher's environment alone."""
+    port = {"JAX_COORDINATOR_PORT": str(free_port())}  # a launcher's own choice may be taken on this machine
+    return [start(place, out, *arguments, environment=launcher | port | dict.fromkeys(RANKS, str(i))) for i in range(2)]
+
+
+def outcome(*running, seconds=300):
+    """(exit code, standard output, standard error) of each process."""
+    found = []
+    for one in running:
+        out, err = one.communicate(timeout=seconds)
+        found.append((one.returncode, out, err))
+    return found
+
+
+def await_round(out, running):
+    """Waits until the first round is recorded."""
+    while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
+        assert [one.poll() for one in running] == [None] * len(running)
+        time.sleep(0.005)
+
+
+def lines(err):
+    return [line for line in err.splitlines() if line.startswith("error:")]
+
+
+@pytest.fixture(scope="module")
+def alone(place):
+    """The same run in one process with two devices."""
+    ((code, _, err),) = outcome(start(place, place / "alone", "--mesh", "clients=2,model=1", devices=2))
+    assert code == 0, err
+    return place / "alone"
+
+
+def check_same(ours, theirs):
+    for name in ("run.ledger", "config.json", "adapter/adapter_model.safetensors"):
+        assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
+    told = [
+        [
+            {key: value for key, value in json.loads(line).items() if "seconds" not in key}
+            for line in (folder / "metrics.jsonl").read_text().splitlines()
+        ]
+        for folder in (ours, theirs)
+    ]
+    assert told[0] == told[1]
+
+
+def check_first_alone_speaks(first, other):
+    assert "test loss" in first
+    assert [line for line in other.splitlines() if not line.startswith("[Gloo]")] == []
+
+
+def test_two_processes_are_one_run(place, alone):
+    (code, out, err), (other, silent, complaint) = outcome(*launched(OPEN_MPI, place, place / "two"))
+    assert (code, other) == (0, 0), err + complaint
+    check_same(place / "two", alone)
+    check_first_alone_speaks(out, silent)
+
+
+def test_a_copy_of_the_weights_may_lie_across_processes(place, alone):
+    found = outcome(*launched(SLURM, place, place / "split", "--mesh", "clients=1,model=2"))
+    assert [code for code, *_ in found] == [0, 0], found
+    records = [json.loads((folder / "results.json").read_text())["rows"][0] for folder in (place / "split", alone)]
+    assert records[0]["loss_after"] == pytest.approx(records[1]["loss_after"], rel=1e-5)
+    ours, theirs = (ledger.read_header(folder / "run.ledger") for folder in (place / "split", alone))
+    assert ours == theirs  # with the hash of all weights, of which each process holds half
+
+
+def test_a_process_that_dies_ends_the_run_and_it_can_be_resumed(place, alone):
+    out = place / "killed"
+    first, second = both(place, out, "--process-timeout", "20")
+    await_round(out, [first, second])
+    second.send_signal(signal.SIGKILL)
+    ((code, _, err),) = outcome(first, seconds=60)
+    second.communicate()
+    assert (code, len(lines(err))) == (2, 1), err
+    assert "another process has ended or can no longer be reached" in err
+    assert "--resume" in err
+    found = outcome(*both(place, out, "--resume"))
+    assert [code for code, *_ in found] == [0, 0], found
+    check_same(out, alone)
+
+
+def test_a_signal_stops_all_processes_and_is_named(place):
+    """JAX's own preemption service would take the signal and let the run go on."""
+    running = both(place, place / "stopped", "--rounds", "3000")
+    while not (place / "stopped" / "metrics.jsonl").exists() and running[0].poll() is None:
+        time.sleep(0.01)
+    for process in running:
+        process.send_signal(signal.SIGTERM)
+    for code, _, err in outcome(*running):
+        assert code == 128 + signal.SIGTERM
+        assert "stopped by SIGTERM; go on with --resume" in err.splitlines()
+
+
+def test_processes_that_were_started_otherwise_all_say_so(place):
+    found = outcome(*both(place, place / "no", second=("--learning-rate", "0.5")))
+    for code, _, err in found:
+        assert code == 2, err
+        assert lines(err) == [
+            "error: process 1 was started otherwise: learning_rate (0.001 in process 0, 0.5 there): "
+            "start all processes alike"
+        ]
+    assert not (place / "no").exists()
+
+
+def test_what_one_process_refuses_all_refuse(place, tmp_path):
+    at = f"localhost:{free_port()}"
+    running = [
+        start(place, place / "no", "--processes", f"{at},2,{i}", cwd=(place, tmp_path)[i]) for i in range(2)
+    ]  # the second is where there is no model
+    first, second = outcome(*running)
+    assert (first[0], second[0]) == (2, 2)
+    assert lines(first[2])[0].startswith("error: process 1: unknown model 'model'")
+    assert lines(second[2])[0].startswith("error: unknown model 'model'")
+    assert not (place / "no").exists()
+
+
+def test_fewer_processes_than_announced(place):
+    at = f"localhost:{free_port()}"
+    running = [start(place, place / "no", "--processes", f"{at},3,{i}", "--process-timeout", "5") for i in range(2)]
+    for code, _, err in outcome(*running, seconds=60):
+        assert code == 2, err
+        assert len(lines(err)) == 1, err
+        assert "not all 3 processes have come together within 5 s" in lines(err)[0]
+    assert not (place / "no").exists()
+
+
+def test_different_counts_are_refused_by_all(place):
+    at = f"localhost:{free_port()}"
+    for code, _, err in outcome(*(start(place, place / "no", "--processes", f"{at},{2 + i},{i}") for i in range(2))):
+        assert code == 2, err
+        assert lines(err) == [
+            "error: --processes: process 0 was given a COUNT of 2 and process 1 one of 3: give all processes the same"
+        ]
+    assert not (place / "no").exists()
+
+
+@pytest.mark.parametrize("launcher", [None, OPEN_MPI])
+def test_a_port_in_use_is_refused(place, launcher):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        if launcher is None:
+            running = start(place, place / "no", "--processes", f"localhost:{port},2,0")
+        else:
+            environment = launcher | {"JAX_COORDINATOR_PORT": str(port)} | dict.fromkeys(RANKS, "0")
+            running = start(place, place / "no", environment=environment)
+        ((code, _, err),) = outcome(running)
+    assert code == 2, err
+    (line,) = err.splitlines()
+    assert line.startswith(f"error: process 0 cannot listen on port {port} ")
+    assert "choose another port" in line
+    assert not (place / "no").exists()
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_stopped_process_ends_the_others_with_one_line(place, stopped):
+    out = place / f"stopped-{stopped}"
+    running = both(place, out, "--process-timeout", "20", "--rounds", "100000", "--no-guard")
+    await_round(out, running)
+    running[stopped].send_signal(signal.SIGSTOP)
+    try:
+        ((code, _, err),) = outcome(running[1 - stopped])
+    finally:
+        running[stopped].kill()
+        running[stopped].communicate()
+    assert code == 2, err
+    (line,) = err.splitlines()
+    assert line.startswith(f"error: process {stopped} has sent no heartbeat for 20 s")
+    assert "--resume" in line
+
+
+def test_an_unhandled_exception_in_one_process_ends_the_others():
+    at = f"localhost:{free_port()}"
+    program = (
+        "import sys\nfrom fedmezo_jax import processes\nindex = int(sys.argv[1])\n"
+        f"processes.join(f'{at},2,{{index}}', 20)\nprocesses.all_or_none(lambda: 1 / (1 - index))"
+    )
+    variables = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": variables}
+    running = [subprocess.Popen([sys.executable, "-c", program, str(index)], **pipes) for index in range(2)]
+    (code, _, err), (failed, _, trace) = outcome(*running)
+    assert failed == 1
+    assert "ZeroDivisionError" in trace
+    assert code == 2, err
+    (line,) = err.splitlines()
+    assert line.startswith("error: process 1 has sent no heartbeat for 20 s")
+
+
+@pytest.mark.parametrize("text", ["localhost,2,0", "localhost:1234,2,2", "localhost:0,2,0", "localhost:65536,2,0", "2"])
+def test_what_does_not_name_a_process_is_refused(text):
+    with pytest.raises(UserError, match="ADDRESS:PORT,COUNT,INDEX"):
+        multihost.join(text, 5)
+
+
+def test_a_process_alone_agrees_with_itself():
+    multihost.check_same_config({"rounds": 3})
+    assert multihost.all_or_none(lambda: 7) == 7

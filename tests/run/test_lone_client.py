@@ -1,0 +1,58 @@
+"""A client gives the same numbers, bit for bit, alone and among others."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from fedmezo_jax.core import federated
+from fedmezo_jax.data.batches import round_batches
+from fedmezo_jax.run.config import RunConfig
+from fedmezo_jax.run.context import algorithm, build, prepare, run_key
+
+CLIENTS, STEPS = 8, 3
+
+
+@pytest.mark.parametrize(("precision", "batch_size"), [("float32", 2), ("float32", 1), ("paired", 2), ("paired", 1)])
+def test_a_client_alone_gives_the_numbers_that_it_gives_among_eight(precision, batch_size):
+    config = RunConfig(
+        clients=CLIENTS,
+        local_steps=STEPS,
+        batch_size=batch_size,
+        precision=precision,
+        partition="iid",
+        test_rows=8,
+        length_buckets=1,
+    )
+    setup = prepare(config)
+    everyone = np.arange(CLIENTS, dtype=np.int32)
+    sizes = {"seed": config.seed, "local_steps": STEPS, "batch_size": batch_size}
+    batches = round_batches(setup.train, setup.parts, everyone, 0, **sizes)
+
+    def report(ids):
+        (init, round), loss = build(setup._replace(config=replace(config, participation=len(ids) / CLIENTS)))
+        cohort = federated.Cohort(ids, np.ones(len(ids), np.float32), jax.tree.map(lambda leaf: leaf[ids], batches))
+        return round.work(init(setup.lora, CLIENTS), loss, cohort, run_key(config.seed))
+
+    among = report(everyone)
+    for ids in ([3], [1, 6, 7]):
+        alone = report(np.array(ids, np.int32))
+        np.testing.assert_array_equal(alone.coefficients, np.asarray(among.coefficients)[ids])
+        np.testing.assert_array_equal(alone.losses, np.asarray(among.losses)[ids])
+
+
+def test_block_of_one_changes_no_bit():
+    config = RunConfig(
+        clients=4, local_steps=2, batch_size=1, precision="float32", partition="iid", test_rows=8, length_buckets=1
+    )
+    setup = prepare(config)
+    (init, round), loss = build(setup)
+    ids = np.arange(4, dtype=np.int32)
+    batches = round_batches(setup.train, setup.parts, ids, 0, seed=0, local_steps=2, batch_size=1)
+    cohort = federated.Cohort(ids, np.ones(4, np.float32), batches)
+    state, key = init(setup.lora, 4), run_key(0)
+    whole = round.work(state, loss, cohort, key)
+    single = build(setup._replace(config=replace(config, participation=0.25)))[1]
+    blocked = algorithm(config, 1, None, least_width=2).round.work(state, single, cohort, key)
+    np.testing.assert_array_equal(whole.coefficients, blocked.coefficients)

@@ -1,0 +1,141 @@
+"""Damaged messages and ledger entries: each is read as something of the right types, or refused in one line."""
+
+import contextlib
+import random
+import tracemalloc
+
+import numpy as np
+import pytest
+from flax import serialization
+
+from fedmezo_jax.errors import UserError
+from fedmezo_jax.run import ledger, messages
+
+DRAW = np.random.RandomState(7)
+MUTATIONS = 1500
+
+
+def numbers(*shape):
+    return DRAW.standard_normal(shape).astype(np.float32)
+
+
+LORA = {"q_proj": {"A": numbers(2, 3, 2), "B": numbers(2, 2, 3)}, "v_proj": {"A": numbers(2, 3, 2), "B": numbers(1)}}
+UPDATE = messages.Update(3, 1, 10, numbers(4, 2), numbers(4))
+OUTCOME = messages.Outcome(9, np.array([0, 2, 5]), numbers(3), numbers(3), numbers(3, 4))
+ENTRY = ledger.Entry(
+    2,
+    1,
+    np.array([0, 2], np.int32),
+    np.array([1, 0], np.float32),
+    numbers(2),
+    [messages.pack_update(UPDATE), None],
+    [(0, 1, "dropped out"), (1, 2, "came too late")],
+)
+MESSAGES = {
+    "update": (messages.pack_update(UPDATE), messages.unpack_update),
+    "start": (messages.pack_start(3, 0.5), messages.unpack_start),
+    "outcome with a bitmap": (messages.pack_outcome(OUTCOME, 8), messages.unpack_outcome),
+    "outcome with a list": (messages.pack_outcome(OUTCOME, 500), messages.unpack_outcome),
+    "outcome without the recipient's numbers": (
+        messages.pack_outcome(OUTCOME, 8, 2),
+        lambda message: messages.unpack_outcome(message, 2, numbers(2, 2)),
+    ),
+    "mean": (messages.pack_mean(3, numbers(4, 2)), messages.unpack_mean),
+    "LoRA update": (
+        messages.pack_lora_update(UPDATE, LORA),
+        lambda message: messages.unpack_lora_update(message, LORA),
+    ),
+    "ledger entry": (ledger.pack_entry(ENTRY), ledger.unpack_entry),
+}
+# The first bytes of msgpack's arrays, maps, extensions, strings and large numbers, with lengths beyond any message.
+HEADS = [bytes([code]) + b"\xff" * 4 for code in (0xC6, 0xC9, 0xCE, 0xDB, 0xDD, 0xDF)]
+CODES = [bytes([code]) for code in (0x80, 0x90, 0xA1, 0xC0, 0xC1, 0xC3, 0xCB, 0xD3, 0xD4, 0xD6, 0xFF)]
+
+
+def mutated(message, draw):
+    """A message with one to three changes of any kind."""
+    for _ in range(draw.randint(1, 3)):
+        at = draw.randrange(len(message) + 1)
+        piece = draw.choice([draw.choice(HEADS), draw.choice(CODES), draw.randbytes(draw.randint(1, 8))])
+        cut = draw.choice([0, len(piece), draw.randint(0, 20), len(message)])
+        kind = draw.randrange(4)
+        if kind == 0 and message:
+            at %= len(message)
+            message = message[:at] + bytes([message[at] ^ 1 << draw.randrange(8)]) + message[at + 1 :]
+        elif kind == 1:
+            message = message[:at] + piece + message[at + cut :]
+        elif kind == 2:
+            message = message[:at] + message[at + cut :]
+        else:
+            message = message[:at] + message[draw.randrange(len(message) + 1) :]
+    return message
+
+
+@pytest.mark.parametrize("name", MESSAGES)
+def test_a_damaged_message_is_read_or_refused_and_nothing_else(name):
+    message, unpack = MESSAGES[name]
+    unpack(message)
+    draw, refusals = random.Random(name), []
+    for _ in range(MUTATIONS):
+        try:
+            unpack(mutated(message, draw))
+        except UserError as error:
+            refusals.append(str(error))
+    assert len(refusals) > MUTATIONS / 4
+    assert not any("\n" in refusal for refusal in refusals)
+
+
+@pytest.mark.parametrize("name", MESSAGES)
+@pytest.mark.parametrize("head", [0x92, 0xDD, 0xDF, 0xC6, 0xC9])
+def test_a_message_that_promises_much_is_refused_without_room_made_for_it(name, head):
+    """A megabyte of nested containers, each with as many entries as the message has bytes."""
+    _, unpack = MESSAGES[name]
+    size = 1 << 20
+    inside = bytes([head]) + (b"" if head < 0xA0 else (size // 2).to_bytes(4, "big"))
+    hostile = (inside * 900).ljust(size, b"\0")
+    tracemalloc.start()
+    try:
+        for content in (hostile, b"\x92" + hostile[1:], b"\x95\0\0\0" + hostile, b"\x81\xa6params" + hostile):
+            with contextlib.suppress(UserError):
+                unpack(content)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 40 * size
+
+
+def test_only_the_expected_lora_is_read():
+    def refused(tree, update=UPDATE):
+        with pytest.raises(UserError, match="LoRA update is malformed"):
+            messages.unpack_lora_update(messages.pack_lora_update(update, tree), LORA)
+
+    refused({"q_proj": LORA["q_proj"]})
+    refused(LORA | {"k_proj": LORA["q_proj"]})
+    refused(LORA | {"v_proj": {"A": LORA["v_proj"]["A"]}})
+    refused(LORA | {"v_proj": LORA["v_proj"] | {"B": numbers(2)}})
+    refused(LORA | {"v_proj": LORA["v_proj"] | {"B": numbers(1).astype(np.float64)}})
+    refused(LORA | {"v_proj": LORA["v_proj"] | {"B": numbers(1).view(np.int32)}})
+    refused(LORA | {"v_proj": LORA["v_proj"] | {"B": 1.0}})
+    refused(LORA, UPDATE._replace(losses=np.zeros(0, np.float32)))
+    refused(LORA, UPDATE._replace(client=-1))
+
+
+def test_a_lora_that_flax_sends_in_pieces_comes_back(monkeypatch):
+    monkeypatch.setattr(serialization, "MAX_CHUNK_SIZE", 20)  # a gigabyte otherwise
+    _, got = messages.unpack_lora_update(messages.pack_lora_update(UPDATE, LORA), LORA)
+    for name, half in LORA.items():
+        for letter, leaf in half.items():
+            np.testing.assert_array_equal(got[name][letter], leaf)
+
+
+def test_numbers_that_do_not_go_together_are_refused():
+    assert messages.unpack_start(messages.pack_start(3, 0.5)) == (3, 0.5)
+    for update in (UPDATE._replace(losses=numbers(3)), UPDATE._replace(losses=numbers(0))):
+        with pytest.raises(UserError, match="coefficients do not go with"):
+            messages.unpack_update(messages.pack_update(update))
+    message = messages.pack_outcome(OUTCOME, 8, 2)
+    for own in (None, numbers(3)):
+        with pytest.raises(UserError, match="coefficients do not go with"):
+            messages.unpack_outcome(message, 2, own)
+    with pytest.raises(UserError, match="weights"):
+        messages.unpack_outcome(messages.pack_outcome(OUTCOME._replace(weights=numbers(2)), 8))
