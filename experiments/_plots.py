@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib as mpl
 
 from fedmezo_jax.run.config import RunConfig
-from fedmezo_jax.run.context import Setup
+from fedmezo_jax.run.context import RunContext
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -32,7 +32,7 @@ def plot_loss(file: Path, loss_before: float, metrics: Sequence[dict[str, Any]],
     plt.close(figure)
 
 
-def plot_partition(file: Path, setup: Setup) -> None:
+def plot_partition(file: Path, setup: RunContext) -> None:
     """Rows of each client as a bar stacked by category, as a PNG; beyond 19 categories the smaller ones are one."""
     totals = Counter(setup.categories).most_common()
     shown = [name for name, _ in totals[: 19 if len(totals) > 20 else 20]]

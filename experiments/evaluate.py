@@ -24,7 +24,7 @@ from rich.progress import track
 
 from experiments import _cli
 from fedmezo_jax.data.encode import LongRows, encode
-from fedmezo_jax.data.examples import Example, Rows
+from fedmezo_jax.data.examples import Example, TokenBatch
 from fedmezo_jax.data.partition import hold_out
 from fedmezo_jax.data.prompts import Style, prompt_ids
 from fedmezo_jax.data.sources import load_records
@@ -93,7 +93,7 @@ class Config:
         return [name.strip() for name in self.metric.split(",")]
 
 
-class Subject(NamedTuple):
+class LoadedModel(NamedTuple):
     """The model to measure.
 
     Attributes:
@@ -135,7 +135,7 @@ def _evaluate(config: Config, start: float) -> None:
     stored = jnp.float32 if config.precision == "float32" else jnp.bfloat16
     base = jax.tree.map(jnp.asarray, load_base(folder, llama, stored))
     check_weights(llama, base, f"--model {config.model}")
-    subject = Subject(Llama(llama, scale, config.precision), base, lora, tokenizer, f"--model {config.model}")
+    subject = LoadedModel(Llama(llama, scale, config.precision), base, lora, tokenizer, f"--model {config.model}")
 
     rows: list[dict[str, Any]] = []
     generations: list[dict[str, str]] = []
@@ -144,7 +144,7 @@ def _evaluate(config: Config, start: float) -> None:
         rows.append({"metric": metric, "value": value, "count": count})
 
     if table and "loss" in config.metrics:
-        rows_of_test = Rows(*(leaf[table.test] for leaf in table.rows))
+        rows_of_test = TokenBatch(*(leaf[table.test] for leaf in table.rows))
         found = likelihood.mean_loss(*subject[:3], rows_of_test, subject.name)
         add("loss (nats a token)", found.loss, len(table.test))
         add("perplexity", found.perplexity, len(table.test))
@@ -176,7 +176,7 @@ def _evaluate(config: Config, start: float) -> None:
     print(f"{config.out}: config.json, results.json{', generations.jsonl' if generations else ''}")
 
 
-def generator(subject: Subject, max_new_tokens: int) -> Callable[[list[list[int]]], list[str]]:
+def generator(subject: LoadedModel, max_new_tokens: int) -> Callable[[list[list[int]]], list[str]]:
     """``generate(prompts)``: the texts with which the model goes on, in batches of prompts of like length."""
 
     def run(prompts: list[list[int]]) -> list[str]:
@@ -200,7 +200,7 @@ def _questions(config: Config) -> list[choice.Question]:
     return found
 
 
-def _encoded(config: Config, asked: list[choice.Question], tokenizer: Any, llama: LlamaConfig) -> Rows:
+def _encoded(config: Config, asked: list[choice.Question], tokenizer: Any, llama: LlamaConfig) -> TokenBatch:
     """One row for each choice of each question."""
     examples = [example for one in asked for example in choice.candidates(one)]
     room = llama.max_position_embeddings

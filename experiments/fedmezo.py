@@ -30,12 +30,12 @@ from experiments import _cli
 from experiments._plots import plot_loss, plot_partition
 from fedmezo_jax.data.buckets import lengths
 from fedmezo_jax.errors import UserError
-from fedmezo_jax.llama.precision import WORRYING, likely_error
+from fedmezo_jax.llama.precision import WARN_ABOVE, expected_error
 from fedmezo_jax.parallel import multihost
 from fedmezo_jax.parallel.sharding import parse_mesh
 from fedmezo_jax.run import divergence, run_folder
 from fedmezo_jax.run.config import RunConfig
-from fedmezo_jax.run.context import Setup, base_loss, prepare, settled
+from fedmezo_jax.run.context import RunContext, base_loss, prepare, resolve_defaults
 from fedmezo_jax.run.journal import versions
 from fedmezo_jax.run.loop import Result, probe_start, train
 from fedmezo_jax.run.messages import lora_message
@@ -89,7 +89,7 @@ def _main(config: Config, held: ExitStack) -> None:
     said = asdict(config) | asdict(config.run) | versions() | {"devices a process": jax.local_device_count()}
     multihost.check_same_config({name: value for name, value in said.items() if name not in ("run", "processes")})
     first, lock = multihost.is_coordinator(), run_folder.lock(config.out)
-    config = replace(config, run=multihost.all_or_none(lambda: settled(config.run, notify=print)))
+    config = replace(config, run=multihost.all_or_none(lambda: resolve_defaults(config.run, notify=print)))
 
     def open_folder() -> None:
         run_folder.check_folder(config.out, config.run, config.resume)
@@ -119,13 +119,13 @@ def _main(config: Config, held: ExitStack) -> None:
         conclude(config, setup, result, time.perf_counter() - start)
 
 
-def warn(config: Config, setup: Setup, begun: bool) -> None:
+def warn(config: Config, setup: RunContext, begun: bool) -> None:
     """Says what is likely to go wrong: too coarse a precision; before the first round, too large a learning rate."""
     run = config.run
     if run.algorithm != "fedmezo":
         return
     precision = setup.model.precision
-    if (error := likely_error(precision, run.perturbation_scale)) > WORRYING:
+    if (error := expected_error(precision, run.perturbation_scale)) > WARN_ABOVE:
         size = f"{error:.0%}" if error < 10 else "more than 1000%"
         print(
             f"warning: at --precision {precision}, --perturbation-scale {run.perturbation_scale:g} the projected "
@@ -137,7 +137,7 @@ def warn(config: Config, setup: Setup, begun: bool) -> None:
             print("warning:", warning)
 
 
-def _train(config: Config, setup: Setup, loss_before: float) -> Result:
+def _train(config: Config, setup: RunContext, loss_before: float) -> Result:
     with _progress() as bar:
         task = bar.add_task("rounds", total=config.run.rounds, loss="", pace="")
 
@@ -151,7 +151,7 @@ def _train(config: Config, setup: Setup, loss_before: float) -> Result:
         return train(setup, config.out, **intervals, loss_before=loss_before, on_round=show, notify=notify)
 
 
-def conclude(config: Config, setup: Setup, result: Result, seconds: float) -> None:
+def conclude(config: Config, setup: RunContext, result: Result, seconds: float) -> None:
     """Writes results and plot, and prints them."""
     rows = _rows(config.run, setup, result)
     _cli.write_results(config.out, rows, seconds)
@@ -166,7 +166,7 @@ def conclude(config: Config, setup: Setup, result: Result, seconds: float) -> No
     print(f"{config.out}: {ledger}metrics.jsonl, results.json, loss.png, partition.png, adapter/, checkpoints/")
 
 
-def _rows(config: RunConfig, setup: Setup, result: Result) -> list[dict[str, Any]]:
+def _rows(config: RunConfig, setup: RunContext, result: Result) -> list[dict[str, Any]]:
     """The table: the messages that were sent, and for comparison the LoRA that was not."""
     later = result.metrics[1:] or result.metrics  # the first round compiles
     pace = sorted(record["seconds"] for record in later)[len(later) // 2]
@@ -191,7 +191,7 @@ def _rows(config: RunConfig, setup: Setup, result: Result) -> list[dict[str, Any
     ]
 
 
-def describe(setup: Setup) -> None:
+def describe(setup: RunContext) -> None:
     """Prints what will run: sizes, and how the categories are spread over the clients."""
     config, llama = setup.config, setup.model.config
     print(

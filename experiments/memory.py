@@ -26,7 +26,7 @@ from jax.sharding import SingleDeviceSharding
 from experiments import _cli
 from experiments._growth_plot import plot_growth
 from fedmezo_jax.core import client, mezo
-from fedmezo_jax.data.examples import Rows
+from fedmezo_jax.data.examples import TokenBatch
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.checkpoints.layout import base_shapes
 from fedmezo_jax.llama.lora import lora_shapes
@@ -144,7 +144,7 @@ def programs(config: Config, device: Any) -> list[tuple[str, Precision, Callable
     )
     shape = (clients, 1, 1, labels)
     tokens = abstract(jnp.int32, (clients, 1, 1, config.length))
-    rows = Rows(tokens, abstract(jnp.int32, shape), abstract(jnp.int32, shape), abstract(jnp.float32, shape))  # pyright: ignore
+    rows = TokenBatch(tokens, abstract(jnp.int32, shape), abstract(jnp.int32, shape), abstract(jnp.float32, shape))  # pyright: ignore
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0, impl="threefry2x32"), clients))
     keys = abstract(keys.dtype, keys.shape)
 
@@ -156,7 +156,7 @@ def programs(config: Config, device: Any) -> list[tuple[str, Precision, Callable
         return jax.vmap(loss_of(single, base))(lora, jax.tree.map(lambda leaf: leaf[:, 0], rows))
 
     def step(model, base, lora, rows, keys):
-        work, loss = client.mezo_work(mezo.MezoConfig()), pair_loss_of(model, base)
+        work, loss = client.mezo_client(mezo.MezoConfig()), pair_loss_of(model, base)
         return jax.vmap(lambda lora, rows, key: work(loss, lora, rows, key, jnp.float32(1e-5)))(lora, rows, keys)
 
     def backprop(model, base, lora, rows):

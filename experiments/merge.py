@@ -12,7 +12,7 @@ from typing import Literal
 
 from experiments import _cli
 from fedmezo_jax.llama.checkpoints.adapter import load_adapter
-from fedmezo_jax.llama.checkpoints.base_model import Form
+from fedmezo_jax.llama.checkpoints.base_model import WeightFormat
 from fedmezo_jax.llama.checkpoints.export import export
 from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.registry import resolve
@@ -30,7 +30,7 @@ class Config:
     """folder of a LoRA adapter, as PEFT or the main job writes it"""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """of the weights written"""
-    form: Form = "safetensors"
+    form: WeightFormat = "safetensors"
     """safetensors, which transformers opens too, or an Orbax checkpoint"""
 
 

@@ -78,7 +78,7 @@ def main(config: Config) -> None:
     llama = named_shape(config.model)
     targets = tuple(name.strip() for name in config.targets.split(","))
     sizes = (config.clients, config.local_steps, config.batch_size, config.length, config.rank)
-    planned = cost_model.Round(llama, *sizes, targets, config.precision, config.seeds)
+    planned = cost_model.RoundSpec(llama, *sizes, targets, config.precision, config.seeds)
     shapes = cost_model.meshes(len(target.devices), llama)
     if config.mesh:
         mesh = parse_mesh(config.mesh, target.devices)
@@ -125,7 +125,7 @@ def main(config: Config) -> None:
     print(f"best: --mesh {best['mesh']}" if best else "nothing fits: take more or larger chips, or shorter rows")
 
 
-def most_at_once(planned: cost_model.Round, target: hardware.Topology, shape: tuple[int, int]) -> int:
+def most_at_once(planned: cost_model.RoundSpec, target: hardware.Topology, shape: tuple[int, int]) -> int:
     """The most clients that a group could run at once, had it as many: a power of two, or 0 where not one fits.
 
     Peaks grow in a straight line, so two of them say where to look; what is said to fit was compiled.

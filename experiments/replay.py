@@ -76,13 +76,18 @@ def main(config: Config) -> None:
     with Progress() as bar:
         task = bar.add_task("rounds", total=until)
         lora, done = replay(config.ledger, run, start(run, llama), until, lambda done: bar.update(task, completed=done))
-    rebuilt = time.perf_counter()
+    reconstructed = time.perf_counter()
 
     settings: dict[str, Any] = {"rank": run.lora_rank, "alpha": run.lora_alpha, "targets": run.target_names}
     save_adapter(config.out / "adapter", lora, **settings, base_name=config.model or run.model)
     beside = config.ledger.parent / "adapter"
     row: dict[str, Any] = {"rounds": done, "ledger_bytes": last.end, "verify_seconds": verified - begin}
-    row |= {"rebuild_seconds": rebuilt - verified, "compared": False, "bit_identical": None, "largest_difference": None}
+    row |= {
+        "rebuild_seconds": reconstructed - verified,
+        "compared": False,
+        "bit_identical": None,
+        "largest_difference": None,
+    }
     if done == run.rounds and beside.exists():
         difference = largest_difference(jax.device_get(load_adapter(beside, llama).lora), lora)
         row |= {"compared": True, "bit_identical": difference is None, "largest_difference": difference or 0.0}

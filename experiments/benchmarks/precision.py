@@ -22,13 +22,13 @@ import numpy as np
 
 from experiments import _cli
 from fedmezo_jax.core import federated, mezo
-from fedmezo_jax.data.examples import Rows
+from fedmezo_jax.data.examples import TokenBatch
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.loss import loss_of, pair_loss_of
-from fedmezo_jax.llama.precision import WORRYING, Precision
+from fedmezo_jax.llama.precision import WARN_ABOVE, Precision
 from fedmezo_jax.run import run_folder
 from fedmezo_jax.run.config import RunConfig
-from fedmezo_jax.run.context import Setup, prepare, run_key
+from fedmezo_jax.run.context import RunContext, prepare, run_key
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -75,10 +75,10 @@ def main(config: Config) -> None:
         print(f"{precision}: take --perturbation-scale {best['perturbation_scale']:g} (error {best['error']:.1%})")
 
 
-def measure(setup: Setup, scales: list[float], count: int, probes: int) -> Iterator[dict[str, Any]]:
+def measure(setup: RunContext, scales: list[float], count: int, probes: int) -> Iterator[dict[str, Any]]:
     """One row for each precision and scale: √(Σ(g − zᵀ∇L)² / Σ(zᵀ∇L)²) over the probes."""
     base = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), setup.base)
-    rows = Rows(*(jnp.asarray(leaf[:count]) for leaf in setup.train))
+    rows = TokenBatch(*(jnp.asarray(leaf[:count]) for leaf in setup.train))
     keys = jax.random.split(jax.random.fold_in(run_key(setup.config.seed), federated.PRECISION), probes)
     law: mezo.Distribution = setup.config.distribution
     zeros = jax.tree.map(jnp.zeros_like, setup.lora)
@@ -109,7 +109,7 @@ def plot(file: Path, rows: list[dict[str, Any]], title: str) -> None:
     for precision in get_args(Precision):
         line = [(row["perturbation_scale"], row["error"]) for row in rows if row["precision"] == precision]
         axes.plot(*zip(*line, strict=True), "o-", label=precision)
-    axes.axhline(WORRYING, color="0.6", linewidth=1, linestyle="--", label=f"{WORRYING:.0%}")
+    axes.axhline(WARN_ABOVE, color="0.6", linewidth=1, linestyle="--", label=f"{WARN_ABOVE:.0%}")
     axes.set(xscale="log", yscale="log", xlabel="perturbation scale μ", title=title)
     axes.set_ylabel("relative error of the projected gradient")
     axes.grid(alpha=0.3, which="both")

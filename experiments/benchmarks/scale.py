@@ -89,7 +89,7 @@ def ready(config: Config, count: int) -> tuple[Callable[[], Any], int]:
     """A round of so many clients, compiled, and its temporary bytes."""
     llama, setting = named_shape(config.model), Setting(count, 1, config.length, config.rank)
     case = random_case(llama, setting, config.targets.split(","), config.precision, config.seed)
-    work = client.mezo_work(mezo.MezoConfig())
+    work = client.mezo_client(mezo.MezoConfig())
     init, round = federated.federated(work, server.RateConfig(1e-5), block_size=config.block)
     arguments = (init(case.lora, count), pair_loss_of(case.model, case.base), case.cohort, case.key)
     compiled = jax.jit(round.work).lower(*arguments).compile()

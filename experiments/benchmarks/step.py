@@ -24,14 +24,14 @@ from rich.progress import track
 from experiments import _cli
 from experiments.benchmarks.pytorch_baseline import peer_step
 from fedmezo_jax.core import client, federated, mezo, server
-from fedmezo_jax.data.examples import Rows
+from fedmezo_jax.data.examples import TokenBatch
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.checkpoints.layout import base_shapes, projections
 from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.lora import init_lora
 from fedmezo_jax.llama.loss import loss_of, pair_loss_of
 from fedmezo_jax.llama.model import Llama
-from fedmezo_jax.llama.precision import frozen_product, in_loop
+from fedmezo_jax.llama.precision import frozen_product, keep_in_loop
 from fedmezo_jax.llama.shapes import named_shape
 from fedmezo_jax.run import run_folder
 
@@ -163,7 +163,7 @@ def random_case(llama: LlamaConfig, setting: Setting, targets: list[str], precis
     labelled = np.arange(length - _labels(setting), length, dtype=np.int32)
     positions = np.broadcast_to(labelled - 1, (clients, 1, batch, len(labelled)))
     labels = np.take_along_axis(tokens, positions + 1, axis=-1)
-    rows = jax.device_put(Rows(tokens, positions, labels, np.ones_like(labels, np.float32)))
+    rows = jax.device_put(TokenBatch(tokens, positions, labels, np.ones_like(labels, np.float32)))
     cohort = federated.Cohort(np.arange(clients), np.ones(clients, np.float32), rows)
     return Case(Llama(llama, 2.0, precision), base, init_lora(key, llama, rank, targets), cohort, key)
 
@@ -171,7 +171,7 @@ def random_case(llama: LlamaConfig, setting: Setting, targets: list[str], precis
 def _programs(config: Config, llama: LlamaConfig, setting: Setting, precision: Any) -> dict[str, Callable[[], Any]]:
     """A round of one local step, a forward of all clients, and the bare products of two forwards."""
     case = random_case(llama, setting, config.targets.split(","), precision, config.seed)
-    init, round = federated.federated(client.mezo_work(mezo.MezoConfig()), server.RateConfig(1e-5))
+    init, round = federated.federated(client.mezo_client(mezo.MezoConfig()), server.RateConfig(1e-5))
     single = case.model.clone(precision="bfloat16") if precision == "paired" else case.model
     state, pair_loss, loss = (
         init(case.lora, setting.clients),
@@ -202,7 +202,7 @@ def _products(llama: LlamaConfig, base: Any, setting: Setting, precision: Any) -
 
     def layer(x, index):
         sliced = partial(jax.lax.dynamic_index_in_dim, axis=0, keepdims=False)
-        kernels = jax.tree.map(lambda leaf: sliced(*in_loop(leaf, index)), base["layers"])
+        kernels = jax.tree.map(lambda leaf: sliced(*keep_in_loop(leaf, index)), base["layers"])
         attention, mlp = kernels["self_attn"], kernels["mlp"]
         query, key, value = (product(x, attention[name]["kernel"]) for name in ("q_proj", "k_proj", "v_proj"))
         gate, up = (product(x, mlp[name]["kernel"]) for name in ("gate_proj", "up_proj"))
@@ -218,7 +218,9 @@ def _products(llama: LlamaConfig, base: Any, setting: Setting, precision: Any) -
         width = llama.vocab_size // blocks
 
         def part(block):
-            return jnp.max(product(labelled, jax.lax.dynamic_slice_in_dim(*in_loop(table, block * width), width).T))
+            return jnp.max(
+                product(labelled, jax.lax.dynamic_slice_in_dim(*keep_in_loop(table, block * width), width).T)
+            )
 
         return jnp.max(jax.lax.map(part, jnp.arange(blocks)))
 

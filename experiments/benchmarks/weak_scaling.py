@@ -84,7 +84,7 @@ def main(config: Config) -> None:
         clients = count * config.clients_per_device
         sizes = (clients, config.local_steps, 1, config.length, config.rank)
         for precision in PRECISIONS:
-            planned = cost_model.Round(llama, *sizes, ("q_proj", "v_proj"), precision, config.seeds)
+            planned = cost_model.RoundSpec(llama, *sizes, ("q_proj", "v_proj"), precision, config.seeds)
             found = cost_model.compile_round(planned, target, (count, 1), config.clients_per_device)
             rows.append(
                 {

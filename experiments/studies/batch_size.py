@@ -10,9 +10,9 @@ from dataclasses import replace
 from experiments import _cli
 from experiments.studies import runner
 
-PRESETS = runner.three(
-    runner.fields_over("batch_size", (1, 2, 4), "B = {}"),
-    runner.fields_over("batch_size", (1, 3, 5), "B = {}"),
+PRESETS = runner.standard_presets(
+    runner.vary("batch_size", (1, 2, 4), "B = {}"),
+    runner.vary("batch_size", (1, 3, 5), "B = {}"),
     paper=replace(runner.PAPER, data="dolly", partition="meta", learning_rate=1e-5),
 )
 PAPER = {"B = 1": "1.38 (round 409)", "B = 5": "1.49 (round 409)"}

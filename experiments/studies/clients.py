@@ -10,9 +10,9 @@ from dataclasses import replace
 from experiments import _cli
 from experiments.studies import runner
 
-PRESETS = runner.three(
-    runner.fields_over("clients", (2, 4, 8, 16), "N = {}"),
-    runner.fields_over("clients", (3, 5, 9, 20, 40), "N = {}"),
+PRESETS = runner.standard_presets(
+    runner.vary("clients", (2, 4, 8, 16), "N = {}"),
+    runner.vary("clients", (3, 5, 9, 20, 40), "N = {}"),
     paper=replace(runner.PAPER, data="alpaca", learning_rate=1e-5),
     seeds=2,
 )

@@ -35,7 +35,7 @@ def variants(**rates: Sequence[float]) -> runner.Variants:
     )
 
 
-PRESETS = runner.three(
+PRESETS = runner.standard_presets(
     variants(mezo=(2e-4, 5e-4, 7e-4, 1e-3), sgd=(3e-3, 1e-2, 3e-2, 1e-1), adam=(1e-3, 3e-3, 1e-2, 3e-2)),
     variants(mezo=(1e-5, 2.5e-5, 5e-5, 1e-4), sgd=(2.5e-5, 1e-2, 1e-1, 1.0), adam=(1e-5, 1e-4, 3e-4, 1e-3)),
 )

@@ -22,10 +22,10 @@ from experiments.studies import runner
 from experiments.studies.result_cache import measure
 from fedmezo_jax.core import federated
 from fedmezo_jax.data.batches import round_batches
-from fedmezo_jax.data.examples import Rows
+from fedmezo_jax.data.examples import TokenBatch
 from fedmezo_jax.llama.loss import loss_of
 from fedmezo_jax.run.config import RunConfig
-from fedmezo_jax.run.context import build, evaluator, prepare, run_key, single
+from fedmezo_jax.run.context import build, evaluator, prepare, run_key, unpaired
 from fedmezo_jax.run.run_folder import write_json
 from fedmezo_jax.theory import constants
 from fedmezo_jax.theory.heterogeneity import gradients
@@ -141,9 +141,9 @@ def _over_a_run(point: dict[str, Any]) -> dict[str, float]:
     setup = prepare(config)
     (init, round), loss = build(setup)
     everyone, ones = np.arange(config.clients, dtype=np.int32), np.ones(config.clients, np.float32)
-    state, plain = init(setup.lora, config.clients), loss_of(single(setup.model), setup.base)
+    state, plain = init(setup.lora, config.clients), loss_of(unpaired(setup.model), setup.base)
     picked = np.random.default_rng(0).permutation(len(setup.train.tokens))[: 64 - 64 % (2 * config.batch_size)]
-    halves = Rows(*(jnp.asarray(leaf[picked].reshape(2, -1, *leaf.shape[1:])) for leaf in setup.train))
+    halves = TokenBatch(*(jnp.asarray(leaf[picked].reshape(2, -1, *leaf.shape[1:])) for leaf in setup.train))
     both, seen = jax.jit(gradients), []
     looks = set(np.linspace(0, config.rounds, point["looks"] + 1).round().astype(int)[1:].tolist())
     settings: dict[str, Any] = {

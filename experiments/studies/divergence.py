@@ -23,7 +23,7 @@ from experiments.studies import result_cache, runner
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.run import divergence
 from fedmezo_jax.run.config import RunConfig
-from fedmezo_jax.run.context import Setup, prepare
+from fedmezo_jax.run.context import RunContext, prepare
 from fedmezo_jax.run.loop import probe_start, train
 from fedmezo_jax.run.run_folder import write_json
 
@@ -73,7 +73,7 @@ def main(config: Config) -> None:
 
 
 @lru_cache(maxsize=1)
-def _start(run: RunConfig) -> tuple[Setup, divergence.Probe]:
+def _start(run: RunConfig) -> tuple[RunContext, divergence.Probe]:
     """What all rates of one seed share: the setup, and the guard's measurements before the first round."""
     setup = prepare(run)
     return setup, probe_start(setup)

@@ -24,10 +24,10 @@ import optax
 from experiments import _cli
 from experiments.studies.result_cache import measure
 from fedmezo_jax.core import federated
-from fedmezo_jax.data.examples import Rows
+from fedmezo_jax.data.examples import TokenBatch
 from fedmezo_jax.llama.loss import loss_of
 from fedmezo_jax.run.config import RunConfig
-from fedmezo_jax.run.context import Setup, prepare, run_key
+from fedmezo_jax.run.context import RunContext, prepare, run_key
 from fedmezo_jax.run.run_folder import write_json
 from fedmezo_jax.theory import spectrum
 
@@ -152,7 +152,7 @@ def _train_rows(point: dict[str, Any]) -> tuple[int, int, int]:
 @lru_cache(maxsize=1)
 def _trained(
     model: str, data: str, max_length: int, rank: int, seed: int, data_dir: str | None, train: tuple[int, int, int]
-) -> tuple[Setup, Any, Any]:
+) -> tuple[RunContext, Any, Any]:
     """The setup at this rank, its loss (one object, so that programs are compiled once), and θ after training.
 
     Adam at 1e-3 on rows of its own.
@@ -174,11 +174,11 @@ def _trained(
     return setup, loss, params
 
 
-def _rows(setup: Setup, first: int, count: int) -> Rows:
+def _rows(setup: RunContext, first: int, count: int) -> TokenBatch:
     """Training rows number ``first`` and following, of all in a random order; from the beginning again at the end."""
     order = np.random.default_rng(setup.config.seed).permutation(len(setup.train.tokens))
     picked = np.take(order, range(first, first + count), mode="wrap")
-    return Rows(*(jnp.asarray(leaf[picked]) for leaf in setup.train))
+    return TokenBatch(*(jnp.asarray(leaf[picked]) for leaf in setup.train))
 
 
 def _row(point: dict[str, Any], found: list[list[dict[str, float]]]) -> dict[str, Any]:

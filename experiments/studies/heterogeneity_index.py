@@ -30,10 +30,10 @@ from experiments.studies import runner
 from experiments.studies.result_cache import measure
 from fedmezo_jax.core import federated
 from fedmezo_jax.data.batches import round_batches
-from fedmezo_jax.data.examples import Rows
+from fedmezo_jax.data.examples import TokenBatch
 from fedmezo_jax.llama.loss import loss_of
 from fedmezo_jax.run.config import RunConfig
-from fedmezo_jax.run.context import build, prepare, run_key, single
+from fedmezo_jax.run.context import build, prepare, run_key, unpaired
 from fedmezo_jax.run.run_folder import write_json
 from fedmezo_jax.theory import heterogeneity
 
@@ -139,7 +139,7 @@ def _trajectory(point: dict[str, Any]) -> dict[str, Any]:
     setup = prepare(config)
     (init, round), loss = build(setup)
     shared, _ = build(setup._replace(config=replace(config, seeds="shared")))
-    plain, key = loss_of(single(setup.model), setup.base), run_key(config.seed)
+    plain, key = loss_of(unpaired(setup.model), setup.base), run_key(config.seed)
     everyone, ones = np.arange(config.clients, dtype=np.int32), np.ones(config.clients, np.float32)
     state = init(setup.lora, config.clients)
     indices: dict[str, list[list[float]]] = {name: [] for name in INDICES}
@@ -171,12 +171,12 @@ def _trajectory(point: dict[str, Any]) -> dict[str, Any]:
     return {"indices": indices, "gradient": truths, "halves": halves, "label": categories.tolist()}
 
 
-def _samples(train: Rows, parts: Sequence[np.ndarray], count: int, seed: int) -> list[Rows]:
+def _samples(train: TokenBatch, parts: Sequence[np.ndarray], count: int, seed: int) -> list[TokenBatch]:
     """Four disjoint quarters of ``count`` rows of each client, leaves ``[N, count/4, …]``; a client with fewer rows
     has some of them in several quarters."""
     rng = np.random.default_rng(seed)
     picked = np.stack([np.resize(rng.permutation(part), count) for part in parts])
-    return [Rows(*(jnp.asarray(leaf[quarter]) for leaf in train)) for quarter in np.split(picked, 4, axis=1)]
+    return [TokenBatch(*(jnp.asarray(leaf[quarter]) for leaf in train)) for quarter in np.split(picked, 4, axis=1)]
 
 
 _gradients = jax.jit(heterogeneity.gradients)

@@ -8,9 +8,9 @@ from __future__ import annotations
 from experiments import _cli
 from experiments.studies import runner
 
-PRESETS = runner.three(
-    runner.fields_over("local_steps", (3, 10, 30), "H = {}"),
-    runner.fields_over("local_steps", (10, 30, 50), "H = {}"),
+PRESETS = runner.standard_presets(
+    runner.vary("local_steps", (3, 10, 30), "H = {}"),
+    runner.vary("local_steps", (10, 30, 50), "H = {}"),
 )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from experiments import _cli
 from experiments.studies import runner
 
-PRESETS = runner.three(
+PRESETS = runner.standard_presets(
     {f"r = {rank}": {"lora_rank": rank, "lora_alpha": 2.0 * rank} for rank in (2, 8, 32)},
     {f"r = {rank}": {"lora_rank": rank, "lora_alpha": 2.0 * rank} for rank in (32, 64, 128)},
 )

@@ -8,14 +8,14 @@ from __future__ import annotations
 from experiments import _cli
 from experiments.studies import runner
 
-PRESETS = runner.three(
-    runner.fields_over("model", ("tiny", "smollm2-135m"), "{}"),
-    runner.fields_over("model", ("openlm-research/open_llama_3b_v2", "openlm-research/open_llama_7b_v2"), "{}"),
+PRESETS = runner.standard_presets(
+    runner.vary("model", ("tiny", "smollm2-135m"), "{}"),
+    runner.vary("model", ("openlm-research/open_llama_3b_v2", "openlm-research/open_llama_7b_v2"), "{}"),
     seeds=2,
     rounds=4,
     precision="paired",
 )
-PRESETS["smoke"] = PRESETS["smoke"]._replace(variants=runner.fields_over("lora_rank", (2, 3), "tiny, rank {}"))
+PRESETS["smoke"] = PRESETS["smoke"]._replace(variants=runner.vary("lora_rank", (2, 3), "tiny, rank {}"))
 PAPER = {
     "openlm-research/open_llama_3b_v2": "0.94 (GSM8K, round 309)",
     "openlm-research/open_llama_7b_v2": "1.01 (LLaMA2-7B, GSM8K, round 309)",

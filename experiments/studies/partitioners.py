@@ -10,8 +10,8 @@ from dataclasses import replace
 from experiments import _cli
 from experiments.studies import runner
 
-PRESETS = runner.three(
-    runner.fields_over("partition", ("iid", "dirichlet", "meta"), "{}"),
+PRESETS = runner.standard_presets(
+    runner.vary("partition", ("iid", "dirichlet", "meta"), "{}"),
     paper=replace(runner.PAPER, data="dolly", learning_rate=1e-5),
 )
 

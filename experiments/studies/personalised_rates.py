@@ -22,11 +22,11 @@ from fedmezo_jax.core.server import STRATEGIES
 
 def variants(learning_rate: float) -> runner.Variants:
     """The strategies, and a larger rate for all."""
-    strategies = runner.fields_over("personalize", STRATEGIES, "{}")
+    strategies = runner.vary("personalize", STRATEGIES, "{}")
     return {**strategies, "frozen, 1.25 η₀": {"learning_rate": 1.25 * learning_rate}}
 
 
-PRESETS = runner.three(variants(runner.SMALL.learning_rate), variants(runner.PAPER.learning_rate), seeds=6)
+PRESETS = runner.standard_presets(variants(runner.SMALL.learning_rate), variants(runner.PAPER.learning_rate), seeds=6)
 
 
 def conclude(outcomes: Sequence[runner.Outcome]) -> list[dict[str, Any]]:

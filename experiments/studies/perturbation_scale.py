@@ -8,9 +8,9 @@ from __future__ import annotations
 from experiments import _cli
 from experiments.studies import runner
 
-PRESETS = runner.three(
-    runner.fields_over("perturbation_scale", (2e-4, 1e-3, 5e-3, 2e-2), "μ = {:g}"),
-    runner.fields_over("perturbation_scale", (2e-4, 1e-3, 5e-3), "μ = {:g}"),
+PRESETS = runner.standard_presets(
+    runner.vary("perturbation_scale", (2e-4, 1e-3, 5e-3, 2e-2), "μ = {:g}"),
+    runner.vary("perturbation_scale", (2e-4, 1e-3, 5e-3), "μ = {:g}"),
 )
 
 

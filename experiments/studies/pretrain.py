@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from fedmezo_jax.data.encode import encode
-from fedmezo_jax.data.examples import Example, Rows
+from fedmezo_jax.data.examples import Example, TokenBatch
 from fedmezo_jax.data.prompts import prompt
 from fedmezo_jax.data.synthetic.pretraining import pretraining
 from fedmezo_jax.llama.checkpoints.base_model import save_base
@@ -66,12 +66,12 @@ def make_tokenizer(examples: list[Example], vocabulary: int) -> PreTrainedTokeni
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END)
 
 
-def whole_text(rows: Rows) -> Rows:
+def whole_text(rows: TokenBatch) -> TokenBatch:
     """Labels on every token and not on the response alone: a model that starts from nothing learns from prompts too."""
     end = jnp.max(rows.label_positions, axis=1, keepdims=True)  # the last label's position
     positions = np.broadcast_to(np.arange(rows.tokens.shape[1] - 1, dtype=np.int32), rows.tokens[:, 1:].shape)
     weights = (positions <= np.asarray(end)).astype(np.float32)
-    return Rows(rows.tokens, positions, rows.tokens[:, 1:], weights)
+    return TokenBatch(rows.tokens, positions, rows.tokens[:, 1:], weights)
 
 
 def stretch_values(base: Base, gain: float) -> Base:
@@ -115,7 +115,7 @@ def main(config: Config) -> None:
     schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, config.steps // 20, config.steps)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.05))
 
-    def loss(base, batch: Rows):
+    def loss(base, batch: TokenBatch):
         total, count = loss_sums(model, base, {}, batch)
         return total / count
 

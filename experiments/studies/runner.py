@@ -22,9 +22,9 @@ from scipy import stats
 from experiments import _cli
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.run.config import RunConfig
-from fedmezo_jax.run.context import Setup, prepare
+from fedmezo_jax.run.context import RunContext, prepare
 from fedmezo_jax.run.run_folder import write_json
-from fedmezo_jax.run.sweep import Curve, Knobs, runs_at_once, shape_of, sweep
+from fedmezo_jax.run.sweep import Curve, SweepAxes, runs_at_once, shape_of, sweep
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -126,7 +126,7 @@ class Tuned(NamedTuple):
     at_an_end: bool
 
 
-def three(
+def standard_presets(
     variants: Variants,
     paper_variants: Variants | None = None,
     *,
@@ -142,7 +142,7 @@ def three(
     }
 
 
-def fields_over(name: str, values: Sequence[Any], label: str) -> Variants:
+def vary(name: str, values: Sequence[Any], label: str) -> Variants:
     """Variants of one field; ``label`` is formatted with each value."""
     return {label.format(value): {name: value} for value in values}
 
@@ -300,14 +300,14 @@ def _finish(runs: Sequence[RunConfig], eval_every: int, folder: Path) -> dict[Ru
     return known
 
 
-def _prepare(runs: Sequence[RunConfig]) -> list[Setup]:
+def _prepare(runs: Sequence[RunConfig]) -> list[RunContext]:
     """The runs' setups; those of one seed share theirs, and all share one base."""
-    shared: dict[RunConfig, Setup] = {}
+    shared: dict[RunConfig, RunContext] = {}
     for one in runs:
-        key = replace(one, **dict.fromkeys(Knobs._fields, 0.5))
+        key = replace(one, **dict.fromkeys(SweepAxes._fields, 0.5))
         if key not in shared:
             shared[key] = prepare(key)
-    return [shared[replace(one, **dict.fromkeys(Knobs._fields, 0.5))]._replace(config=one) for one in runs]
+    return [shared[replace(one, **dict.fromkeys(SweepAxes._fields, 0.5))]._replace(config=one) for one in runs]
 
 
 def _fingerprint(run: RunConfig, eval_every: int) -> str:

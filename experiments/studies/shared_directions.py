@@ -11,7 +11,7 @@ from __future__ import annotations
 from experiments import _cli
 from experiments.studies import runner
 
-PRESETS = runner.three(runner.fields_over("seeds", ("per-client", "shared"), "{}"), seeds=5)
+PRESETS = runner.standard_presets(runner.vary("seeds", ("per-client", "shared"), "{}"), seeds=5)
 
 
 def main(config: runner.Config) -> None:

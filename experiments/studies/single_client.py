@@ -21,7 +21,7 @@ import numpy as np
 from experiments import _cli
 from experiments.studies import runner
 from fedmezo_jax.core import federated, mezo
-from fedmezo_jax.data.examples import Rows
+from fedmezo_jax.data.examples import TokenBatch
 from fedmezo_jax.llama.loss import loss_of
 from fedmezo_jax.run.context import prepare, run_key
 
@@ -49,7 +49,7 @@ def variants(steps: int, common: float, mezo: Sequence[float], five: Sequence[fl
     )
 
 
-PRESETS = runner.three(
+PRESETS = runner.standard_presets(
     variants(20, 2e-4, (1e-4, 2e-4, 4e-4, 8e-4), (5e-4, 1e-3, 2e-3, 4e-3), (3e-3, 1e-2, 3e-2, 1e-1)),
     variants(30, 2.5e-5, (1e-5, 2.5e-5, 5e-5, 1e-4), (2.5e-5, 1e-4, 2.5e-4, 5e-4), (1e-2, 1e-1, 1.0)),
     paper=replace(runner.PAPER, clients=1),
@@ -63,7 +63,7 @@ def estimators(config: runner.Config) -> list[dict[str, Any]]:
     run = replace(PRESETS[config.preset].run, seed=config.seed, data_dir=config.data_dir, precision="float32")
     setup = prepare(replace(run, model=config.model or run.model, data=config.data or run.data))
     loss = loss_of(setup.model.clone(precision="float32"), setup.base)
-    rows = Rows(*(leaf[:8] for leaf in setup.train))
+    rows = TokenBatch(*(leaf[:8] for leaf in setup.train))
 
     @jax.jit
     def measure(loss, lora, key):

@@ -18,7 +18,7 @@ import numpy as np
 from rich.progress import Progress
 
 from experiments import _cli
-from experiments.evaluate import Subject, generator
+from experiments.evaluate import LoadedModel, generator
 from experiments.studies.runner import PAPER, SMOKE, PresetName
 from fedmezo_jax.data.examples import Example
 from fedmezo_jax.data.prompts import prompt_ids
@@ -26,7 +26,7 @@ from fedmezo_jax.evaluation import gsm8k
 from fedmezo_jax.llama.registry import load_tokenizer, resolve
 from fedmezo_jax.run import run_folder
 from fedmezo_jax.run.config import RunConfig
-from fedmezo_jax.run.context import prepare, settled, table_of
+from fedmezo_jax.run.context import prepare, resolve_defaults, table_of
 from fedmezo_jax.run.loop import train
 
 SMALL = RunConfig(
@@ -64,7 +64,7 @@ def main(config: Config) -> None:
     """Answers, trains, answers again."""
     start = time.perf_counter()
     run, count, tokens = PRESETS[config.preset]
-    run = settled(replace(run, seed=config.seed, data_dir=config.data_dir, test_rows=count))
+    run = resolve_defaults(replace(run, seed=config.seed, data_dir=config.data_dir, test_rows=count))
     folder = config.out / "run"
     run_folder.check_folder(folder, run, resume=True)
     setup = prepare(run)
@@ -76,7 +76,9 @@ def main(config: Config) -> None:
     prompts = prompt_ids(asked, tokenizer, run.prompt_style)
 
     def answer(lora: Any) -> gsm8k.Score:
-        subject = Subject(setup.model.clone(precision="float32"), setup.base, lora, tokenizer, f"--model {run.model}")
+        subject = LoadedModel(
+            setup.model.clone(precision="float32"), setup.base, lora, tokenizer, f"--model {run.model}"
+        )
         return gsm8k.score(generator(subject, tokens)(prompts), [one.response for one in asked])
 
     with run_folder.guarded(folder), run_folder.lock(folder), Progress() as bar:

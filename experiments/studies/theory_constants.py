@@ -24,10 +24,10 @@ from experiments.studies import runner
 from experiments.studies import theory_bounds as bounds
 from experiments.studies.result_cache import measure
 from fedmezo_jax.core import federated, mezo
-from fedmezo_jax.data.examples import Rows
+from fedmezo_jax.data.examples import TokenBatch
 from fedmezo_jax.llama.loss import loss_of, pair_loss_of
 from fedmezo_jax.run.config import RunConfig
-from fedmezo_jax.run.context import Setup, prepare, run_key, single
+from fedmezo_jax.run.context import RunContext, prepare, run_key, unpaired
 from fedmezo_jax.run.run_folder import write_json
 from fedmezo_jax.theory import spectrum
 from fedmezo_jax.theory.heterogeneity import gradients
@@ -118,20 +118,22 @@ def mean_loss(model: Any, base: Any) -> Any:
     return jax.tree_util.Partial(partial(_mean_loss, model), base)
 
 
-def _mean_loss(model: Any, base: Any, lora: Any, batches: Rows) -> jax.Array:
+def _mean_loss(model: Any, base: Any, lora: Any, batches: TokenBatch) -> jax.Array:
     return jnp.mean(jax.vmap(lambda rows: loss_of(model, base)(lora, rows))(batches))
 
 
 @lru_cache(maxsize=1)
-def _path(checkpoints: int, between: int, client_batches: int, run: RunConfig) -> tuple[Setup, Rows, list[Any]]:
+def _path(
+    checkpoints: int, between: int, client_batches: int, run: RunConfig
+) -> tuple[RunContext, TokenBatch, list[Any]]:
     """The setup, its clients' batches (leaves ``[N·n, B, …]``) and θ at the checkpoints."""
     setup = prepare(run)
     rng = np.random.default_rng(run.seed)
     picked = np.concatenate(
         [np.resize(rng.permutation(part), (client_batches, run.batch_size)) for part in setup.parts]
     )
-    batches = Rows(*(jnp.asarray(leaf[picked]) for leaf in setup.train))
-    optimizer, loss = optax.adam(1e-3), mean_loss(single(setup.model), setup.base)
+    batches = TokenBatch(*(jnp.asarray(leaf[picked]) for leaf in setup.train))
+    optimizer, loss = optax.adam(1e-3), mean_loss(unpaired(setup.model), setup.base)
 
     @jax.jit
     def step(loss, params, state, batches):
@@ -142,19 +144,19 @@ def _path(checkpoints: int, between: int, client_batches: int, run: RunConfig) -
     for _ in range(checkpoints - 1):
         for _ in range(between):
             rows = rng.choice(len(setup.train.tokens), (4, run.batch_size))
-            params, state = step(loss, params, state, Rows(*(jnp.asarray(leaf[rows]) for leaf in setup.train)))
+            params, state = step(loss, params, state, TokenBatch(*(jnp.asarray(leaf[rows]) for leaf in setup.train)))
         path.append(params)
     return setup, batches, path
 
 
-def _at(point: dict[str, Any]) -> tuple[Setup, Rows, list[Any]]:
+def _at(point: dict[str, Any]) -> tuple[RunContext, TokenBatch, list[Any]]:
     return _path(*(point[name] for name in ("checkpoints", "between", "client_batches")), RunConfig(**point["run"]))
 
 
 def _constants(point: dict[str, Any]) -> dict[str, Any]:
     """Squared norms of gradients at each checkpoint, the Hessian's spectrum at the last, norms at all."""
     setup, batches, path = _at(point)
-    loss, clients = mean_loss(single(setup.model), setup.base), setup.config.clients
+    loss, clients = mean_loss(unpaired(setup.model), setup.base), setup.config.clients
     key = jax.random.fold_in(run_key(setup.config.seed), federated.CONSTANTS)
     every = jax.jit(gradients)
 
@@ -169,7 +171,7 @@ def _constants(point: dict[str, Any]) -> dict[str, Any]:
         return jax.lax.map(lambda v: v @ product(v), vectors)
 
     at: list[dict[str, Any]] = []
-    one_batch, before = loss_of(single(setup.model), setup.base), None
+    one_batch, before = loss_of(unpaired(setup.model), setup.base), None
     for t, params in enumerate(path):
         flat = np.asarray(ravel_pytree(params)[0], np.float64)
         each = np.asarray(every(one_batch, params, batches))
@@ -217,7 +219,7 @@ def _descent(point: dict[str, Any]) -> dict[str, Any]:
 
         return jax.lax.map(one, rates)
 
-    losses = mean_loss(single(setup.model), setup.base), pair_loss_of(setup.model, setup.base)
+    losses = mean_loss(unpaired(setup.model), setup.base), pair_loss_of(setup.model, setup.base)
     keys = jax.random.split(jax.random.fold_in(run_key(config.seed), federated.DESCENT), point["draws"])
     return {"changes": [change(*losses, params, batches, key).tolist() for key in keys]}
 

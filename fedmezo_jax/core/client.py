@@ -41,19 +41,19 @@ class LocalWork:
     Attributes:
         run: ``run(loss, params, batches, key, learning_rate[, limit]) -> LocalResult``; ``limit`` bounds |g| in
             zeroth-order steps.
-        rebuild: ``rebuild(params, key, coefficients, learning_rate) -> params``, the client's θ without its data and
-            without a model; None where that takes more than scalars.
+        reconstruct: ``reconstruct(params, key, coefficients, learning_rate) -> params``, the client's θ without its
+            data and without a model; None where that takes more than scalars.
     """
 
     run: Callable[..., LocalResult]
-    rebuild: Callable[[Params, jax.Array, jax.Array, jax.Array], Params] | None
+    reconstruct: Callable[[Params, jax.Array, jax.Array, jax.Array], Params] | None
 
     def __call__(self, loss: Any, params: Params, batches: Any, key: jax.Array, learning_rate: Any, *limit: Any):
         """One client's local work."""
         return self.run(loss, params, batches, key, learning_rate, *limit)
 
 
-def mezo_work(config: mezo.MezoConfig) -> LocalWork:
+def mezo_client(config: mezo.MezoConfig) -> LocalWork:
     """Local work by FedMeZO's zeroth-order steps (Sec. 2.2, arXiv 2402.05926); ``loss`` is a :data:`mezo.PairLoss`.
 
     Step h draws from ``fold_in(key, h)``. ``batches`` has a leading axis of length H.
@@ -69,17 +69,17 @@ def mezo_work(config: mezo.MezoConfig) -> LocalWork:
         params, (coefficients, losses) = jax.lax.scan(one, params, (steps, batches))
         return LocalResult(params, coefficients, losses)
 
-    def rebuild(params, key, coefficients, learning_rate) -> Params:
+    def reconstruct(params, key, coefficients, learning_rate) -> Params:
         def one(params, h_and_coefficients):
             h, coefficients = h_and_coefficients
             return mezo.apply_step(params, jax.random.fold_in(key, h), coefficients, learning_rate, config), None
 
         return jax.lax.scan(one, params, (jnp.arange(coefficients.shape[0]), coefficients))[0]
 
-    return LocalWork(run, rebuild)
+    return LocalWork(run, reconstruct)
 
 
-def backprop_work(optimizer: Callable[[Any], optax.GradientTransformation]) -> LocalWork:
+def sgd_client(optimizer: Callable[[Any], optax.GradientTransformation]) -> LocalWork:
     """Local work by back-propagation, the FedAvg baseline (arXiv 1602.05629); ``loss`` is a :data:`mezo.LossFn`.
 
     Args:

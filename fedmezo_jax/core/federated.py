@@ -160,7 +160,7 @@ def federated(
     mesh: Mesh | None = None,
     least_width: int = 1,
 ) -> Federated:
-    """Federated training of any loss: FedMeZO with :func:`client.mezo_work`, FedAvg with :func:`client.backprop_work`.
+    """Federated training of any loss: FedMeZO with :func:`client.mezo_client`, FedAvg with :func:`client.sgd_client`.
 
     θ ← θ + Σ_i w_i·Δ_i with Δ_i = θ_i − θ the update of participant i, or the server optimizer's move on it. With
     shared directions (and no weight decay) that is θ − Σ_h (Σ_i w_i·c_ih)·z_h: the server averages scalars, and no
@@ -204,7 +204,7 @@ def federated(
             if seeds == "per-client":
                 keys = jax.vmap(client_key, in_axes=(None, None, 0))(key, state.round, ids)
             done = jax.vmap(work, in_axes=axes)(loss, state.params, batches, keys, rate, *bound)
-            return done.losses, done.coefficients, None if work.rebuild else done.params
+            return done.losses, done.coefficients, None if work.reconstruct else done.params
 
         block = (cohort.batches, ids[places], rate[places])
         blocks = _in_blocks(block, groups, block_size or held, least_width)
@@ -217,18 +217,18 @@ def federated(
         losses, coefficients, params = outcome
         return RoundReport(losses, coefficients, rate, params)
 
-    rebuilt = jax.jit(work.rebuild) if work.rebuild else None
+    reconstructed = jax.jit(work.reconstruct) if work.reconstruct else None
     own_key, common_key = jax.jit(client_key), jax.jit(shared_key)
 
-    def rebuild(state, id, coefficients, rate, key) -> Params:
-        assert rebuilt is not None  # back-propagated work brings its parameters
+    def reconstruct(state, id, coefficients, rate, key) -> Params:
+        assert reconstructed is not None  # back-propagated work brings its parameters
         ours = common_key(key, state.round) if seeds == "shared" else own_key(key, state.round, np.int32(id))
-        return rebuilt(state.params, ours, np.asarray(coefficients, np.float32), np.float32(rate))
+        return reconstructed(state.params, ours, np.asarray(coefficients, np.float32), np.float32(rate))
 
     def upload(state: FederatedState, id: int, report: RoundReport, i: int, key: jax.Array) -> Params:
         if report.params is not None:
             return jax.tree.map(lambda leaf: leaf[i], report.params)
-        return rebuild(state, id, report.coefficients[i], report.learning_rates[i], key)
+        return reconstruct(state, id, report.coefficients[i], report.learning_rates[i], key)
 
     def apply(
         state: FederatedState,
@@ -244,7 +244,7 @@ def federated(
         each = uploads or (upload(state, id, report, i, key) if share[i] else None for i, id in enumerate(ids))
         mean, deltas = jax.tree.map(jnp.zeros_like, state.params), []
         if from_mean:
-            moved = rebuild(state, 0, server.mean_coefficients(share, coefficients), 0, key)
+            moved = reconstruct(state, 0, server.mean_coefficients(share, coefficients), 0, key)
             mean = _add_weighted(mean, np.float32(1), moved, state.params)
         if not from_mean or by_drift:
             for weight, theirs in zip(share, each, strict=True):

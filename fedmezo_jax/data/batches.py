@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fedmezo_jax.data.examples import Rows
+from fedmezo_jax.data.examples import TokenBatch
 from fedmezo_jax.data.partition import Partition
 from fedmezo_jax.data.seeding import generator
 
@@ -34,7 +34,7 @@ def _take(seed: int, client: int, n: int, start: int, count: int) -> np.ndarray:
 
 
 def round_picks(
-    rows: Rows,
+    rows: TokenBatch,
     parts: Partition,
     participants: Sequence[int] | np.ndarray,
     round_index: int,
@@ -83,11 +83,11 @@ def round_picks(
     return picked
 
 
-def take(rows: Rows, picked: np.ndarray) -> Rows:
+def take(rows: TokenBatch, picked: np.ndarray) -> TokenBatch:
     """The picked rows; their leaves have the leading axes of `picked`."""
-    return Rows(*(leaf[picked] for leaf in rows))
+    return TokenBatch(*(leaf[picked] for leaf in rows))
 
 
-def round_batches(rows: Rows, *args: Any, **settings: Any) -> Rows:
+def round_batches(rows: TokenBatch, *args: Any, **settings: Any) -> TokenBatch:
     """The rows of :func:`round_picks` themselves, of the same arguments: leaves [clients, H, batch, ...]."""
     return take(rows, round_picks(rows, *args, **settings))

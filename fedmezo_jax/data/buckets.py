@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from fedmezo_jax.data.examples import Rows
+from fedmezo_jax.data.examples import TokenBatch
 
 _MULTIPLE = 8
 
@@ -37,12 +37,12 @@ Widths: TypeAlias = tuple[Width, ...]
 """Ascending; the last is the shape of the rows themselves."""
 
 
-def lengths(rows: Rows) -> np.ndarray:
+def lengths(rows: TokenBatch) -> np.ndarray:
     """Tokens of each row up to and with its last label, int64 [N]; the rest is padding."""
     return np.max(np.asarray(rows.label_positions), axis=-1).astype(np.int64) + 2
 
 
-def widths(rows: Rows, buckets: int) -> Widths:
+def widths(rows: TokenBatch, buckets: int) -> Widths:
     """At most ``buckets`` widths in multiples of eight that leave the least padding over all rows, each in its bucket.
 
     Found by dynamic programming over the lengths: with c widths up to w the least cost is min over v < w of that of
@@ -91,7 +91,7 @@ def computed_tokens(length: np.ndarray, among: Widths) -> tuple[int, int]:
     return int(length.sum()), int(taken.sum()) * length.shape[0] * length.shape[2]
 
 
-def narrowed(loss: Callable[..., Any], among: Widths) -> Callable[..., Any]:
+def bucketed_loss(loss: Callable[..., Any], among: Widths) -> Callable[..., Any]:
     """The same loss, computed at the narrowest of the widths that holds the rows of all clients at work.
 
     Args:
@@ -109,7 +109,7 @@ def narrowed(loss: Callable[..., Any], among: Widths) -> Callable[..., Any]:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _switched(among: Widths, loss, params, rows: Rows, *rest):
+def _switched(among: Widths, loss, params, rows: TokenBatch, *rest):
     return _switch(among, rows, lambda narrow: loss(params, narrow, *rest))
 
 
@@ -126,16 +126,16 @@ def _backward(among, kept, cotangent):
 _switched.defvjp(_with_gradient, _backward)
 
 
-def _switch(among: Widths, rows: Rows, work: Callable[[Rows], Any]):
+def _switch(among: Widths, rows: TokenBatch, work: Callable[[TokenBatch], Any]):
     needed = _largest_of_all(jnp.max(rows.label_positions)) + 2
     index = sum((needed > width.tokens).astype(jnp.int32) for width in among[:-1])
     return jax.lax.switch(index, [partial(lambda width: work(narrow(rows, width)), width) for width in among])
 
 
-def narrow(rows: Rows, width: Width) -> Rows:
+def narrow(rows: TokenBatch, width: Width) -> TokenBatch:
     """Rows that fit into a width, at that width."""
     tokens, *labelled = rows
-    return Rows(tokens[..., : width.tokens], *(leaf[..., : width.labels] for leaf in labelled))
+    return TokenBatch(tokens[..., : width.tokens], *(leaf[..., : width.labels] for leaf in labelled))
 
 
 @jax.custom_batching.custom_vmap

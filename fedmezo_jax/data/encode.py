@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
-from fedmezo_jax.data.examples import Chat, Example, Message, Rows
+from fedmezo_jax.data.examples import Chat, Example, Message, TokenBatch
 from fedmezo_jax.data.prompts import (
     Style,
     as_chat,
@@ -43,7 +43,7 @@ class Encoded(NamedTuple):
         cut: number of rows that lost their end.
     """
 
-    rows: Rows
+    rows: TokenBatch
     kept: np.ndarray
     dropped: int
     cut: int
@@ -116,7 +116,7 @@ def encode(
     width = min(_round_up(max(map(len, tokens))), max_length)
     labels_width = _round_up(max(map(len, labels)))
     padding = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    rows = Rows(
+    rows = TokenBatch(
         tokens=np.full((len(kept), width), padding, np.int32),
         label_positions=np.zeros((len(kept), labels_width), np.int32),
         labels=np.zeros((len(kept), labels_width), np.int32),

@@ -48,10 +48,10 @@ class Chat(NamedTuple):
     category: str
 
 
-class Rows(NamedTuple):
+class TokenBatch(NamedTuple):
     """Tokenised rows of one fixed shape: N rows of S tokens with at most M labels.
 
-    A batch is a `Rows` too, with further leading axes. The loss of a batch is ``sum(label_weights * nll) /
+    A batch is a `TokenBatch` too, with further leading axes. The loss of a batch is ``sum(label_weights * nll) /
     sum(label_weights)``, where nll at a label is the negative log-likelihood that the hidden state at its
     `label_positions` entry gives to it.
 

@@ -12,7 +12,7 @@ import numpy as np
 from fedmezo_jax.data import partition
 from fedmezo_jax.data.clusters import clusters
 from fedmezo_jax.data.encode import LongRows, encode
-from fedmezo_jax.data.examples import Chat, Example, Rows
+from fedmezo_jax.data.examples import Chat, Example, TokenBatch
 from fedmezo_jax.data.partition import Partition
 from fedmezo_jax.data.prompts import Style
 from fedmezo_jax.data.records import parse_fields
@@ -38,7 +38,7 @@ class Table(NamedTuple):
     """
 
     examples: list[Example] | list[Chat]
-    rows: Rows
+    rows: TokenBatch
     train: np.ndarray
     test: np.ndarray
     dropped: int

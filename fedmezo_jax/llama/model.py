@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from fedmezo_jax.core.mezo import Perturbation, shift_row
 from fedmezo_jax.llama.config import LinearRope, Llama3Rope, LlamaConfig
-from fedmezo_jax.llama.precision import Precision, frozen_product, in_loop, product
+from fedmezo_jax.llama.precision import Precision, frozen_product, keep_in_loop, product
 
 Base: TypeAlias = dict[str, Any]
 Lora: TypeAlias = dict[str, dict[str, jax.Array]]
@@ -195,7 +195,9 @@ class Llama(nn.Module):
 
         def one(x, layer_and_lora):
             layer, lora = layer_and_lora
-            slices = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(*in_loop(leaf, layer), 0, False), stacked)
+            slices = jax.tree.map(
+                lambda leaf: jax.lax.dynamic_index_in_dim(*keep_in_loop(leaf, layer), 0, False), stacked
+            )
             weights = jax.tree.map(lambda leaf: checkpoint_name(leaf, "weights"), slices)
             return block.apply({"params": weights}, x, lora, layer, rope, perturbation)
 
@@ -228,7 +230,7 @@ class Llama(nn.Module):
         def join(carry, block):
             largest, total, picked = carry
             start = jnp.minimum(block * width, vocabulary - width)  # the last block may overlap the one before it
-            part = jax.lax.dynamic_slice_in_dim(*in_loop(table, start), width, axis=0 if tied else 1)
+            part = jax.lax.dynamic_slice_in_dim(*keep_in_loop(table, start), width, axis=0 if tied else 1)
             logits = frozen_product(x, part.T if tied else part, self.precision)
             place = labels - start
             own = jnp.take_along_axis(logits, jnp.clip(place, 0, width - 1)[:, None], axis=1)[:, 0]

@@ -115,7 +115,7 @@ def product(x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
 
 
-def in_loop(weights: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
+def keep_in_loop(weights: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Weights to be sliced at the index of a loop, and the index; both as they are.
 
     XLA's compiler for CPUs slices bfloat16 by way of float32, and would take the conversion of all weights out of the
@@ -128,7 +128,7 @@ def _bfloat16_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return jnp.matmul(x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
 
 
-WORRYING = 0.2
+WARN_ABOVE = 0.2
 """Relative error of a projected gradient above which a run should be warned."""
 # Rounding of a loss, and of a difference of losses relative to it.
 _ROUNDING: dict[Precision, tuple[float, float]] = {
@@ -138,7 +138,7 @@ _ROUNDING: dict[Precision, tuple[float, float]] = {
 }
 
 
-def likely_error(precision: Precision, scale: float) -> float:
+def expected_error(precision: Precision, scale: float) -> float:
     """The relative error of the projected gradient to expect at perturbation scale μ.
 
     √((ρ/μ)² + δ² + (c·μ²)²): the losses' rounding grows as they approach each other, and their third derivative with

@@ -108,7 +108,7 @@ def base_sharding(mesh: Mesh | None) -> Callable[[tuple[str, ...], tuple[int, ..
     return of
 
 
-def whole(mesh: Mesh | None, tree: Any) -> Any:
+def replicate(mesh: Mesh | None, tree: Any) -> Any:
     """The tree on every device of the mesh; as it is where there is none.
 
     Every process brings all of it; they do not check that it is the same.
@@ -124,7 +124,7 @@ def whole(mesh: Mesh | None, tree: Any) -> Any:
     return jax.tree.map(place, tree)
 
 
-def over_clients(mesh: Mesh | None, count: int, make: Callable[[np.ndarray], Any]) -> Any:
+def shard_clients(mesh: Mesh | None, count: int, make: Callable[[np.ndarray], Any]) -> Any:
     """Rows for ``count`` clients, each made on the host that works on it and sent to its devices alone.
 
     Args:
@@ -138,7 +138,7 @@ def over_clients(mesh: Mesh | None, count: int, make: Callable[[np.ndarray], Any
     """
     if mesh is None:
         return jax.device_put(make(np.arange(count)))
-    filled = np.arange(padded(mesh, count))
+    filled = np.arange(pad_to_groups(mesh, count))
     filled[count:] = 0
     sharding = NamedSharding(mesh, P(CLIENTS))
     first = jax.tree.map(np.asarray, make(filled[:1]))
@@ -158,7 +158,7 @@ def over_clients(mesh: Mesh | None, count: int, make: Callable[[np.ndarray], Any
     return jax.tree.unflatten(structure, arrays)
 
 
-def padded(mesh: Mesh | None, count: int) -> int:
+def pad_to_groups(mesh: Mesh | None, count: int) -> int:
     """``count``, or the next multiple of the mesh's groups of clients."""
     groups = 1 if mesh is None else mesh.shape[CLIENTS]
     return -(-count // groups) * groups

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fedmezo_jax.core import client, federated, mezo, server
-from fedmezo_jax.data.examples import Rows
+from fedmezo_jax.data.examples import TokenBatch
 from fedmezo_jax.llama.checkpoints.layout import leaves, projections
 from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.lora import lora_shapes
@@ -56,7 +56,7 @@ CHIPS = {
 }
 
 
-class Round(NamedTuple):
+class RoundSpec(NamedTuple):
     """A round to plan.
 
     Attributes:
@@ -111,7 +111,7 @@ def meshes(devices: int, config: LlamaConfig) -> list[tuple[int, int]]:
     return [(devices // width, width) for width in widths]
 
 
-def lower(planned: Round, mesh: Mesh, at_once: int) -> Any:
+def lower(planned: RoundSpec, mesh: Mesh, at_once: int) -> Any:
     """The round's work lowered for a mesh of devices, present or not; no array is made.
 
     Args:
@@ -130,10 +130,10 @@ def lower(planned: Round, mesh: Mesh, at_once: int) -> Any:
     shapes = lora_shapes(config, planned.rank, planned.targets)
     whole = partial(jax.tree.map, lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere))
     lora = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, jnp.float32), shapes, is_leaf=lambda x: isinstance(x, tuple))
-    work = client.mezo_work(mezo.MezoConfig())
+    work = client.mezo_client(mezo.MezoConfig())
     settings = (work, server.RateConfig(1e-5), None, at_once, planned.seeds)
     state = whole(jax.eval_shape(lambda lora: federated.federated(*settings).init(lora, planned.clients), lora))
-    held = (sharding.padded(mesh, planned.clients), planned.local_steps, planned.batch_size)
+    held = (sharding.pad_to_groups(mesh, planned.clients), planned.local_steps, planned.batch_size)
     labels = (*held, max(1, planned.length // 2))
     of = partial(jax.ShapeDtypeStruct, sharding=spread)
     rows: Any = (of((*held, planned.length), jnp.int32), *(of(labels, t) for t in (jnp.int32, jnp.int32, jnp.float32)))
@@ -144,11 +144,11 @@ def lower(planned: Round, mesh: Mesh, at_once: int) -> Any:
     key = whole(jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32")))
     loss = pair_loss_of(Llama(config, 2.0, planned.precision), base)
     round = federated.federated(*settings, mesh).round
-    cohort = federated.Cohort(each(jnp.int32), each(jnp.float32), Rows(*rows))
+    cohort = federated.Cohort(each(jnp.int32), each(jnp.float32), TokenBatch(*rows))
     return round.work.lower(state, loss, cohort, key, None, None)
 
 
-def compile_round(planned: Round, target: Topology, shape: tuple[int, int], at_once: int) -> Compiled:
+def compile_round(planned: RoundSpec, target: Topology, shape: tuple[int, int], at_once: int) -> Compiled:
     """Compiles the round for a topology's devices in a mesh of this (clients, model) shape."""
     mesh = Mesh(np.array(target.devices).reshape(shape), (federated.CLIENTS, sharding.MODEL))
     try:
@@ -176,7 +176,7 @@ def _traffic(text: str, shape: tuple[int, int]) -> tuple[int, int]:
     return (total, 0) if shape[0] == 1 else (total - between, between)
 
 
-def operations(planned: Round) -> int:
+def operations(planned: RoundSpec) -> int:
     """Floating-point operations of all clients' 2·H forward passes: two for each weight and token, and attention's.
 
     The head counts at label positions alone, and attention without the half that causality spares.
@@ -191,13 +191,13 @@ def operations(planned: Round) -> int:
     return 2 * planned.local_steps * planned.clients * planned.batch_size * (layers + head)
 
 
-def weight_bytes(planned: Round) -> int:
+def weight_bytes(planned: RoundSpec) -> int:
     """Bytes of one copy of the frozen weights."""
     count = sum(int(np.prod(shape)) for shape in leaves(planned.config).values())
     return count * (4 if planned.precision == "float32" else 2)
 
 
-def roofline(planned: Round, chip: Chip, shape: tuple[int, int], at_once: int, compiled: Compiled) -> float:
+def roofline(planned: RoundSpec, chip: Chip, shape: tuple[int, int], at_once: int, compiled: Compiled) -> float:
     """Seconds a round at the least: the slower of arithmetic and memory, and the traffic, none of it overlapped.
 
     Every block of clients reads the weights twice a step, once for each loss. Activations' traffic is left out, and so

@@ -16,8 +16,8 @@ import optax
 from jax.sharding import Mesh
 
 from fedmezo_jax.core import client, federated, mezo, server
-from fedmezo_jax.data.buckets import Widths, lengths, narrowed, widths
-from fedmezo_jax.data.examples import Rows
+from fedmezo_jax.data.buckets import Widths, bucketed_loss, lengths, widths
+from fedmezo_jax.data.examples import TokenBatch
 from fedmezo_jax.data.partition import heterogeneity
 from fedmezo_jax.data.table import Table, data_named, deal, tabulate
 from fedmezo_jax.errors import UserError
@@ -37,7 +37,7 @@ TOKENS_AT_ONCE = 8192
 """Clients run at once so long as their batches hold no more tokens than this; further ones follow in blocks."""
 
 
-class Setup(NamedTuple):
+class RunContext(NamedTuple):
     """What a run works with, loaded and checked.
 
     Attributes:
@@ -59,8 +59,8 @@ class Setup(NamedTuple):
     model: Llama
     base: Base
     lora: mezo.Params
-    train: Rows
-    test: Rows
+    train: TokenBatch
+    test: TokenBatch
     parts: list[np.ndarray]
     categories: list[str]
     dropped: int
@@ -85,7 +85,7 @@ def start(config: RunConfig, llama: LlamaConfig) -> mezo.Params:
     return init_lora(key, llama, config.lora_rank, config.target_names)
 
 
-def settled(config: RunConfig, notify: Callable[[str], None] = lambda notice: None) -> RunConfig:
+def resolve_defaults(config: RunConfig, notify: Callable[[str], None] = lambda notice: None) -> RunConfig:
     """The configuration with a precision, chosen for the model's stored weights and this device where none is given.
 
     Args:
@@ -108,7 +108,7 @@ def stored_type(precision: Precision) -> Any:
     return jnp.float32 if precision == "float32" else jnp.bfloat16
 
 
-def prepare(config: RunConfig, mesh: Mesh | None = None) -> Setup:
+def prepare(config: RunConfig, mesh: Mesh | None = None) -> RunContext:
     """Loads model and data and deals the rows to clients.
 
     Args:
@@ -118,7 +118,7 @@ def prepare(config: RunConfig, mesh: Mesh | None = None) -> Setup:
     Raises:
         UserError: anything about model, data, partition or mesh that does not fit.
     """
-    config = settled(config)
+    config = resolve_defaults(config)
     assert config.precision
     folder = resolve(config.model)
     llama = LlamaConfig.from_json(folder)
@@ -130,7 +130,7 @@ def prepare(config: RunConfig, mesh: Mesh | None = None) -> Setup:
     tokenizer = load_tokenizer(folder)
     table = table_of(config, tokenizer)
     check_tokens(table.rows, llama, folder)
-    train, test = (Rows(*(leaf[picked] for leaf in table.rows)) for picked in (table.train, table.test))
+    train, test = (TokenBatch(*(leaf[picked] for leaf in table.rows)) for picked in (table.train, table.test))
     trained = [table.examples[i] for i in table.train]
     how = (config.clients, config.dirichlet_alpha, config.seed)
     with data_named(config.data):
@@ -139,9 +139,9 @@ def prepare(config: RunConfig, mesh: Mesh | None = None) -> Setup:
     base = load_base(folder, llama, stored_type(config.precision), sharding.base_sharding(mesh))
     model = Llama(llama, config.lora_alpha / config.lora_rank, config.precision)
     among = widths(train, config.length_buckets)
-    lora = sharding.whole(mesh, start(config, llama))
+    lora = sharding.replicate(mesh, start(config, llama))
     counted = (table.dropped, table.cut)
-    return Setup(config, model, base, lora, train, test, parts, categories, *counted, among, mesh)
+    return RunContext(config, model, base, lora, train, test, parts, categories, *counted, among, mesh)
 
 
 def table_of(config: Any, tokenizer: Any) -> Table:
@@ -160,7 +160,7 @@ def table_of(config: Any, tokenizer: Any) -> Table:
     )
 
 
-def check_tokens(rows: Rows, llama: LlamaConfig, folder: Path) -> None:
+def check_tokens(rows: TokenBatch, llama: LlamaConfig, folder: Path) -> None:
     """Refuses rows with a token beyond the model's vocabulary.
 
     Padding with such a token, as many a tokenizer has been given, is harmless: no loss depends on it.
@@ -169,7 +169,7 @@ def check_tokens(rows: Rows, llama: LlamaConfig, folder: Path) -> None:
     check_ids(int(np.max(rows.tokens, where=inside, initial=0)), llama, folder)
 
 
-def build(setup: Setup) -> tuple[federated.Federated, Any]:
+def build(setup: RunContext) -> tuple[federated.Federated, Any]:
     """The run's ``(init, round)`` and the loss that its rounds take."""
     config, mesh = setup.config, setup.mesh
     at_once = max(1, TOKENS_AT_ONCE // (config.batch_size * setup.train.tokens.shape[1]))
@@ -177,8 +177,8 @@ def build(setup: Setup) -> tuple[federated.Federated, Any]:
     least = least_clients(setup.model.precision, config.batch_size)
     width = max(least, federated.block_width(-(-config.participants // groups), at_once))
     model = setup.model.clone(least_rows=least_rows(setup.model.precision, width))
-    loss = pair_loss_of(model, setup.base) if config.algorithm == "fedmezo" else loss_of(single(model), setup.base)
-    return algorithm(config, width, mesh, least), narrowed(loss, setup.widths)
+    loss = pair_loss_of(model, setup.base) if config.algorithm == "fedmezo" else loss_of(unpaired(model), setup.base)
+    return algorithm(config, width, mesh, least), bucketed_loss(loss, setup.widths)
 
 
 def algorithm(
@@ -187,9 +187,9 @@ def algorithm(
     """The run's ``(init, round)``; its server's half needs neither model nor data."""
     if config.algorithm == "fedmezo":
         settings = (config.perturbation_scale, config.directions, config.distribution, config.weight_decay)
-        work = client.mezo_work(mezo.MezoConfig(*settings))
+        work = client.mezo_client(mezo.MezoConfig(*settings))
     else:
-        work = client.backprop_work(local_optimizer(config))
+        work = client.sgd_client(local_optimizer(config))
     rates = server.RateConfig(config.learning_rate, config.personalize, config.personalize_scale)
     return federated.federated(work, rates, server_optimizer(config), block_size, config.seeds, mesh, least_width)
 
@@ -208,14 +208,14 @@ def server_optimizer(config: RunConfig) -> optax.GradientTransformation:
     return optax.sgd(config.server_learning_rate, 0.9 if config.server_optimizer == "momentum" else None)
 
 
-def single(model: Llama) -> Llama:
+def unpaired(model: Llama) -> Llama:
     """The model for losses at one θ: ``paired`` needs two."""
     return model.clone(precision="bfloat16") if model.precision == "paired" else model
 
 
-def evaluator(setup: Setup) -> Callable[[mezo.Params], float]:
+def evaluator(setup: RunContext) -> Callable[[mezo.Params], float]:
     """``test_loss(lora)``: mean cross-entropy over the label tokens of all test rows, in nats."""
-    model, count = single(setup.model), len(setup.test.tokens)
+    model, count = unpaired(setup.model), len(setup.test.tokens)
     size = min(count, max(1, TOKENS_AT_ONCE // setup.test.tokens.shape[1]))
     fill = -count % size  # copies of the first row without weight, so that all batches have one shape
 
@@ -226,20 +226,20 @@ def evaluator(setup: Setup) -> Callable[[mezo.Params], float]:
     weights = np.concatenate(
         [setup.test.label_weights, np.zeros_like(setup.test.label_weights[:1].repeat(fill, axis=0))]
     )
-    rows = Rows(*map(batched, setup.test))._replace(label_weights=weights.reshape(-1, size, weights.shape[1]))
-    rows = jax.device_put(rows) if setup.mesh is None else sharding.whole(setup.mesh, rows)
+    rows = TokenBatch(*map(batched, setup.test))._replace(label_weights=weights.reshape(-1, size, weights.shape[1]))
+    rows = jax.device_put(rows) if setup.mesh is None else sharding.replicate(setup.mesh, rows)
 
     return lambda lora: float(_mean_loss(model, setup.base, lora, rows))
 
 
 @partial(jax.jit, static_argnums=0)
-def _mean_loss(model: Llama, base: Base, lora: mezo.Params, rows: Rows) -> jax.Array:
+def _mean_loss(model: Llama, base: Base, lora: mezo.Params, rows: TokenBatch) -> jax.Array:
     sums = jax.lax.map(lambda batch: loss_sums(model, base, lora, batch), rows)
     total, labels = (jnp.sum(column) for column in sums)
     return total / labels
 
 
-def base_loss(setup: Setup) -> float:
+def base_loss(setup: RunContext) -> float:
     """The test loss before training, that of the base.
 
     Raises:

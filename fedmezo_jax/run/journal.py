@@ -17,7 +17,7 @@ from fedmezo_jax.errors import UserError
 from fedmezo_jax.parallel import multihost
 from fedmezo_jax.run import ledger, ledger_checks, run_checkpoints, run_folder
 from fedmezo_jax.run.config import RunConfig
-from fedmezo_jax.run.context import Setup
+from fedmezo_jax.run.context import RunContext
 from fedmezo_jax.run.rounds import Progress
 from fedmezo_jax.run.run_checkpoints import Seal
 
@@ -49,7 +49,7 @@ def versions() -> dict[str, str]:
 
 
 def open_journal(
-    setup: Setup, folder: Path, manager: ocp.CheckpointManager, fresh: Progress, notify: Callable[[str], None]
+    setup: RunContext, folder: Path, manager: ocp.CheckpointManager, fresh: Progress, notify: Callable[[str], None]
 ) -> Journal:
     """The journal of a folder, new or verified, cut back to where the run goes on.
 

@@ -20,7 +20,7 @@ from fedmezo_jax.llama.checkpoints.adapter import save_adapter
 from fedmezo_jax.parallel import multihost, sharding
 from fedmezo_jax.run import divergence, rounds, run_checkpoints, run_folder
 from fedmezo_jax.run.config import RunConfig
-from fedmezo_jax.run.context import Setup, base_loss, build, evaluator, run_key
+from fedmezo_jax.run.context import RunContext, base_loss, build, evaluator, run_key
 from fedmezo_jax.run.journal import open_journal
 
 
@@ -50,7 +50,7 @@ class Result(NamedTuple):
 
 
 def train(
-    setup: Setup,
+    setup: RunContext,
     folder: Path,
     *,
     checkpoint_every: int,
@@ -103,7 +103,7 @@ def train(
 
     loss_before = base_loss(setup) if loss_before is None else loss_before
     with run_checkpoints.manager(folder) as manager:
-        fresh = sharding.whole(mesh, rounds.begin(init(setup.lora, config.clients), config))
+        fresh = sharding.replicate(mesh, rounds.begin(init(setup.lora, config.clients), config))
         journal = open_journal(setup, folder, manager, fresh, notify)
         progress = journal.progress
         first = int(progress.state.round)
@@ -177,18 +177,18 @@ PROBE_DIRECTIONS, PROBE_BATCHES, PROBE_SCALE = 8, 8, 1e-2
 """Of the learning-rate guard. Its μ is large enough for a second difference of float32 losses."""
 
 
-def probe_start(setup: Setup) -> divergence.Probe:
+def probe_start(setup: RunContext) -> divergence.Probe:
     """Measures at θ's start how large a learning rate may be, on batches of the first round."""
     _, loss = build(setup)
     picks = _picks(setup, 0, 0)[1]
     picks = picks.reshape(-1, picks.shape[-1])
     some = np.linspace(0, len(picks) - 1, PROBE_BATCHES).astype(int)
-    batches = sharding.whole(setup.mesh, take(setup.train, picks[some]))
+    batches = sharding.replicate(setup.mesh, take(setup.train, picks[some]))
     key = jax.random.fold_in(run_key(setup.config.seed), federated.PROBE)
     return divergence.probe(loss, setup.lora, batches, key, PROBE_SCALE, PROBE_DIRECTIONS)
 
 
-def _picks(setup: Setup, t: int, attempt: int) -> tuple[np.ndarray, np.ndarray]:
+def _picks(setup: RunContext, t: int, attempt: int) -> tuple[np.ndarray, np.ndarray]:
     """A round's clients ``[P]``, and the training rows they work on, ``[P, H, batch]``."""
     config = setup.config
     ids = server.sample_participants(config.seed, t, config.clients, config.participants, attempt)
@@ -196,7 +196,7 @@ def _picks(setup: Setup, t: int, attempt: int) -> tuple[np.ndarray, np.ndarray]:
     return ids, round_picks(setup.train, setup.parts, ids, t, **settings, by_length=len(setup.widths) > 1)
 
 
-def _cohorts(setup: Setup) -> Callable[[int, int], tuple[federated.Cohort, int, int]]:
+def _cohorts(setup: RunContext) -> Callable[[int, int], tuple[federated.Cohort, int, int]]:
     """``cohort(t, attempt)``: a round's clients and their batches, and the tokens these hold and cost."""
     sizes = np.array([len(part) for part in setup.parts], np.float32)
     length = lengths(setup.train)
@@ -204,7 +204,7 @@ def _cohorts(setup: Setup) -> Callable[[int, int], tuple[federated.Cohort, int, 
     @lru_cache(maxsize=2)
     def cohort(t: int, attempt: int) -> tuple[federated.Cohort, int, int]:
         ids, picks = _picks(setup, t, attempt)
-        batches = sharding.over_clients(setup.mesh, len(ids), lambda at: take(setup.train, picks[at]))
+        batches = sharding.shard_clients(setup.mesh, len(ids), lambda at: take(setup.train, picks[at]))
         return federated.Cohort(ids, sizes[ids], batches), *computed_tokens(length[picks], setup.widths)
 
     return cohort

@@ -19,15 +19,15 @@ import numpy as np
 
 from fedmezo_jax.core import client, federated, mezo, server
 from fedmezo_jax.data.batches import round_batches
-from fedmezo_jax.data.examples import Rows
+from fedmezo_jax.data.examples import TokenBatch
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.loss import loss_of, loss_sums, pair_loss_of
 from fedmezo_jax.llama.model import Base, Llama
 from fedmezo_jax.run.config import RunConfig
-from fedmezo_jax.run.context import TOKENS_AT_ONCE, Setup, local_optimizer, run_key, server_optimizer, single
+from fedmezo_jax.run.context import TOKENS_AT_ONCE, RunContext, local_optimizer, run_key, server_optimizer, unpaired
 
 
-class Knobs(NamedTuple):
+class SweepAxes(NamedTuple):
     """What runs of one program may differ in, ``[R]`` float32 each.
 
     Attributes:
@@ -86,7 +86,9 @@ def runs_at_once(config: RunConfig) -> int:
     return max(1, TOKENS_AT_ONCE // (config.participants * config.batch_size * config.max_length))
 
 
-def sweep(setups: Sequence[Setup], eval_every: int, on_round: Callable[[int], None] = lambda t: None) -> list[Curve]:
+def sweep(
+    setups: Sequence[RunContext], eval_every: int, on_round: Callable[[int], None] = lambda t: None
+) -> list[Curve]:
     """Runs all of ``setups`` side by side.
 
     Args:
@@ -102,17 +104,19 @@ def sweep(setups: Sequence[Setup], eval_every: int, on_round: Callable[[int], No
     check_supported(config)
     assert len({shape_of(other) for other in configs}) == 1, "these runs are of several shapes"
     clients, count = config.participants, len(setups)
-    loss = pair_loss_of(model, base) if config.algorithm == "fedmezo" else loss_of(single(model), base)
+    loss = pair_loss_of(model, base) if config.algorithm == "fedmezo" else loss_of(unpaired(model), base)
     advance = jax.jit(partial(_round, config), donate_argnums=1)
-    knobs = Knobs(*(jnp.array([getattr(one, name) for one in configs], jnp.float32) for name in Knobs._fields))
+    knobs = SweepAxes(*(jnp.array([getattr(one, name) for one in configs], jnp.float32) for name in SweepAxes._fields))
     start = [server.init_signals(config.clients) for _ in setups]
     params = _stack([setup.lora for setup in setups])
     optimizer = jax.vmap(server_optimizer(config).init)(params)
     states = federated.FederatedState(params, optimizer, _stack(start), jnp.zeros(count, jnp.int32))
     keys = jnp.stack([run_key(one.seed) for one in configs])
     train = _alike([setup.train for setup in setups])
-    test = jax.tree.map(jnp.asarray, Rows(*map(np.stack, zip(*_alike([setup.test for setup in setups]), strict=True))))
-    evaluate = jax.jit(partial(_test_losses, single(model)))
+    test = jax.tree.map(
+        jnp.asarray, TokenBatch(*map(np.stack, zip(*_alike([setup.test for setup in setups]), strict=True)))
+    )
+    evaluate = jax.jit(partial(_test_losses, unpaired(model)))
 
     def cohort(t: int) -> federated.Cohort:
         steps, size = config.local_steps, config.batch_size
@@ -145,17 +149,17 @@ def sweep(setups: Sequence[Setup], eval_every: int, on_round: Callable[[int], No
     ]
 
 
-def _round(config: RunConfig, knobs: Knobs, states, loss, cohorts: federated.Cohort, keys: jax.Array):
+def _round(config: RunConfig, knobs: SweepAxes, states, loss, cohorts: federated.Cohort, keys: jax.Array):
     """A round of R runs; states, cohorts, knobs and keys have a leading axis R. Also the mean losses ``[R]``."""
     optimizer = server_optimizer(config)
 
-    def one(knobs: Knobs, state: federated.FederatedState, cohort: federated.Cohort, key: jax.Array):
+    def one(knobs: SweepAxes, state: federated.FederatedState, cohort: federated.Cohort, key: jax.Array):
         ids = jnp.asarray(cohort.ids)
         if config.algorithm == "fedmezo":
             settings = (knobs.perturbation_scale, config.directions, config.distribution, config.weight_decay)
-            work = client.mezo_work(mezo.MezoConfig(*settings))
+            work = client.mezo_client(mezo.MezoConfig(*settings))
         else:
-            work = client.backprop_work(local_optimizer(config))
+            work = client.sgd_client(local_optimizer(config))
         rates = server.RateConfig(knobs.learning_rate, config.personalize, knobs.personalize_scale)
         rates_key = jax.random.fold_in(jax.random.fold_in(key, federated.RATES), state.round)
         rate = server.learning_rates(rates, state.signals, rates_key)[ids]
@@ -176,7 +180,7 @@ def _round(config: RunConfig, knobs: Knobs, states, loss, cohorts: federated.Coh
     return jax.vmap(one)(knobs, states, cohorts, keys)
 
 
-def _test_losses(model: Llama, base: Base, loras: mezo.Params, rows: Rows) -> jax.Array:
+def _test_losses(model: Llama, base: Base, loras: mezo.Params, rows: TokenBatch) -> jax.Array:
     """``[R]`` mean cross-entropy over each run's test rows."""
 
     def one(lora_and_rows):
@@ -190,10 +194,12 @@ def _stack(trees: Iterable[Any]) -> Any:
     return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
 
 
-def _alike(tables: Sequence[Rows]) -> list[Rows]:
+def _alike(tables: Sequence[TokenBatch]) -> list[TokenBatch]:
     """The tables padded to one width: their rows were cut from unlike texts."""
     widths = [max(leaf.shape[1] for leaf in leaves) for leaves in zip(*tables, strict=True)]
     return [
-        Rows(*(np.pad(leaf, [(0, 0), (0, width - leaf.shape[1])]) for leaf, width in zip(rows, widths, strict=True)))
+        TokenBatch(
+            *(np.pad(leaf, [(0, 0), (0, width - leaf.shape[1])]) for leaf, width in zip(rows, widths, strict=True))
+        )
         for rows in tables
     ]

@@ -42,7 +42,7 @@ def cohort(t, ids, weights=None):
 
 
 def make(strategy="frozen", block_size=None, directions=1, optimizer=None, scale=0.5, seeds="per-client", decay=0.0):
-    work = client.mezo_work(mezo.MezoConfig(MU, directions, weight_decay=decay))
+    work = client.mezo_client(mezo.MezoConfig(MU, directions, weight_decay=decay))
     return federated.federated(work, server.RateConfig(RATE, strategy, scale), optimizer, block_size, seeds)
 
 
@@ -87,7 +87,7 @@ def test_block_size_changes_no_bit(block_size):
 
 
 def test_a_round_compiles_once():
-    fed = federated.federated(client.mezo_work(mezo.MezoConfig(MU)), server.RateConfig(RATE, "five-round"))
+    fed = federated.federated(client.mezo_client(mezo.MezoConfig(MU)), server.RateConfig(RATE, "five-round"))
     chex.clear_trace_counter()
     work = jax.jit(chex.assert_max_traces(lambda *given: fed.round.work(*given), 1))
     round = replace(fed.round, work=work)
@@ -101,7 +101,7 @@ def test_a_round_compiles_once():
 def test_a_lone_client_is_its_own_average():
     *_, (state, _) = run([[2]])
     key = federated.client_key(run_key(), 0, 2)
-    work = client.mezo_work(mezo.MezoConfig(MU))
+    work = client.mezo_client(mezo.MezoConfig(MU))
     alone = work(mezo.pair_loss_of(loss), START, jnp.asarray(TARGETS[0][2]), key, jnp.float32(RATE))
     chex.assert_trees_all_close(state.params, alone.params, atol=1e-6)
 
@@ -114,7 +114,7 @@ def test_server_optimizer_sees_the_pseudo_gradient():
 
 
 def test_fedavg_equals_hand_written_gradient_descent():
-    fed = federated.federated(client.backprop_work(optax.sgd), server.RateConfig(RATE))
+    fed = federated.federated(client.sgd_client(optax.sgd), server.RateConfig(RATE))
     state = fed.init(jax.tree.map(jnp.asarray, START), CLIENTS)
     state, report = fed.round(state, Partial(loss), cohort(0, np.arange(CLIENTS)), run_key())
     ends = []

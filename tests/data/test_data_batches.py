@@ -6,14 +6,14 @@ from hypothesis import strategies as st
 
 from fedmezo_jax.data import batches
 from fedmezo_jax.data.batches import round_batches
-from fedmezo_jax.data.examples import Rows
+from fedmezo_jax.data.examples import TokenBatch
 from fedmezo_jax.data.partition import iid
 
 
 def table(n):
     """Rows that can be told apart in every leaf: entry i holds i."""
     number = np.arange(n, dtype=np.int32)[:, None]
-    return Rows(
+    return TokenBatch(
         np.tile(number, (1, 5)),
         np.tile(number, (1, 3)),
         np.tile(number, (1, 3)),
@@ -84,7 +84,7 @@ def test_epochs_clients_and_seeds_have_orders_of_their_own():
 
 
 def test_a_thousand_clients_take_little_time():
-    rows, parts = Rows(*(np.zeros((3000, width), np.int32) for width in (160, 32, 32, 32))), iid(3000, 1000, 0)
+    rows, parts = TokenBatch(*(np.zeros((3000, width), np.int32) for width in (160, 32, 32, 32))), iid(3000, 1000, 0)
 
     def seconds(t):
         start = time.perf_counter()

@@ -14,8 +14,8 @@ from jax.tree_util import Partial
 
 from fedmezo_jax.core import client, federated, mezo, server
 from fedmezo_jax.data.batches import round_batches
-from fedmezo_jax.data.buckets import Width, computed_tokens, lengths, narrowed, widths
-from fedmezo_jax.data.examples import Rows
+from fedmezo_jax.data.buckets import Width, bucketed_loss, computed_tokens, lengths, widths
+from fedmezo_jax.data.examples import TokenBatch
 from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.lora import init_lora
 from fedmezo_jax.llama.loss import pair_loss_of
@@ -26,7 +26,7 @@ def table(given, seed=0, vocabulary=50):
     """Rows of the given lengths, about a third of each labels, of random tokens."""
     draw = np.random.default_rng(seed)
     width, most = -(-max(given) // 8) * 8, -(-max(given) // 24) * 8
-    rows = Rows(
+    rows = TokenBatch(
         np.zeros((len(given), width), np.int32),
         *(np.zeros((len(given), most), kind) for kind in (np.int32, np.int32, np.float32)),
     )
@@ -90,17 +90,17 @@ def test_the_loss_and_its_gradient_are_the_same_at_every_width():
     rows = table(GIVEN)
     among = widths(rows, 4)
     assert len(among) > 2
-    narrow = narrowed(value, among)
+    narrow = bucketed_loss(value, among)
     for i in range(10):
         both = [jax.value_and_grad(loss)(WEIGHTS, one(rows, i)) for loss in (narrow, value)]
         chex.assert_trees_all_close(*both, rtol=1e-6)
-    assert narrowed(value, among[-1:]) is value
+    assert bucketed_loss(value, among[-1:]) is value
 
 
 @pytest.mark.parametrize("length", [7, 8, 9, 10])
 def test_a_row_goes_to_the_first_width_that_holds_its_tokens_and_labels(length):
     rows = table([length, 16])
-    narrow = narrowed(value, (Width(8, 2), Width(16, 8)))  # up to 8 tokens there are 2 labels, from 9 on 3
+    narrow = bucketed_loss(value, (Width(8, 2), Width(16, 8)))  # up to 8 tokens there are 2 labels, from 9 on 3
     chex.assert_trees_all_close(narrow(WEIGHTS, one(rows, 0)), value(WEIGHTS, one(rows, 0)), rtol=1e-6)
 
 
@@ -116,7 +116,7 @@ def equations(jaxpr):
 def test_clients_under_vmap_share_one_branch_wide_enough_for_all(function):
     rows = table(GIVEN)
     among = widths(rows, 4)
-    narrow = narrowed(value, among)
+    narrow = bucketed_loss(value, among)
     work = jax.grad(narrow) if function is not value else narrow
     batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[:9]).reshape(3, 3, -1), rows)
     batched = jax.vmap(work, in_axes=(None, 0))
@@ -154,7 +154,7 @@ def test_a_llamas_losses_are_the_same_at_every_width():
     @jax.jit
     def everything(row):
         loss = pair_loss_of(model, base)
-        return [each(lora, row, perturbation) for each in (loss, narrowed(loss, among))]
+        return [each(lora, row, perturbation) for each in (loss, bucketed_loss(loss, among))]
 
     for i in (0, 9):
         chex.assert_trees_all_close(*everything(one(rows, i)), rtol=1e-6)
@@ -169,11 +169,11 @@ def test_a_run_compiles_once_whatever_the_widths_of_its_rounds(algorithm):
     parts = [np.arange(0, 30, 2), np.arange(1, 30, 2)]
     among = widths(rows, 4)
     if algorithm == "fedmezo":
-        work, loss = client.mezo_work(mezo.MezoConfig(1e-3)), narrowed(mezo.pair_loss_of(value), among)
+        work, loss = client.mezo_client(mezo.MezoConfig(1e-3)), bucketed_loss(mezo.pair_loss_of(value), among)
     else:
         import optax
 
-        work, loss = client.backprop_work(optax.sgd), narrowed(value, among)
+        work, loss = client.sgd_client(optax.sgd), bucketed_loss(value, among)
     init, step = federated.federated(work, server.RateConfig(1e-2))
     chex.clear_trace_counter()
     work = jax.jit(chex.assert_max_traces(lambda *given: step.work(*given), n=1))
@@ -222,6 +222,6 @@ def test_steps_do_not_always_run_from_short_to_long():
 def test_computed_tokens_by_hand():
     # Two clients, two steps of one row each: step 0 needs 16 for both, step 1 only 8.
     rows = table([5, 9, 10, 3])
-    batches = Rows(*(leaf[np.array([[[1], [0]], [[2], [3]]])] for leaf in rows))
+    batches = TokenBatch(*(leaf[np.array([[[1], [0]], [[2], [3]]])] for leaf in rows))
     assert computed_tokens(lengths(batches), (Width(8, 8), Width(16, 8))) == (27, 48)
     assert computed_tokens(lengths(batches), (Width(16, 8),)) == (27, 64)

@@ -237,7 +237,7 @@ def test_generated_texts_come_back_in_the_order_of_their_prompts(folder, monkeyp
         evaluate, "generate", lambda model, base, lora, tokens, new, name: [row[:new] for row in tokens[:2]]
     )
     texts = ["red cat dog", "one", "blue moon", "two three", "star dog bird red"]
-    subject = evaluate.Subject(None, None, {}, tokenizer, "x")
+    subject = evaluate.LoadedModel(None, None, {}, tokenizer, "x")
     assert evaluate.generator(subject, 99)(text_ids(texts, tokenizer)) == texts
 
 

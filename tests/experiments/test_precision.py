@@ -10,7 +10,7 @@ import small_run
 from experiments import _cli, fedmezo
 from experiments.benchmarks import precision as experiment
 from fedmezo_jax.llama import precision
-from fedmezo_jax.llama.precision import WORRYING, likely_error
+from fedmezo_jax.llama.precision import WARN_ABOVE, expected_error
 
 
 def test_errors_are_measured_against_the_derivative(tmp_path, monkeypatch, capsys):
@@ -34,12 +34,12 @@ def test_errors_are_measured_against_the_derivative(tmp_path, monkeypatch, capsy
     ("kind", "scale"), [("bfloat16", 1e-3), ("bfloat16", 1e-4), ("float32", 0.1), ("paired", 1e-6)]
 )
 def test_a_noisy_pair_is_worth_a_warning(kind, scale):
-    assert likely_error(kind, scale) > WORRYING
+    assert expected_error(kind, scale) > WARN_ABOVE
 
 
 @pytest.mark.parametrize(("kind", "scale"), [("float32", 1e-3), ("paired", 1e-3), ("paired", 1e-2), ("bfloat16", 1e-2)])
 def test_a_sound_pair_is_not(kind, scale):
-    assert likely_error(kind, scale) < WORRYING
+    assert expected_error(kind, scale) < WARN_ABOVE
 
 
 CPUS = {

@@ -11,7 +11,7 @@ import pytest
 from llama_cases import golden, load, random_lora, random_rows
 
 from fedmezo_jax.core import mezo
-from fedmezo_jax.data.examples import Rows
+from fedmezo_jax.data.examples import TokenBatch
 from fedmezo_jax.llama import model as model_module
 from fedmezo_jax.llama.loss import loss_of, loss_sums, pair_loss_of
 from fedmezo_jax.llama.model import Llama
@@ -76,7 +76,7 @@ def labelled_rows(case):
     labels = padded([row[place] for row, place in zip(given["labels"], places, strict=True)])
     weights = padded([np.ones(len(place), np.float32) for place in places])
     positions = padded([place - 1 for place in places])
-    return Rows(given["tokens"], positions.astype(np.int32), labels.astype(np.int32), weights)
+    return TokenBatch(given["tokens"], positions.astype(np.int32), labels.astype(np.int32), weights)
 
 
 def test_loss_equals_hugging_face_s():
@@ -127,7 +127,7 @@ def test_clients_side_by_side_have_the_losses_of_each_alone(precision):
 
     found = jax.jit(jax.vmap(of_one))(jax.tree.map(lambda *leaves: np.stack(leaves), *loras), rows, keys)
     one = jax.jit(of_one)
-    alone = [one(lora, Rows(*(leaf[i] for leaf in rows)), keys[i]) for i, lora in enumerate(loras)]
+    alone = [one(lora, TokenBatch(*(leaf[i] for leaf in rows)), keys[i]) for i, lora in enumerate(loras)]
     # Float32 rounding that differs can move an input of a bfloat16 product to the next bfloat16.
     np.testing.assert_allclose(found, np.stack(alone), rtol=0, atol=1e-6 if precision == "float32" else 1e-4)
     assert np.ptp(found[:, 0]) > 1e-2

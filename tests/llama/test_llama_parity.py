@@ -14,7 +14,7 @@ import pytest
 from llama_files import SMALL
 from weight_files import FORMS, LLAMA3, weights_of, write_in
 
-from fedmezo_jax.data.examples import Rows
+from fedmezo_jax.data.examples import TokenBatch
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.checkpoints.base_model import load_base
 from fedmezo_jax.llama.config import LinearRope, Llama3Rope, LlamaConfig
@@ -90,7 +90,7 @@ def ours(config, base, raw):
     rope, norm, attention = rotary_table(config, LENGTH), RMSNorm(config.rms_norm_eps), SelfAttention(*parts)
     positions = np.broadcast_to(np.arange(LENGTH - 1), (2, LENGTH - 1))
     weights = (positions + 1 >= first[:, None]).astype(np.float32)
-    rows = Rows(tokens, positions.astype(np.int32), tokens[:, 1:], weights)
+    rows = TokenBatch(tokens, positions.astype(np.int32), tokens[:, 1:], weights)
     return {
         "norm": norm.apply({"params": layer["input_layernorm"]}, stream),
         "rotary": rotate(queries, rope),

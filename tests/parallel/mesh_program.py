@@ -9,7 +9,7 @@ import numpy as np
 from flax import traverse_util
 
 from fedmezo_jax.core import client, federated, mezo, server
-from fedmezo_jax.data.examples import Rows
+from fedmezo_jax.data.examples import TokenBatch
 from fedmezo_jax.llama.checkpoints.layout import leaves
 from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.lora import init_lora
@@ -39,7 +39,7 @@ def program(tied: bool, seeds: federated.Seeds, meshes: list[str]):
         for path, shape in leaves(config).items()
     }
     shape = (CLIENTS, STEPS, BATCH, LABELS)
-    rows = Rows(
+    rows = TokenBatch(
         draw.integers(0, 200, (*shape[:3], LENGTH)).astype(np.int32),
         draw.integers(0, LENGTH - 1, shape).astype(np.int32),
         draw.integers(0, 200, shape).astype(np.int32),
@@ -60,8 +60,8 @@ def program(tied: bool, seeds: federated.Seeds, meshes: list[str]):
                 for path, weight in weights.items()
             }
         )
-        lora = sharding.whole(mesh, start)
-        work = client.mezo_work(mezo.MezoConfig(perturbation_scale=0.05))
+        lora = sharding.replicate(mesh, start)
+        work = client.mezo_client(mezo.MezoConfig(perturbation_scale=0.05))
         init, step = federated.federated(work, server.RateConfig(1e-6), None, 2, seeds, mesh)
         state = init(lora, CLIENTS)
         asked = []
@@ -70,7 +70,7 @@ def program(tied: bool, seeds: federated.Seeds, meshes: list[str]):
             asked.append(at.tolist())
             return jax.tree.map(lambda table: table[at], rows)
 
-        batches = sharding.over_clients(mesh, CLIENTS, make)
+        batches = sharding.shard_clients(mesh, CLIENTS, make)
         cohort = federated.Cohort(np.arange(CLIENTS, dtype=np.int32), np.ones(CLIENTS, np.float32), batches)
         loss = pair_loss_of(Llama(config, 20.0), base)
         compiled = step.work.lower(state, loss, cohort, key, None, None).compile()

@@ -161,8 +161,8 @@ def test_a_round_goes_on_without_the_liar_as_if_it_had_not_been_there(name, conf
     expected, *_ = start(tmp_path / "without", config)
     assert largest_difference(result.lora, expected.lora) is None
     if config.algorithm == "fedmezo":
-        rebuilt, _ = replay(tmp_path / "run" / "run.ledger", config, setup.lora, None)
-        assert largest_difference(result.lora, rebuilt) is None
+        reconstructed, _ = replay(tmp_path / "run" / "run.ledger", config, setup.lora, None)
+        assert largest_difference(result.lora, reconstructed) is None
 
 
 def test_a_liar_is_bounded_where_steps_are_clipped_and_a_replay_agrees(config, tmp_path, monkeypatch):
@@ -179,8 +179,8 @@ def test_a_liar_is_bounded_where_steps_are_clipped_and_a_replay_agrees(config, t
     applied = [messages.unpack_update(message).coefficients for message in entry.updates]
     np.testing.assert_allclose(np.abs(applied[2]), limit * config.learning_rate, rtol=2e-6)
     assert [m for i, m in enumerate(entry.updates) if i != 2] == [m for i, m in enumerate(plain.updates) if i != 2]
-    rebuilt, _ = replay(tmp_path / "run" / "run.ledger", config, setup.lora, None)
-    assert largest_difference(result.lora, rebuilt) is None
+    reconstructed, _ = replay(tmp_path / "run" / "run.ledger", config, setup.lora, None)
+    assert largest_difference(result.lora, reconstructed) is None
 
 
 @pytest.mark.parametrize("lie", [1e6, np.nan, 3e38])
@@ -197,9 +197,9 @@ def test_one_client_cannot_have_a_round_rolled_back(lie, config, tmp_path, monke
 
 def test_numbers_within_the_largest_leave_theta_and_its_squares_finite():
     """As an optimizer of the server squares them."""
-    work = client.mezo_work(mezo.MezoConfig())
+    work = client.mezo_client(mezo.MezoConfig())
     coefficients = np.full((300, 1), acceptance.LARGEST, np.float32)
     key = jax.random.key(0, impl="threefry2x32")
-    moved = np.asarray(work.rebuild({"w": np.zeros(1000, np.float32)}, key, coefficients, 1.0)["w"])
+    moved = np.asarray(work.reconstruct({"w": np.zeros(1000, np.float32)}, key, coefficients, 1.0)["w"])
     assert np.isfinite(moved**2).all()
     assert np.abs(moved).max() > acceptance.LARGEST

@@ -137,10 +137,10 @@ def test_growth_over_the_local_steps_is_seen_before_the_loss_is():
 def test_a_random_walk_of_h_steps_goes_as_far_as_said():
     """θ after H updates along fresh directions, against η·|g|·√(d·H)."""
     trained, steps = 5000, 8
-    work = client.mezo_work(mezo.MezoConfig())
+    work = client.mezo_client(mezo.MezoConfig())
     coefficients = np.full((steps, 1), 0.01 * 3.0, np.float32)
     key = jax.random.key(0, impl="threefry2x32")
-    moved = work.rebuild({"w": jnp.zeros(trained)}, key, coefficients, 0.01)
+    moved = work.reconstruct({"w": jnp.zeros(trained)}, key, coefficients, 0.01)
     assert divergence.step_length(0.01, 3.0, trained, steps) == pytest.approx(
         float(jnp.linalg.norm(moved["w"])), rel=0.05
     )

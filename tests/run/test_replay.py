@@ -78,9 +78,9 @@ def run(request, place):
 def test_any_round_is_rebuilt_bit_for_bit(run):
     folder, config, setup, seen = run
     for t, expected in enumerate([setup.lora, *seen]):
-        rebuilt, done = replay(folder / "run.ledger", config, setup.lora, t)
+        reconstructed, done = replay(folder / "run.ledger", config, setup.lora, t)
         assert done == t
-        assert largest_difference(jax.device_get(expected), rebuilt) is None
+        assert largest_difference(jax.device_get(expected), reconstructed) is None
     assert largest_difference(seen[0], seen[-1]) > 1e-5
 
 
@@ -238,7 +238,7 @@ from fedmezo_jax import client, mezo
 theta = {"A": np.linspace(-1, 1, 6000, dtype=np.float32).reshape(3, 2000)}
 steps = np.linspace(-1e-2, 1e-2, 50, dtype=np.float32).reshape(50, 1)
 for law in ("rademacher", "gaussian"):
-    work = client.mezo_work(mezo.MezoConfig(distribution=law))
+    work = client.mezo_client(mezo.MezoConfig(distribution=law))
     done = jax.jit(work.rebuild)(theta, jax.random.key(3, impl="threefry2x32"), steps, 0.0)
     print(np.asarray(done["A"]).tobytes().hex())
 """

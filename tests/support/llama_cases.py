@@ -9,7 +9,7 @@ import make_goldens
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from fedmezo_jax.data.examples import Rows
+from fedmezo_jax.data.examples import TokenBatch
 from fedmezo_jax.llama.checkpoints.base_model import load_base
 from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.lora import TARGETS, lora_shapes
@@ -45,7 +45,7 @@ def random_rows(*lead, length=16, labels=9):
     """Rows whose labels lie anywhere, 1 to ``labels`` in each, with padding that would show if it counted."""
     draw, shape = np.random.RandomState(5), (*lead, labels)
     counts = draw.randint(1, labels + 1, lead)[..., None]
-    return Rows(
+    return TokenBatch(
         draw.randint(0, 61, (*lead, length)).astype(np.int32),
         draw.randint(0, length, shape).astype(np.int32),
         draw.randint(0, 61, shape).astype(np.int32),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from fedmezo_jax.data.examples import Rows
+from fedmezo_jax.data.examples import TokenBatch
 from fedmezo_jax.llama.checkpoints.layout import base_shapes
 from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.lora import init_lora
@@ -112,7 +112,7 @@ def small():
     )
     start = init_lora(jax.random.key(0), CONFIG, 2, ("q_proj", "v_proj"))
     lora = jax.tree.map(lambda leaf: leaf + 0.3 * jnp.asarray(draw.normal(size=leaf.shape), jnp.float32), start)
-    rows = Rows(
+    rows = TokenBatch(
         jnp.asarray(draw.integers(23, size=(3, 10)), jnp.int32),
         jnp.asarray(np.tile([4, 5, 8], (3, 1)), jnp.int32),
         jnp.asarray(draw.integers(23, size=(3, 3)), jnp.int32),

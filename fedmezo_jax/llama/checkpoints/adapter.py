@@ -15,7 +15,7 @@ import numpy as np
 
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.checkpoints.layout import block_of
-from fedmezo_jax.llama.checkpoints.safetensors import misfits, read_header, write_tensors
+from fedmezo_jax.llama.checkpoints.safetensors import mismatches, read_header, write_tensors
 from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.folder import read_json_object, shorten, staged
 from fedmezo_jax.llama.lora import TARGETS, check_targets, lora_shapes
@@ -102,7 +102,7 @@ def load_adapter(folder: str | PathLike, config: LlamaConfig) -> Adapter:
         for layer in range(config.num_hidden_layers)
     }
     found = read_header(weights)
-    if problems := misfits(expected, found):
+    if problems := mismatches(expected, found):
         raise UserError(f"{weights}: does not fit {_CONFIG} and the base model: " + "; ".join(problems))
     lora: dict[str, Any] = {}
     for name, shape in shapes.items():

@@ -21,7 +21,7 @@ from fedmezo_jax.llama.folder import read_json_object, staged
 Sharding = Callable[[tuple[str, ...], tuple[int, ...]], jax.sharding.Sharding]
 """The sharding of a leaf of the base pytree, from its path (``("layers", "mlp", "up_proj", "kernel")``) and shape."""
 
-Form = Literal["safetensors", "orbax"]
+WeightFormat = Literal["safetensors", "orbax"]
 """Formats to write: safetensors, for transformers too, or an Orbax checkpoint, for this package."""
 
 _SHARD_BYTES = 4 << 30  # most bytes of weights in one file, as long as one tensor is not larger
@@ -84,7 +84,7 @@ def save_base(
     *,
     dtype: str = "float32",
     tokenizer: Any = None,
-    form: Form = "safetensors",
+    form: WeightFormat = "safetensors",
 ) -> None:
     """Write a base pytree as a model folder, with a transformers tokenizer's files; all appear at once.
 
@@ -106,7 +106,7 @@ def save_base(
 
 
 def write_weights(
-    folder: Path, config: LlamaConfig, read: Callable[[str], np.ndarray], dtype: str, form: Form = "safetensors"
+    folder: Path, config: LlamaConfig, read: Callable[[str], np.ndarray], dtype: str, form: WeightFormat = "safetensors"
 ) -> None:
     """Write ``config.json`` and weights: one file, or shards with an index where safetensors are above 4 GiB.
 

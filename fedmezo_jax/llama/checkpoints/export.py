@@ -9,7 +9,7 @@ import numpy as np
 
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.checkpoints.adapter import Adapter
-from fedmezo_jax.llama.checkpoints.base_model import Form, write_weights
+from fedmezo_jax.llama.checkpoints.base_model import WeightFormat, write_weights
 from fedmezo_jax.llama.checkpoints.layout import layout
 from fedmezo_jax.llama.checkpoints.safetensors import Entry
 from fedmezo_jax.llama.checkpoints.weights import open_weights
@@ -27,7 +27,9 @@ _TOKENIZER_FILES = (
 )
 
 
-def export(model: Path, out: Path, adapter: Adapter | None = None, dtype: str = "float32", form: Form = "safetensors"):
+def export(
+    model: Path, out: Path, adapter: Adapter | None = None, dtype: str = "float32", form: WeightFormat = "safetensors"
+):
     """Write a model folder, with the adapter merged in if one is given; all files appear at once.
 
     Args:

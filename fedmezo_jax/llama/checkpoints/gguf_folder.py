@@ -11,7 +11,7 @@ from fedmezo_jax.llama.checkpoints.base_model import write_tokenizer, write_weig
 from fedmezo_jax.llama.checkpoints.gguf import open_gguf
 from fedmezo_jax.llama.checkpoints.gguf_config import gguf_weights, read_gguf_config
 from fedmezo_jax.llama.checkpoints.layout import layout
-from fedmezo_jax.llama.checkpoints.safetensors import Entry, misfits
+from fedmezo_jax.llama.checkpoints.safetensors import Entry, mismatches
 from fedmezo_jax.llama.config import LlamaConfig, to_json
 from fedmezo_jax.llama.folder import readable, staged
 from fedmezo_jax.llama.tokenizers.gguf import read_gguf_tokenizer
@@ -53,6 +53,6 @@ def _read(file: Path) -> tuple[LlamaConfig, Any, dict[str, Entry]]:
     opened = open_gguf(file)
     config = read_gguf_config(opened)
     entries = gguf_weights(opened, config)
-    if problems := misfits({name: slot.shape for name, slot in layout(config).items()}, entries):
+    if problems := mismatches({name: slot.shape for name, slot in layout(config).items()}, entries):
         raise UserError(f"{file}: does not fit its metadata: " + "; ".join(problems))
     return config, read_gguf_tokenizer(file, opened.meta), entries

@@ -55,7 +55,7 @@ def _read_tensor(file: Path, name: str) -> np.ndarray:
         return handle.get_tensor(name)
 
 
-def misfits(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Entry]) -> list[str]:
+def mismatches(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Entry]) -> list[str]:
     """What keeps ``found`` from being ``expected``: a phrase for each kind of fault, naming tensors and files."""
 
     def at(name: str) -> str:

@@ -11,7 +11,7 @@ from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.checkpoints.flax_msgpack import read_flax_header
 from fedmezo_jax.llama.checkpoints.layout import layout
 from fedmezo_jax.llama.checkpoints.orbax import ORBAX, read_orbax_header
-from fedmezo_jax.llama.checkpoints.safetensors import Entry, listed, misfits, read_header
+from fedmezo_jax.llama.checkpoints.safetensors import Entry, listed, mismatches, read_header
 from fedmezo_jax.llama.config import LlamaConfig, read_config
 from fedmezo_jax.llama.folder import read_json_object, shorten
 
@@ -109,7 +109,7 @@ def _find(folder: Path, config: LlamaConfig) -> tuple[dict[str, Entry], list[str
     entries = {name: entry for name, entry in entries.items() if not name.endswith("rotary_emb.inv_freq")}
     expected = {name: slot.shape for name, slot in layout(config).items()}
     head = entries.pop(_HEAD, None) if config.tie_word_embeddings else None
-    problems = misfits(expected, entries) + twice
+    problems = mismatches(expected, entries) + twice
     if head is not None and not problems:
         embedding = entries[_EMBEDDING]
         if head.shape != embedding.shape or not np.array_equal(head.read(), embedding.read()):
