@@ -29,8 +29,8 @@ PAPER = {
     "perturbation_scale": "Fig. 2, 8: among μ = 2e-4, 1e-3, 5e-3 a smaller one is slightly better",
     "local_steps": "Fig. 3, 9: among H = 10, 30, 50 more converge faster; 50 can surge",
     "personalised_rates": "Fig. 4: model-diff is best, five-round good, round-wise without effect",
-    "surge": "Fig. 5: of 1, 3, 5, 10 × 1e-5 the larger surges the earlier",
-    "splitters": "Fig. 6: more heterogeneity, lower loss",
+    "divergence": "Fig. 5: of 1, 3, 5, 10 × 1e-5 the larger surges the earlier",
+    "partitioners": "Fig. 6: more heterogeneity, lower loss",
     "clients": "Fig. 7, Tab. 6: N = 3 … 40 differ little; N = 9 ends at 1.31, N = 40 at 1.32 (round 500)",
     "batch_size": "Tab. 7: at round 409 batch 1 has 1.38 and batch 5 has 1.49",
     "model_size": "Tab. 8 (round 309): 3B and 7B on Dolly 1.40 and 1.51, Code .87 and .90, GSM8K .94 and 1.01",
@@ -127,7 +127,7 @@ def section(file: Path) -> Section | None:
         return None
     whole = file.name == "results.json"
     name = file.parent.name if whole else file.stem
-    module = command.split(" ")[2].removeprefix("experiments.") if command.startswith("python -m ") else name
+    module = command.split(" ")[2].rpartition(".")[2] if command.startswith("python -m ") else name
     pictures = sorted(file.parent.glob("*.png") if whole else file.parent.glob(f"{name}.png"))
     coded = [base64.b64encode(picture.read_bytes()).decode() for picture in pictures]
     cells = [[_cli.shown(row.get(head)) for head in heads] for row in rows]

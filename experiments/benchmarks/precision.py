@@ -21,14 +21,15 @@ import matplotlib as mpl
 import numpy as np
 
 from experiments import _cli
-from fedmezo_jax.core import federated, mezo
+from fedmezo_jax.core import mezo, random
+from fedmezo_jax.core.random import run_key
 from fedmezo_jax.data.examples import TokenBatch
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.loss import loss_of, pair_loss_of
 from fedmezo_jax.llama.precision import WARN_ABOVE, Precision
 from fedmezo_jax.run import run_folder
 from fedmezo_jax.run.config import RunConfig
-from fedmezo_jax.run.context import RunContext, prepare, run_key
+from fedmezo_jax.run.context import RunContext, prepare
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -79,7 +80,7 @@ def measure(setup: RunContext, scales: list[float], count: int, probes: int) -> 
     """One row for each precision and scale: √(Σ(g − zᵀ∇L)² / Σ(zᵀ∇L)²) over the probes."""
     base = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), setup.base)
     rows = TokenBatch(*(jnp.asarray(leaf[:count]) for leaf in setup.train))
-    keys = jax.random.split(jax.random.fold_in(run_key(setup.config.seed), federated.PRECISION), probes)
+    keys = jax.random.split(jax.random.fold_in(run_key(setup.config.seed), random.PRECISION), probes)
     law: mezo.Distribution = setup.config.distribution
     zeros = jax.tree.map(jnp.zeros_like, setup.lora)
     exact_loss = loss_of(setup.model.clone(precision="float32"), base)

@@ -19,7 +19,7 @@ import numpy as np
 
 from experiments import _cli
 from experiments.benchmarks.step import Setting, random_case
-from fedmezo_jax.core import client, federated, mezo, server
+from fedmezo_jax.core import client, federated, mezo, personalization
 from fedmezo_jax.llama.loss import pair_loss_of
 from fedmezo_jax.llama.precision import Precision
 from fedmezo_jax.llama.shapes import named_shape
@@ -90,7 +90,7 @@ def ready(config: Config, count: int) -> tuple[Callable[[], Any], int]:
     llama, setting = named_shape(config.model), Setting(count, 1, config.length, config.rank)
     case = random_case(llama, setting, config.targets.split(","), config.precision, config.seed)
     work = client.mezo_client(mezo.MezoConfig())
-    init, round = federated.federated(work, server.RateConfig(1e-5), block_size=config.block)
+    init, round = federated.federated(work, personalization.RateConfig(1e-5), block_size=config.block)
     arguments = (init(case.lora, count), pair_loss_of(case.model, case.base), case.cohort, case.key)
     compiled = jax.jit(round.work).lower(*arguments).compile()
     plan = compiled.memory_analysis()

@@ -23,7 +23,7 @@ from rich.progress import track
 
 from experiments import _cli
 from experiments.benchmarks.pytorch_baseline import peer_step
-from fedmezo_jax.core import client, federated, mezo, server
+from fedmezo_jax.core import client, federated, mezo, personalization
 from fedmezo_jax.data.examples import TokenBatch
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.checkpoints.layout import base_shapes, projections
@@ -171,7 +171,7 @@ def random_case(llama: LlamaConfig, setting: Setting, targets: list[str], precis
 def _programs(config: Config, llama: LlamaConfig, setting: Setting, precision: Any) -> dict[str, Callable[[], Any]]:
     """A round of one local step, a forward of all clients, and the bare products of two forwards."""
     case = random_case(llama, setting, config.targets.split(","), precision, config.seed)
-    init, round = federated.federated(client.mezo_client(mezo.MezoConfig()), server.RateConfig(1e-5))
+    init, round = federated.federated(client.mezo_client(mezo.MezoConfig()), personalization.RateConfig(1e-5))
     single = case.model.clone(precision="bfloat16") if precision == "paired" else case.model
     state, pair_loss, loss = (
         init(case.lora, setting.clients),

@@ -23,11 +23,12 @@ import optax
 
 from experiments import _cli
 from experiments.studies.result_cache import measure
-from fedmezo_jax.core import federated
+from fedmezo_jax.core import random
+from fedmezo_jax.core.random import run_key
 from fedmezo_jax.data.examples import TokenBatch
 from fedmezo_jax.llama.loss import loss_of
 from fedmezo_jax.run.config import RunConfig
-from fedmezo_jax.run.context import RunContext, prepare, run_key
+from fedmezo_jax.run.context import RunContext, prepare
 from fedmezo_jax.run.run_folder import write_json
 from fedmezo_jax.theory import spectrum
 
@@ -129,7 +130,7 @@ def _probe(data_dir: str | None, point: dict[str, Any]) -> list[list[dict[str, f
     setup, loss, trained = _trained(*(point[name] for name in names), data_dir, _train_rows(point))
     params = setup.lora if point["state"] == "start" else trained
     mask = spectrum.layer_mask(params, point["layer"])
-    key, found = jax.random.fold_in(run_key(point["seed"]), federated.EFFECTIVE_RANK), []
+    key, found = jax.random.fold_in(run_key(point["seed"]), random.EFFECTIVE_RANK), []
     for batch in range(point["batches"]):
         rows = _rows(setup, batch * point["rows"], point["rows"])
         keys = [jax.random.fold_in(key, batch * point["probes"] + probe) for probe in range(point["probes"])]

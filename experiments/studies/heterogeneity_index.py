@@ -29,11 +29,12 @@ from experiments import _cli
 from experiments.studies import runner
 from experiments.studies.result_cache import measure
 from fedmezo_jax.core import federated
+from fedmezo_jax.core.random import run_key
 from fedmezo_jax.data.batches import round_batches
 from fedmezo_jax.data.examples import TokenBatch
 from fedmezo_jax.llama.loss import loss_of
 from fedmezo_jax.run.config import RunConfig
-from fedmezo_jax.run.context import build, prepare, run_key, unpaired
+from fedmezo_jax.run.context import build, prepare, unpaired
 from fedmezo_jax.run.run_folder import write_json
 from fedmezo_jax.theory import heterogeneity
 

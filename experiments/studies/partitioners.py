@@ -18,7 +18,7 @@ PRESETS = runner.standard_presets(
 
 def main(config: runner.Config) -> None:
     """Runs the study."""
-    runner.run(config, "splitters", PRESETS, title="data splitter")
+    runner.run(config, "partitioners", PRESETS, title="partition of the data")
 
 
 if __name__ == "__main__":

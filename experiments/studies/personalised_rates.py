@@ -17,7 +17,7 @@ from scipy import stats
 
 from experiments import _cli
 from experiments.studies import runner
-from fedmezo_jax.core.server import STRATEGIES
+from fedmezo_jax.core.personalization import STRATEGIES
 
 
 def variants(learning_rate: float) -> runner.Variants:

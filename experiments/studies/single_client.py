@@ -20,10 +20,11 @@ import numpy as np
 
 from experiments import _cli
 from experiments.studies import runner
-from fedmezo_jax.core import federated, mezo
+from fedmezo_jax.core import mezo, random
+from fedmezo_jax.core.random import run_key
 from fedmezo_jax.data.examples import TokenBatch
 from fedmezo_jax.llama.loss import loss_of
-from fedmezo_jax.run.context import prepare, run_key
+from fedmezo_jax.run.context import prepare
 
 PROBES = 16
 SCALES = (1e-4, 1e-3, 1e-2, 1e-1)
@@ -77,9 +78,9 @@ def estimators(config: runner.Config) -> list[dict[str, Any]]:
         return exact, two_point, forward
 
     # A start at which the adapter does something: B = 0 makes half of the gradient vanish.
-    start_key = jax.random.fold_in(run_key(config.seed), federated.ESTIMATORS_START)
+    start_key = jax.random.fold_in(run_key(config.seed), random.ESTIMATORS_START)
     moved = mezo.shift(setup.lora, mezo.Perturbation(start_key, 0.02))
-    keys = jax.random.split(jax.random.fold_in(run_key(config.seed), federated.ESTIMATORS), PROBES)
+    keys = jax.random.split(jax.random.fold_in(run_key(config.seed), random.ESTIMATORS), PROBES)
     found = [jax.device_get(measure(loss, moved, key)) for key in keys]
     exact = np.array([one[0] for one in found])
     usual = np.sqrt(np.mean(exact**2))

@@ -23,11 +23,12 @@ from experiments import _cli
 from experiments.studies import runner
 from experiments.studies import theory_bounds as bounds
 from experiments.studies.result_cache import measure
-from fedmezo_jax.core import federated, mezo
+from fedmezo_jax.core import mezo, random
+from fedmezo_jax.core.random import run_key
 from fedmezo_jax.data.examples import TokenBatch
 from fedmezo_jax.llama.loss import loss_of, pair_loss_of
 from fedmezo_jax.run.config import RunConfig
-from fedmezo_jax.run.context import RunContext, prepare, run_key, unpaired
+from fedmezo_jax.run.context import RunContext, prepare, unpaired
 from fedmezo_jax.run.run_folder import write_json
 from fedmezo_jax.theory import spectrum
 from fedmezo_jax.theory.heterogeneity import gradients
@@ -157,7 +158,7 @@ def _constants(point: dict[str, Any]) -> dict[str, Any]:
     """Squared norms of gradients at each checkpoint, the Hessian's spectrum at the last, norms at all."""
     setup, batches, path = _at(point)
     loss, clients = mean_loss(unpaired(setup.model), setup.base), setup.config.clients
-    key = jax.random.fold_in(run_key(setup.config.seed), federated.CONSTANTS)
+    key = jax.random.fold_in(run_key(setup.config.seed), random.CONSTANTS)
     every = jax.jit(gradients)
 
     @partial(jax.jit, static_argnums=4)
@@ -220,7 +221,7 @@ def _descent(point: dict[str, Any]) -> dict[str, Any]:
         return jax.lax.map(one, rates)
 
     losses = mean_loss(unpaired(setup.model), setup.base), pair_loss_of(setup.model, setup.base)
-    keys = jax.random.split(jax.random.fold_in(run_key(config.seed), federated.DESCENT), point["draws"])
+    keys = jax.random.split(jax.random.fold_in(run_key(config.seed), random.DESCENT), point["draws"])
     return {"changes": [change(*losses, params, batches, key).tolist() for key in keys]}
 
 

@@ -20,13 +20,10 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fedmezo_jax.core import server
+from fedmezo_jax.core import aggregation, personalization, random
 from fedmezo_jax.core.client import LocalWork
 from fedmezo_jax.core.mezo import Params
 
-# What the run's key is folded with: no two uses share a stream. The second line belongs to experiments.
-WORK, RATES, INIT, SHARED, PROBE = range(5)
-PRECISION, EFFECTIVE_RANK, CONSTANTS, DESCENT, ESTIMATORS, ESTIMATORS_START = range(5, 11)
 CLIENTS = "clients"
 """The mesh axis along which clients are spread."""
 Seeds: TypeAlias = Literal["per-client", "shared"]
@@ -44,7 +41,7 @@ class FederatedState(NamedTuple):
 
     params: Params
     optimizer: optax.OptState
-    signals: server.Signals
+    signals: personalization.Signals
     round: jax.Array
 
 
@@ -76,16 +73,6 @@ class RoundReport(NamedTuple):
     coefficients: jax.Array | np.ndarray
     learning_rates: jax.Array | np.ndarray
     params: Params | None = None
-
-
-def client_key(key: jax.Array, round_index: jax.Array | int, client: jax.Array | int) -> jax.Array:
-    """The key of one client's local work in one round; local step h then folds in h."""
-    return jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, WORK), round_index), client)
-
-
-def shared_key(key: jax.Array, round_index: jax.Array | int) -> jax.Array:
-    """The key of all clients' local work in one round, where they share their directions."""
-    return jax.random.fold_in(jax.random.fold_in(key, SHARED), round_index)
 
 
 @dataclass(frozen=True)
@@ -153,7 +140,7 @@ def mean_losses(losses: np.ndarray) -> np.ndarray:
 
 def federated(
     work: LocalWork,
-    rates: server.RateConfig,
+    rates: personalization.RateConfig,
     optimizer: optax.GradientTransformation | None = None,
     block_size: int | None = None,
     seeds: Seeds = "per-client",
@@ -181,28 +168,28 @@ def federated(
     """
     groups = 1 if mesh is None else mesh.shape[CLIENTS]
     optimizer = optimizer or optax.sgd(1.0)
-    by_drift = rates.strategy in server.BY_DRIFT
+    by_drift = rates.strategy in personalization.BY_DRIFT
 
     def init(params: Params, clients: int) -> FederatedState:
         params = jax.tree.map(jnp.array, params)
-        return FederatedState(params, optimizer.init(params), server.init_signals(clients), jnp.int32(0))
+        return FederatedState(params, optimizer.init(params), personalization.init_signals(clients), jnp.int32(0))
 
     @jax.jit
     def run(state: FederatedState, loss: Any, cohort: Cohort, key: jax.Array, limit=None, damping=None) -> RoundReport:
         ids = jnp.asarray(cohort.ids)
         clients, held = ids.shape[0], jax.tree.leaves(cohort.batches)[0].shape[0]
         places = jnp.where(jnp.arange(held) < clients, jnp.arange(held), 0)
-        rates_key = jax.random.fold_in(jax.random.fold_in(key, RATES), state.round)
-        rate = server.learning_rates(rates, state.signals, rates_key)[ids]
+        rates_key = jax.random.fold_in(jax.random.fold_in(key, random.RATES), state.round)
+        rate = personalization.learning_rates(rates, state.signals, rates_key)[ids]
         rate = rate if damping is None else rate * damping
         bound = () if limit is None else (limit,)
         axes = (None, None, 0, None if seeds == "shared" else 0, 0, *(None for _ in bound))
 
         def run_block(block):
             batches, ids, rate = block
-            keys = shared_key(key, state.round)
+            keys = random.shared_key(key, state.round)
             if seeds == "per-client":
-                keys = jax.vmap(client_key, in_axes=(None, None, 0))(key, state.round, ids)
+                keys = jax.vmap(random.client_key, in_axes=(None, None, 0))(key, state.round, ids)
             done = jax.vmap(work, in_axes=axes)(loss, state.params, batches, keys, rate, *bound)
             return done.losses, done.coefficients, None if work.reconstruct else done.params
 
@@ -218,7 +205,7 @@ def federated(
         return RoundReport(losses, coefficients, rate, params)
 
     reconstructed = jax.jit(work.reconstruct) if work.reconstruct else None
-    own_key, common_key = jax.jit(client_key), jax.jit(shared_key)
+    own_key, common_key = jax.jit(random.client_key), jax.jit(random.shared_key)
 
     def reconstruct(state, id, coefficients, rate, key) -> Params:
         assert reconstructed is not None  # back-propagated work brings its parameters
@@ -244,7 +231,7 @@ def federated(
         each = uploads or (upload(state, id, report, i, key) if share[i] else None for i, id in enumerate(ids))
         mean, deltas = jax.tree.map(jnp.zeros_like, state.params), []
         if from_mean:
-            moved = reconstruct(state, 0, server.mean_coefficients(share, coefficients), 0, key)
+            moved = reconstruct(state, 0, aggregation.mean_coefficients(share, coefficients), 0, key)
             mean = _add_weighted(mean, np.float32(1), moved, state.params)
         if not from_mean or by_drift:
             for weight, theirs in zip(share, each, strict=True):
@@ -253,13 +240,13 @@ def federated(
                     deltas += [_difference(theirs, state.params)] if by_drift else []
         drift = np.zeros(len(share), np.float32)
         if deltas:
-            drift[share > 0] = server.client_drift(jax.tree.map(lambda *leaves: jnp.stack(leaves), *deltas))
+            drift[share > 0] = aggregation.client_drift(jax.tree.map(lambda *leaves: jnp.stack(leaves), *deltas))
         # Two programs, so that a replay, which needs no signals, moves θ by the very same one.
         params, optimizer_state = move(state.params, mean, state.optimizer)
         signals = observe(state.signals, ids, mean_losses(losses), drift if deltas else None, share > 0)
         return FederatedState(params, optimizer_state, signals, state.round + 1)
 
-    move, observe = jax.jit(partial(server.apply_mean_update, optimizer)), jax.jit(server.observe)
+    move, observe = jax.jit(partial(aggregation.apply_mean_update, optimizer)), jax.jit(personalization.observe)
     return Federated(init, Round(run, apply, upload, seeds))
 
 

@@ -17,7 +17,7 @@ from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fedmezo_jax.core import client, federated, mezo, server
+from fedmezo_jax.core import client, federated, mezo, personalization
 from fedmezo_jax.data.examples import TokenBatch
 from fedmezo_jax.llama.checkpoints.layout import leaves, projections
 from fedmezo_jax.llama.config import LlamaConfig
@@ -131,7 +131,7 @@ def lower(planned: RoundSpec, mesh: Mesh, at_once: int) -> Any:
     whole = partial(jax.tree.map, lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere))
     lora = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, jnp.float32), shapes, is_leaf=lambda x: isinstance(x, tuple))
     work = client.mezo_client(mezo.MezoConfig())
-    settings = (work, server.RateConfig(1e-5), None, at_once, planned.seeds)
+    settings = (work, personalization.RateConfig(1e-5), None, at_once, planned.seeds)
     state = whole(jax.eval_shape(lambda lora: federated.federated(*settings).init(lora, planned.clients), lora))
     held = (sharding.pad_to_groups(mesh, planned.clients), planned.local_steps, planned.batch_size)
     labels = (*held, max(1, planned.length // 2))

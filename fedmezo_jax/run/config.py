@@ -8,7 +8,7 @@ from typing import Literal
 
 from fedmezo_jax.core.federated import Seeds
 from fedmezo_jax.core.mezo import Distribution
-from fedmezo_jax.core.server import Strategy
+from fedmezo_jax.core.personalization import Strategy
 from fedmezo_jax.data.encode import LongRows
 from fedmezo_jax.data.prompts import Style
 from fedmezo_jax.data.records import parse_fields

@@ -15,7 +15,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from fedmezo_jax.core import client, federated, mezo, server
+from fedmezo_jax.core import client, federated, mezo, personalization, random
+from fedmezo_jax.core.random import run_key
 from fedmezo_jax.data.buckets import Widths, bucketed_loss, lengths, widths
 from fedmezo_jax.data.examples import TokenBatch
 from fedmezo_jax.data.partition import heterogeneity
@@ -74,14 +75,9 @@ class RunContext(NamedTuple):
         return heterogeneity(self.parts, self.categories)
 
 
-def run_key(seed: int) -> jax.Array:
-    """The run's key. The generator is named: under ``vmap`` some of JAX's others differ from a loop."""
-    return jax.random.key(seed, impl="threefry2x32")
-
-
 def start(config: RunConfig, llama: LlamaConfig) -> mezo.Params:
     """θ at the start: a function of the seed and of the model's shape."""
-    key = jax.random.fold_in(run_key(config.seed), federated.INIT)
+    key = jax.random.fold_in(run_key(config.seed), random.INIT)
     return init_lora(key, llama, config.lora_rank, config.target_names)
 
 
@@ -190,7 +186,7 @@ def algorithm(
         work = client.mezo_client(mezo.MezoConfig(*settings))
     else:
         work = client.sgd_client(local_optimizer(config))
-    rates = server.RateConfig(config.learning_rate, config.personalize, config.personalize_scale)
+    rates = personalization.RateConfig(config.learning_rate, config.personalize, config.personalize_scale)
     return federated.federated(work, rates, server_optimizer(config), block_size, config.seeds, mesh, least_width)
 
 

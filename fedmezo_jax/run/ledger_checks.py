@@ -16,7 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
-from fedmezo_jax.core.server import sample_participants
+from fedmezo_jax.core.aggregation import sample_participants
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.run import client_failures, ledger
 from fedmezo_jax.run.acceptance import Expected, Message, receive

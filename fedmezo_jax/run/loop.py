@@ -13,14 +13,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fedmezo_jax.core import federated, mezo, server
+from fedmezo_jax.core import aggregation, federated, mezo, random
+from fedmezo_jax.core.random import run_key
 from fedmezo_jax.data.batches import round_picks, take
 from fedmezo_jax.data.buckets import computed_tokens, lengths
 from fedmezo_jax.llama.checkpoints.adapter import save_adapter
 from fedmezo_jax.parallel import multihost, sharding
 from fedmezo_jax.run import divergence, rounds, run_checkpoints, run_folder
 from fedmezo_jax.run.config import RunConfig
-from fedmezo_jax.run.context import RunContext, base_loss, build, evaluator, run_key
+from fedmezo_jax.run.context import RunContext, base_loss, build, evaluator
 from fedmezo_jax.run.journal import open_journal
 
 
@@ -184,14 +185,14 @@ def probe_start(setup: RunContext) -> divergence.Probe:
     picks = picks.reshape(-1, picks.shape[-1])
     some = np.linspace(0, len(picks) - 1, PROBE_BATCHES).astype(int)
     batches = sharding.replicate(setup.mesh, take(setup.train, picks[some]))
-    key = jax.random.fold_in(run_key(setup.config.seed), federated.PROBE)
+    key = jax.random.fold_in(run_key(setup.config.seed), random.PROBE)
     return divergence.probe(loss, setup.lora, batches, key, PROBE_SCALE, PROBE_DIRECTIONS)
 
 
 def _picks(setup: RunContext, t: int, attempt: int) -> tuple[np.ndarray, np.ndarray]:
     """A round's clients ``[P]``, and the training rows they work on, ``[P, H, batch]``."""
     config = setup.config
-    ids = server.sample_participants(config.seed, t, config.clients, config.participants, attempt)
+    ids = aggregation.sample_participants(config.seed, t, config.clients, config.participants, attempt)
     settings = {"seed": config.seed, "local_steps": config.local_steps, "batch_size": config.batch_size}
     return ids, round_picks(setup.train, setup.parts, ids, t, **settings, by_length=len(setup.widths) > 1)
 

@@ -10,10 +10,11 @@ import jax
 import numpy as np
 
 from fedmezo_jax.core import mezo
+from fedmezo_jax.core.random import run_key
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.run import ledger_checks, rounds
 from fedmezo_jax.run.config import RunConfig
-from fedmezo_jax.run.context import algorithm, run_key
+from fedmezo_jax.run.context import algorithm
 
 
 def replay(

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedmezo_jax.core import federated, server
+from fedmezo_jax.core import aggregation, federated
 from fedmezo_jax.core.mezo import Params
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.run import client_failures, divergence, messages
@@ -211,7 +211,7 @@ def scalar_traffic(config: RunConfig, entry: Entry, report: federated.RoundRepor
     counted = entry.weights > 0
     if config.seeds == "shared":
         share = entry.weights / np.sum(entry.weights, dtype=np.float64)
-        mean = server.mean_coefficients(share.astype(np.float32), np.asarray(report.coefficients))
+        mean = aggregation.mean_coefficients(share.astype(np.float32), np.asarray(report.coefficients))
         size = len(messages.pack_mean(entry.round, mean))
         return Traffic(up, [first + size for first in begin], size * (config.clients - len(entry.ids)))
     coefficients = np.asarray(report.coefficients)[counted].reshape(int(counted.sum()), -1)

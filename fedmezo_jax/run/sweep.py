@@ -17,14 +17,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedmezo_jax.core import client, federated, mezo, server
+from fedmezo_jax.core import aggregation, client, federated, mezo, personalization, random
+from fedmezo_jax.core.random import run_key
 from fedmezo_jax.data.batches import round_batches
 from fedmezo_jax.data.examples import TokenBatch
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.loss import loss_of, loss_sums, pair_loss_of
 from fedmezo_jax.llama.model import Base, Llama
 from fedmezo_jax.run.config import RunConfig
-from fedmezo_jax.run.context import TOKENS_AT_ONCE, RunContext, local_optimizer, run_key, server_optimizer, unpaired
+from fedmezo_jax.run.context import TOKENS_AT_ONCE, RunContext, local_optimizer, server_optimizer, unpaired
 
 
 class SweepAxes(NamedTuple):
@@ -107,7 +108,7 @@ def sweep(
     loss = pair_loss_of(model, base) if config.algorithm == "fedmezo" else loss_of(unpaired(model), base)
     advance = jax.jit(partial(_round, config), donate_argnums=1)
     knobs = SweepAxes(*(jnp.array([getattr(one, name) for one in configs], jnp.float32) for name in SweepAxes._fields))
-    start = [server.init_signals(config.clients) for _ in setups]
+    start = [personalization.init_signals(config.clients) for _ in setups]
     params = _stack([setup.lora for setup in setups])
     optimizer = jax.vmap(server_optimizer(config).init)(params)
     states = federated.FederatedState(params, optimizer, _stack(start), jnp.zeros(count, jnp.int32))
@@ -122,7 +123,7 @@ def sweep(
         steps, size = config.local_steps, config.batch_size
         each = []
         for setup, rows in zip(setups, train, strict=True):
-            ids = server.sample_participants(setup.config.seed, t, config.clients, clients)
+            ids = aggregation.sample_participants(setup.config.seed, t, config.clients, clients)
             sizes = np.array([len(setup.parts[i]) for i in ids], np.float32)
             weights = sizes if config.weighting == "samples" else np.ones(clients, np.float32)
             batches = round_batches(
@@ -160,21 +161,21 @@ def _round(config: RunConfig, knobs: SweepAxes, states, loss, cohorts: federated
             work = client.mezo_client(mezo.MezoConfig(*settings))
         else:
             work = client.sgd_client(local_optimizer(config))
-        rates = server.RateConfig(knobs.learning_rate, config.personalize, knobs.personalize_scale)
-        rates_key = jax.random.fold_in(jax.random.fold_in(key, federated.RATES), state.round)
-        rate = server.learning_rates(rates, state.signals, rates_key)[ids]
+        rates = personalization.RateConfig(knobs.learning_rate, config.personalize, knobs.personalize_scale)
+        rates_key = jax.random.fold_in(jax.random.fold_in(key, random.RATES), state.round)
+        rate = personalization.learning_rates(rates, state.signals, rates_key)[ids]
         if config.seeds == "shared":
-            work_keys = jnp.stack([federated.shared_key(key, state.round)] * config.participants)
+            work_keys = jnp.stack([random.shared_key(key, state.round)] * config.participants)
         else:
-            work_keys = jax.vmap(federated.client_key, in_axes=(None, None, 0))(key, state.round, ids)
+            work_keys = jax.vmap(random.client_key, in_axes=(None, None, 0))(key, state.round, ids)
         done = jax.vmap(work, in_axes=(None, None, 0, 0, 0))(loss, state.params, cohort.batches, work_keys, rate)
         deltas = jax.tree.map(jnp.subtract, done.params, state.params)
         share = cohort.weights / jnp.sum(cohort.weights)
         mean = jax.tree.map(lambda leaf: jnp.tensordot(share, leaf, 1, precision=jax.lax.Precision.HIGHEST), deltas)
-        params, moved = server.apply_mean_update(optimizer, state.params, mean, state.optimizer)
-        drift = server.client_drift(deltas)
+        params, moved = aggregation.apply_mean_update(optimizer, state.params, mean, state.optimizer)
+        drift = aggregation.client_drift(deltas)
         losses = jnp.mean(done.losses, axis=1)
-        signals = server.observe(state.signals, ids, losses, drift)
+        signals = personalization.observe(state.signals, ids, losses, drift)
         return federated.FederatedState(params, moved, signals, state.round + 1), jnp.mean(losses)
 
     return jax.vmap(one)(knobs, states, cohorts, keys)

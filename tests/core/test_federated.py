@@ -11,7 +11,7 @@ import paper_loop
 import pytest
 from jax.tree_util import Partial
 
-from fedmezo_jax.core import client, federated, mezo, server
+from fedmezo_jax.core import aggregation, client, federated, mezo, personalization, random
 from fedmezo_jax.run import messages
 
 CLIENTS, STEPS, WIDTH = 6, 3, 7
@@ -43,7 +43,7 @@ def cohort(t, ids, weights=None):
 
 def make(strategy="frozen", block_size=None, directions=1, optimizer=None, scale=0.5, seeds="per-client", decay=0.0):
     work = client.mezo_client(mezo.MezoConfig(MU, directions, weight_decay=decay))
-    return federated.federated(work, server.RateConfig(RATE, strategy, scale), optimizer, block_size, seeds)
+    return federated.federated(work, personalization.RateConfig(RATE, strategy, scale), optimizer, block_size, seeds)
 
 
 def run(cohorts, *, weights=None, **options):
@@ -62,7 +62,7 @@ def run(cohorts, *, weights=None, **options):
 def test_rounds_equal_the_papers_loops(strategy, partial, directions, seeds):
     cohorts = [np.arange(CLIENTS)] * 8
     if partial:
-        cohorts = [server.sample_participants(1, t, CLIENTS, 4) for t in range(8)]
+        cohorts = [aggregation.sample_participants(1, t, CLIENTS, 4) for t in range(8)]
     weights = np.array([1, 2, 3, 4, 5, 6], np.float32)
     start = {name: leaf.astype(np.float64) for name, leaf in START.items()}
     expected = paper_loop.fedmezo(
@@ -87,20 +87,20 @@ def test_block_size_changes_no_bit(block_size):
 
 
 def test_a_round_compiles_once():
-    fed = federated.federated(client.mezo_client(mezo.MezoConfig(MU)), server.RateConfig(RATE, "five-round"))
+    fed = federated.federated(client.mezo_client(mezo.MezoConfig(MU)), personalization.RateConfig(RATE, "five-round"))
     chex.clear_trace_counter()
     work = jax.jit(chex.assert_max_traces(lambda *given: fed.round.work(*given), 1))
     round = replace(fed.round, work=work)
     state = fed.init(jax.tree.map(jnp.asarray, START), CLIENTS)
     pair_loss = Partial(mezo.pair_loss_of(loss))
     for t in range(4):
-        state, _ = round(state, pair_loss, cohort(t, server.sample_participants(0, t, CLIENTS, 3)), run_key())
+        state, _ = round(state, pair_loss, cohort(t, aggregation.sample_participants(0, t, CLIENTS, 3)), run_key())
     assert state.round == 4
 
 
 def test_a_lone_client_is_its_own_average():
     *_, (state, _) = run([[2]])
-    key = federated.client_key(run_key(), 0, 2)
+    key = random.client_key(run_key(), 0, 2)
     work = client.mezo_client(mezo.MezoConfig(MU))
     alone = work(mezo.pair_loss_of(loss), START, jnp.asarray(TARGETS[0][2]), key, jnp.float32(RATE))
     chex.assert_trees_all_close(state.params, alone.params, atol=1e-6)
@@ -114,7 +114,7 @@ def test_server_optimizer_sees_the_pseudo_gradient():
 
 
 def test_fedavg_equals_hand_written_gradient_descent():
-    fed = federated.federated(client.sgd_client(optax.sgd), server.RateConfig(RATE))
+    fed = federated.federated(client.sgd_client(optax.sgd), personalization.RateConfig(RATE))
     state = fed.init(jax.tree.map(jnp.asarray, START), CLIENTS)
     state, report = fed.round(state, Partial(loss), cohort(0, np.arange(CLIENTS)), run_key())
     ends = []
@@ -144,7 +144,7 @@ def test_a_server_that_is_sent_parameters_gets_the_bits_of_one_that_is_sent_scal
     fed = make(**options)
     states = [fed.init(jax.tree.map(jnp.asarray, START), CLIENTS) for _ in range(2)]
     for t in range(3):
-        ids = server.sample_participants(0, t, CLIENTS, 4)
+        ids = aggregation.sample_participants(0, t, CLIENTS, 4)
         batches = jnp.asarray(TARGETS[t][ids][:, :steps])
         given = federated.Cohort(jnp.asarray(ids), jnp.ones(4), batches)
         report = jax.device_get(fed.round.work(states[0], Partial(mezo.pair_loss_of(loss)), given, run_key()))
@@ -166,7 +166,7 @@ def test_a_client_that_hears_only_the_broadcast_has_the_servers_parameters(seeds
     fed = make(directions=2, optimizer=optax.sgd(0.7, 0.9), seeds=seeds)
     theirs = ours = fed.init(jax.tree.map(jnp.asarray, START), CLIENTS)
     for t in range(3):
-        ids = server.sample_participants(0, t, CLIENTS, 4)
+        ids = aggregation.sample_participants(0, t, CLIENTS, 4)
         report = jax.device_get(fed.round.work(ours, Partial(mezo.pair_loss_of(loss)), cohort(t, ids), run_key()))
         weights = np.array([1, 1, 0, 1], np.float32)
         ours = fed.round.apply(ours, ids, weights, report, run_key())
@@ -174,7 +174,9 @@ def test_a_client_that_hears_only_the_broadcast_has_the_servers_parameters(seeds
         sent = report.coefficients[weights > 0].reshape(3, -1)
         if seeds == "shared":
             share = (weights / 3).astype(np.float32)
-            _, mean = messages.unpack_mean(messages.pack_mean(t, server.mean_coefficients(share, report.coefficients)))
+            _, mean = messages.unpack_mean(
+                messages.pack_mean(t, aggregation.mean_coefficients(share, report.coefficients))
+            )
             got = messages.Outcome(t, np.array([me]), None, None, mean[None])
         else:
             message = messages.pack_outcome(messages.Outcome(t, heard, None, None, sent), CLIENTS, me)
@@ -194,9 +196,9 @@ def test_shared_directions_move_everyone_along_the_same_lines():
     for seeds, rank in (("shared", STEPS), ("per-client", CLIENTS * STEPS)):
         *_, (state, report) = run([np.arange(CLIENTS)], seeds=seeds)
         move = np.concatenate([np.ravel(state.params[name] - START[name]) for name in START])
-        keys = [federated.shared_key(run_key(), 0)]
+        keys = [random.shared_key(run_key(), 0)]
         if seeds == "per-client":
-            keys = [federated.client_key(run_key(), 0, i) for i in range(CLIENTS)]
+            keys = [random.client_key(run_key(), 0, i) for i in range(CLIENTS)]
         zs = [
             paper_loop.direction(jax.random.fold_in(jax.random.fold_in(key, h), 0), START)
             for key in keys

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.tree_util import Partial
 
-from fedmezo_jax.core import client, federated, mezo, server
+from fedmezo_jax.core import client, federated, mezo, personalization
 from fedmezo_jax.data.batches import round_batches
 from fedmezo_jax.data.buckets import Width, bucketed_loss, computed_tokens, lengths, widths
 from fedmezo_jax.data.examples import TokenBatch
@@ -174,7 +174,7 @@ def test_a_run_compiles_once_whatever_the_widths_of_its_rounds(algorithm):
         import optax
 
         work, loss = client.sgd_client(optax.sgd), bucketed_loss(value, among)
-    init, step = federated.federated(work, server.RateConfig(1e-2))
+    init, step = federated.federated(work, personalization.RateConfig(1e-2))
     chex.clear_trace_counter()
     work = jax.jit(chex.assert_max_traces(lambda *given: step.work(*given), n=1))
     state = init(WEIGHTS, 2)

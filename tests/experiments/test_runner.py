@@ -14,13 +14,13 @@ from fedmezo_jax.run.sweep import Curve
 
 STUDIES = [
     *("batch_size", "clients", "convergence", "local_steps", "lora_rank", "model_size"),
-    *("personalised_rates", "perturbation_scale", "shared_directions", "single_client", "splitters"),
+    *("personalised_rates", "perturbation_scale", "shared_directions", "single_client", "partitioners"),
 ]
 
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_study_s_paper_preset_is_the_paper_s(name):
-    paper = importlib.import_module(f"experiments.{name}").PRESETS["paper"]
+    paper = importlib.import_module(f"experiments.studies.{name}").PRESETS["paper"]
     assert (paper.run.rounds, paper.run.lora_rank, paper.run.lora_alpha, paper.seeds) == (500, 128, 256.0, 3)
     assert paper.run.model == "openlm-research/open_llama_3b_v2"
     assert len(paper.variants) > 1
@@ -28,7 +28,7 @@ def test_every_study_s_paper_preset_is_the_paper_s(name):
 
 def run(monkeypatch, name, *arguments):
     monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-    module = importlib.import_module(f"experiments.{name}")
+    module = importlib.import_module(f"experiments.studies.{name}")
     try:
         _cli.run(module.main, runner.Config, module.__doc__)
     except SystemExit as stop:
@@ -96,5 +96,5 @@ def test_a_method_is_shown_at_its_best_rate_and_a_best_rate_at_an_end_is_marked(
 
 
 def test_an_unknown_preset_is_one_line(monkeypatch, capsys):
-    assert run(monkeypatch, "splitters", "--preset", "huge") == 2
+    assert run(monkeypatch, "partitioners", "--preset", "huge") == 2
     assert capsys.readouterr().err.count("\n") == 1

@@ -7,8 +7,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from fedmezo_jax.core import federated
-from fedmezo_jax.run.context import run_key
+from fedmezo_jax.core import random
+from fedmezo_jax.core.random import run_key
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,13 +25,13 @@ def uses(file):
 
 
 def test_no_two_uses_of_the_run_s_key_share_a_stream():
-    files = [*(ROOT / "experiments").glob("*.py"), *(ROOT / "fedmezo_jax").rglob("*.py")]
+    files = [*(ROOT / "experiments").rglob("*.py"), *(ROOT / "fedmezo_jax").rglob("*.py")]
     found = Counter(use for file in files for use in uses(file))
-    assert {"federated.INIT", "federated.PROBE", "federated.EFFECTIVE_RANK"} <= set(found)
-    named = {use: getattr(federated, use.removeprefix("federated."), None) for use in found}
-    assert None not in named.values(), f"streams without a constant in federated.py: {named}"
+    assert {"random.INIT", "random.PROBE", "random.EFFECTIVE_RANK"} <= set(found)
+    named = {use: getattr(random, use.removeprefix("random."), None) for use in found}
+    assert None not in named.values(), f"streams without a constant in random.py: {named}"
     assert set(found.values()) == {1}, f"streams in use twice: {found}"
-    rounds = {federated.WORK, federated.RATES, federated.SHARED}  # folded in within a round
+    rounds = {random.WORK, random.RATES, random.SHARED}  # folded in within a round
     assert rounds.isdisjoint(named.values())
     assert len(set(named.values())) == len(named)
 

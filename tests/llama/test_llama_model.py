@@ -11,7 +11,7 @@ from jax.extend.core import jaxprs_in_params
 from llama_cases import golden, load, random_lora, random_rows
 from make_goldens import CASES
 
-from fedmezo_jax.core import client, federated, mezo, server
+from fedmezo_jax.core import client, federated, mezo, personalization
 from fedmezo_jax.llama import model as model_module
 from fedmezo_jax.llama.checkpoints.base_model import load_base
 from fedmezo_jax.llama.config import LlamaConfig
@@ -164,7 +164,7 @@ def frozen_operands(jaxpr, shapes):
 def round_jaxpr(config, base, precision):
     """What all clients do in a FedMeZO round, unlowered."""
     model = Llama(config, 2.0, precision)
-    rates, work = server.RateConfig(1e-3, "frozen", 0.5), client.mezo_client(mezo.MezoConfig(1e-3))
+    rates, work = personalization.RateConfig(1e-3, "frozen", 0.5), client.mezo_client(mezo.MezoConfig(1e-3))
     init, round = federated.federated(work, rates)
     lora, rows = random_lora(config, rank=6), random_rows(CLIENTS, STEPS, ROWS, length=17, labels=7)
     cohort = federated.Cohort(np.arange(CLIENTS), np.ones(CLIENTS, np.float32), rows)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from fedmezo_jax.core import client, federated, mezo, server
+from fedmezo_jax.core import client, federated, mezo, personalization
 from fedmezo_jax.data.examples import TokenBatch
 from fedmezo_jax.llama.checkpoints.layout import leaves
 from fedmezo_jax.llama.config import LlamaConfig
@@ -62,7 +62,7 @@ def program(tied: bool, seeds: federated.Seeds, meshes: list[str]):
         )
         lora = sharding.replicate(mesh, start)
         work = client.mezo_client(mezo.MezoConfig(perturbation_scale=0.05))
-        init, step = federated.federated(work, server.RateConfig(1e-6), None, 2, seeds, mesh)
+        init, step = federated.federated(work, personalization.RateConfig(1e-6), None, 2, seeds, mesh)
         state = init(lora, CLIENTS)
         asked = []
 

@@ -12,7 +12,7 @@ import pytest
 
 from experiments import _cli
 from experiments import replay as command
-from fedmezo_jax.core.server import sample_participants
+from fedmezo_jax.core.aggregation import sample_participants
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.run import client_failures, ledger, ledger_checks, messages
 from fedmezo_jax.run.config import RunConfig

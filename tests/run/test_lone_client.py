@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from fedmezo_jax.core import federated
+from fedmezo_jax.core.random import run_key
 from fedmezo_jax.data.batches import round_batches
 from fedmezo_jax.run.config import RunConfig
-from fedmezo_jax.run.context import algorithm, build, prepare, run_key
+from fedmezo_jax.run.context import algorithm, build, prepare
 
 CLIENTS, STEPS = 8, 3
 

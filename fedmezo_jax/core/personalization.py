@@ -1,4 +1,4 @@
-"""The server's side of a round: who takes part, at which learning rate, and what the clients' updates become.
+"""Each client's learning rate, from how heterogeneous it is (Prop. 3.7, arXiv 2402.05926).
 
 All functions are pure. The signals that personalise learning rates are kept for each of the N clients of the
 federation, whether or not it takes part in a round.
@@ -10,10 +10,6 @@ from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
-
-from fedmezo_jax.core.mezo import Params
 
 Strategy: TypeAlias = Literal["frozen", "random", "round-wise", "five-round", "model-diff", "shuffled"]
 STRATEGIES: tuple[str, ...] = get_args(Strategy)
@@ -123,53 +119,3 @@ def learning_rates(config: RateConfig, signals: Signals, key: jax.Array) -> jax.
     if config.strategy == "shuffled":
         index = jax.random.permutation(key, index)
     return config.learning_rate * (1 + config.scale * index)
-
-
-def mean_coefficients(share: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
-    """Σ_i w_i·c_i: the ``[H, n]`` float32 mean of ``[P, H, n]`` coefficients along shared directions.
-
-    Summed on the host, client by client in float64, so that every machine gets the same. A client of weight 0 may have
-    sent anything.
-    """
-    total = np.zeros(coefficients.shape[1:], np.float64)
-    for weight, row in zip(share, coefficients, strict=True):
-        if weight:
-            total += np.float64(weight) * row
-    return total.astype(np.float32)
-
-
-def client_drift(deltas: Params) -> jax.Array:
-    """‖Δ_i − mean_j Δ_j‖ over all parameters, ``[P]`` float32, from a tree of ``[P, …]`` updates.
-
-    The mean weighs clients alike, as in the paper (its reference sums the norms of the leaves instead of taking one
-    norm).
-    """
-
-    def squared(leaf):
-        centred = leaf - jnp.mean(leaf, axis=0)
-        return jnp.sum(centred.reshape(centred.shape[0], -1) ** 2, axis=1)
-
-    return jnp.sqrt(sum(map(squared, jax.tree.leaves(deltas)), start=jnp.zeros(())))
-
-
-def apply_mean_update(
-    optimizer: optax.GradientTransformation, params: Params, mean_delta: Params, state: optax.OptState
-) -> tuple[Params, optax.OptState]:
-    """Moves θ by the server's optimizer on the pseudo-gradient −Σ_i w_i·Δ_i (FedOpt, arXiv 2003.00295).
-
-    ``optax.sgd(1.0)`` is plain averaging, θ + Σ_i w_i·Δ_i: FedAvg.
-    """
-    updates, state = optimizer.update(jax.tree.map(jnp.negative, mean_delta), state, params)
-    return optax.apply_updates(params, updates), state
-
-
-def sample_participants(seed: int, round_index: int, clients: int, count: int, attempt: int = 0) -> np.ndarray:
-    """The ids of one round's clients, ``[count]`` int32, sorted and distinct: a function of its arguments alone.
-
-    A further attempt at the round, after all of its clients failed, draws others.
-    """
-    if count == clients:
-        return np.arange(clients, dtype=np.int32)
-    stream = (0x5A, attempt) if attempt else (0x5A,)
-    generator = np.random.default_rng(np.random.SeedSequence([seed, round_index], spawn_key=stream))
-    return np.sort(generator.choice(clients, count, replace=False)).astype(np.int32)
