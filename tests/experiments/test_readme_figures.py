@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from fedmezo_jax.run.config import RunConfig
+
 ROOT = Path(__file__).parents[2]
 README, STUDIES, SCALING, PERFORMANCE, INDEX = (
     (ROOT / name).read_text(encoding="utf-8")
@@ -270,3 +272,54 @@ def test_the_minutes_of_the_index_are_those_of_the_results():
     for name, minutes in rows:
         measured = stored(name)["seconds"] / 60
         assert minutes == (f"{measured:.0f}" if measured > 0.5 else f"{measured:.2f}"), name
+
+
+def test_the_first_figures_of_the_readme_are_those_of_the_results():
+    bullets = README.split("```mermaid")[0]
+    paired = next(row for row in read("memory_a100") if row["precision"] == "paired")
+    sent = {row["sent"]: row["uplink_bytes"] for row in read("communication")}
+    assert f"takes {100 * (paired['over_forward'] - 1):.1f} % more memory" in bullets
+    assert f": {sent['coefficients, per-client directions']} bytes a round" in bullets
+    assert f"would be {sent['LoRA, float16'] / 1e6:.0f} MB" in bullets
+    run = RunConfig()
+    assert f"the {run.clients * run.rounds * run.local_steps:,} local steps" in bullets
+    smallest, *_, largest = read("scale")
+    times = f"among {largest['clients']:,} takes {largest['over_smallest']:.2f} times as long as one among"
+    assert f"{times} {smallest['clients']}." in bullets
+
+
+def rounded(text, value):
+    """Whether a number in the text is the value, rounded to as many digits as it has."""
+    decimals = len(text.partition(".")[2])
+    return text.replace(",", "") == f"{value:.{decimals}f}"
+
+
+def test_the_plans_are_those_of_the_results():
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in SCALING.splitlines() if "| clients=" in line]
+    plans = iter(("plan_3b_a100", "plan_3b_v5e", "plan_7b_a100", "plan_8b_h100", "plan_70b_h100"))
+    meshes = {}
+    for title, mesh, at_once, gibibytes, gigabytes, seconds in cells:
+        if title:
+            name = next(plans)
+            meshes = {row["mesh"]: row for row in read(name)}
+            [devices, clients] = re.match(r"[\w-]+, ([\w:-]+), (\d+)", title).groups()
+            assert re.search(rf"--topology {devices} --clients {clients}\b", stored(name)["command"])
+        row = meshes[mesh]
+        assert rounded(gibibytes, row["peak_bytes_per_chip"] / 2**30)
+        if not row["fits"]:
+            assert (at_once, gigabytes, seconds) == ("does not fit", "", "")
+            continue
+        fit = f" ({row['most_clients_per_chip']:.0f} would fit)" if "fit" in at_once else ""
+        assert at_once == f"{row['clients_at_once']}{fit}"
+        assert rounded(gigabytes, row["collective_bytes_per_round"] / 1e9)
+        assert rounded(seconds, row["roofline_seconds_per_round"])
+    assert next(plans, None) is None
+
+
+@pytest.mark.parametrize("precision", ["paired", "float32", "bfloat16"])
+def test_the_errors_of_the_projected_gradient_are_those_of_the_results(precision):
+    errors = [100 * row["error"] for row in read("precision") if row["precision"] == precision]
+    title = {"bfloat16": "plain bfloat16"}.get(precision, precision)
+    [line] = [line for line in PERFORMANCE.splitlines() if line.startswith(f"| {title} | ") and "%" in line]
+    for cell, error in zip(line.split("|")[2:-1], errors, strict=True):
+        assert rounded(cell.strip(" %"), error)
