@@ -1,4 +1,4 @@
-"""The figures in README's table of studies are those of the results files."""
+"""The figures in the README, in the documents and in the index of experiments are those of the results files."""
 
 import json
 import re
@@ -6,12 +6,24 @@ from pathlib import Path
 
 import pytest
 
+from fedmezo_jax.run.config import RunConfig
+
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README, STUDIES, SCALING, PERFORMANCE, INDEX = (
+    (ROOT / name).read_text(encoding="utf-8")
+    for name in ("README.md", "docs/results.md", "docs/scaling.md", "docs/performance.md", "experiments/README.md")
+)
+STORED_AS = {"divergence": "surge", "partitioners": "splitters", "step": "bench_step", "scale": "bench_scale"}
+"""Module → name of its results file, where the two differ."""
+
+
+def stored(name):
+    file = ROOT / "experiments" / "results" / f"{STORED_AS.get(name, name)}.json"
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def read(name):
-    return json.loads((ROOT / "experiments" / "results" / f"{name}.json").read_text(encoding="utf-8"))["rows"]
+    return stored(name)["rows"]
 
 
 def after(row):
@@ -42,8 +54,8 @@ def single_client(rows):
     return [*best_rates(rows), " against ".join(same), *errors]
 
 
-def surge(rows):
-    """For each rate the seeds' first rounds of a surge; how often the guard warned before one, and where none came."""
+def divergence(rows):
+    """For each rate the seeds' first rounds of divergence; how often a warning came before one, and where none came."""
     first = {}
     for row in rows:
         first.setdefault(row["learning_rate"], []).append(row["first_surge"])
@@ -55,8 +67,8 @@ def surge(rows):
     ]
     return [
         *(f"{_rate(rate)}: {', '.join('none' if t is None else str(t) for t in each)}" for rate, each in first.items()),
-        f"before {sum(early)} of the {len(early)} surges",
-        f"in {sum(row['first_warning'] is not None for row in calm)} of the {len(calm)} runs without",
+        f"before {sum(early)} of the {len(early)} divergences",
+        f"in {sum(row['first_warning'] is not None for row in calm)} of the {len(calm)} runs without one",
     ]
 
 
@@ -105,6 +117,14 @@ def theory_constants(rows):
     ]
 
 
+def answers(rows):
+    matches = (rows[0]["exact_match"], rows[1]["exact_match"], rows[1]["standard_error"])
+    return [
+        " → ".join(f"{row['test_loss']:.3f}" for row in rows),
+        "{:.0f} → {:.1f} ± {:.1f} %".format(*(100 * x for x in matches)),
+    ]
+
+
 def heterogeneity_index(rows):
     own = [row for row in rows if row["index"] == "model-diff"]
     assert {row["dirichlet_alpha"] for row in own} == {0.05, 0.2, 1, 10, 100}
@@ -115,10 +135,10 @@ FIGURES = {
     "convergence": best_rates,
     "perturbation_scale": lambda rows: [after_band(row) for row in rows],
     "local_steps": lambda rows: [f"{row['variant'].removeprefix('H = ')}: {after_band(row)}" for row in rows],
-    "surge": surge,
+    "divergence": divergence,
     "shared_directions": lambda rows: [after_band(row) for row in rows],
     "personalised_rates": personalised_rates,
-    "splitters": lambda rows: [after_band(row) for row in rows],
+    "partitioners": lambda rows: [after_band(row) for row in rows],
     "clients": lambda rows: [", ".join(after(row) for row in rows)],
     "batch_size": lambda rows: [", ".join(after_band(row) for row in rows)],
     "lora_rank": lambda rows: [
@@ -137,10 +157,7 @@ FIGURES = {
         for row in rows[:3]
     ],
     "task_metrics": lambda rows: [
-        " → ".join(f"{row['test_loss']:.3f}" for row in rows),
-        "{:.0f} → {:.1f} ± {:.1f} %".format(
-            *(100 * x for x in (rows[0]["exact_match"], rows[1]["exact_match"], rows[1]["standard_error"]))
-        ),
+        *answers(rows),
         "{:.0f} → {:.0f} %".format(*(100 * row["answers_stated"] for row in rows)),
     ],
     "heterogeneity_index": heterogeneity_index,
@@ -151,10 +168,62 @@ SETTINGS = {"0.05", "1.25"}
 """Numbers with decimals in the table that are no results: a Dirichlet α, and a multiple of the learning rate."""
 
 
+MIB = 2**20
+
+
+def memory(rows):
+    """MiB at the peak of a step, a forward pass and back-propagation."""
+    peak = {(row["what"], row["precision"]): f"{row['peak_bytes'] / MIB:.0f}" for row in rows}
+    kinds = (("backprop", "bfloat16"), ("backprop_checkpointed", "bfloat16"), ("fedmezo", "paired"))
+    return {name: peak[name] for name in (*kinds, ("fedmezo", "bfloat16"), ("forward", "bfloat16"))}
+
+
+def memory_in_short(rows):
+    plain, checkpointed, paired, _, forward = memory(rows).values()
+    return [f"step {paired} MiB", f"forward pass {forward}", f"back-propagation {plain} (checkpointed {checkpointed})"]
+
+
+def bytes_in_short(rows):
+    sent = {row["sent"]: row for row in rows}
+    coefficients = sent["coefficients, per-client directions"]
+    return [
+        f"{coefficients['uplink_bytes']} up and {coefficients['downlink_bytes']} down",
+        f"{sent['LoRA, float16']['uplink_bytes']:,} each way",
+    ]
+
+
+def speed_in_short(rows):
+    ratios = {kind: [row["speedup_over_peer_bfloat16"] for row in rows if row["dtype"] == kind] for kind in DTYPES}
+    return [
+        f"{min(ratios['paired']):.2f} to {max(ratios['paired']):.2f} times as fast in `paired`",
+        f"{min(ratios['float32']):.2f} to {max(ratios['float32']):.2f} times in float32",
+    ]
+
+
+DTYPES = ("paired", "float32")
+IN_SHORT = {
+    "Learning": ("convergence", best_rates),
+    "A real model": ("task_metrics", answers),
+    "Memory": ("memory_a100", memory_in_short),
+    "Communication": ("communication", bytes_in_short),
+    "Speed": ("step", speed_in_short),
+}
+"""Row of the README's results → its results file, and the texts that it must have."""
+
+
 def table():
-    """Study → what its row says of ours."""
-    rows = re.findall(r"^\| `(\w+)` \|(.*)\|(.*)\|$", README, re.MULTILINE)
-    return {name: ours for name, _, ours in rows}
+    """Study → what its row says of the measurements here."""
+    rows = re.findall(r"^\| `(\w+)` \|(.*)\|(.*)\|$", STUDIES, re.MULTILINE)
+    return {name: here for name, _, here in rows}
+
+
+def check(said, texts):
+    """Every text is there, and no other measured figure is left."""
+    rest = said
+    for text in sorted(texts, key=len, reverse=True):
+        assert text in said
+        rest = rest.replace(text, "")
+    assert set(re.findall(r"\d+\.\d+", rest)) <= SETTINGS
 
 
 def test_every_study_of_the_table_is_checked():
@@ -163,13 +232,94 @@ def test_every_study_of_the_table_is_checked():
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_a_study_s_figures_are_those_of_its_results(name):
-    said = rest = table()[name]
-    for text in sorted(FIGURES[name](read(name)), key=len, reverse=True):
-        assert text in said
-        rest = rest.replace(text, "")
-    assert set(re.findall(r"\d+\.\d+", rest)) <= SETTINGS  # no other measured figure is left
+    check(table()[name], FIGURES[name](read(name)))
+
+
+def test_every_result_of_the_readme_is_checked():
+    results = README.split("\n## Results\n")[1].split("\n## ")[0]
+    rows = dict(re.findall(r"^\| ([^|]+) \| (.*) \|$", results, re.MULTILINE))
+    assert list(rows) == ["question", *IN_SHORT]
+    for name, (file, texts) in IN_SHORT.items():
+        check(rows[name], texts(read(file)))
 
 
 @pytest.mark.parametrize("row", read("communication")[2:], ids=lambda row: row["sent"])
 def test_the_bytes_of_messages_are_those_of_the_results(row):
-    assert f"| {row['uplink_bytes']:,} | {row['downlink_bytes']:,} |" in README
+    assert f"| {row['uplink_bytes']:,} | {row['downlink_bytes']:,} |" in SCALING
+
+
+def test_the_memory_of_the_paper_s_model_is_that_of_the_results():
+    plain, checkpointed, paired, narrow, forward = memory(read("memory_a100")).values()
+    row = f"| {plain} (checkpointed {checkpointed}) | {paired} paired; {narrow} in plain bfloat16 | forward {forward} |"
+    assert row in SCALING
+
+
+@pytest.mark.parametrize("row", read("step"), ids=lambda row: f"{row['clients']}x{row['length']}-{row['dtype']}")
+def test_the_times_of_a_round_are_those_of_the_results(row):
+    setting = f"{row['clients']} × {row['batch']} × {row['length']}, {row['rank']}"
+    line = next(line for line in PERFORMANCE.splitlines() if line.startswith(f"| {setting} | {row['dtype']} |"))
+    cells = [re.sub(r" \(.*\)", "", cell.strip()) for cell in line.split("|")[3:-1]]  # in brackets: an earlier run
+    ratios = [row[name] for name in ("step_over_two_forwards", "speedup_over_peer", "speedup_over_peer_bfloat16")]
+    expected = [f"{row['seconds']:.2f}", f"{100 * row['share_of_peak']:.0f} %", *(f"{ratio:.2f}" for ratio in ratios)]
+    assert cells == expected
+
+
+def test_the_minutes_of_the_index_are_those_of_the_results():
+    rows = re.findall(
+        r"^\| `python -m experiments\.(?:studies|benchmarks)\.(\w+).*\| ([\d.]+) \|$", INDEX, re.MULTILINE
+    )
+    assert {name for name, _ in rows} >= set(FIGURES)
+    for name, minutes in rows:
+        measured = stored(name)["seconds"] / 60
+        assert minutes == (f"{measured:.0f}" if measured > 0.5 else f"{measured:.2f}"), name
+
+
+def test_the_first_figures_of_the_readme_are_those_of_the_results():
+    bullets = README.split("```mermaid")[0]
+    paired = next(row for row in read("memory_a100") if row["precision"] == "paired")
+    sent = {row["sent"]: row["uplink_bytes"] for row in read("communication")}
+    assert f"takes {100 * (paired['over_forward'] - 1):.1f} % more memory" in bullets
+    assert f": {sent['coefficients, per-client directions']} bytes a round" in bullets
+    assert f"would be {sent['LoRA, float16'] / 1e6:.0f} MB" in bullets
+    run = RunConfig()
+    assert f"the {run.clients * run.rounds * run.local_steps:,} local steps" in bullets
+    smallest, *_, largest = read("scale")
+    times = f"among {largest['clients']:,} takes {largest['over_smallest']:.2f} times as long as one among"
+    assert f"{times} {smallest['clients']}." in bullets
+
+
+def rounded(text, value):
+    """Whether a number in the text is the value, rounded to as many digits as it has."""
+    decimals = len(text.partition(".")[2])
+    return text.replace(",", "") == f"{value:.{decimals}f}"
+
+
+def test_the_plans_are_those_of_the_results():
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in SCALING.splitlines() if "| clients=" in line]
+    plans = iter(("plan_3b_a100", "plan_3b_v5e", "plan_7b_a100", "plan_8b_h100", "plan_70b_h100"))
+    meshes = {}
+    for title, mesh, at_once, gibibytes, gigabytes, seconds in cells:
+        if title:
+            name = next(plans)
+            meshes = {row["mesh"]: row for row in read(name)}
+            [devices, clients] = re.match(r"[\w-]+, ([\w:-]+), (\d+)", title).groups()
+            assert re.search(rf"--topology {devices} --clients {clients}\b", stored(name)["command"])
+        row = meshes[mesh]
+        assert rounded(gibibytes, row["peak_bytes_per_chip"] / 2**30)
+        if not row["fits"]:
+            assert (at_once, gigabytes, seconds) == ("does not fit", "", "")
+            continue
+        fit = f" ({row['most_clients_per_chip']:.0f} would fit)" if "fit" in at_once else ""
+        assert at_once == f"{row['clients_at_once']}{fit}"
+        assert rounded(gigabytes, row["collective_bytes_per_round"] / 1e9)
+        assert rounded(seconds, row["roofline_seconds_per_round"])
+    assert next(plans, None) is None
+
+
+@pytest.mark.parametrize("precision", ["paired", "float32", "bfloat16"])
+def test_the_errors_of_the_projected_gradient_are_those_of_the_results(precision):
+    errors = [100 * row["error"] for row in read("precision") if row["precision"] == precision]
+    title = {"bfloat16": "plain bfloat16"}.get(precision, precision)
+    [line] = [line for line in PERFORMANCE.splitlines() if line.startswith(f"| {title} | ") and "%" in line]
+    for cell, error in zip(line.split("|")[2:-1], errors, strict=True):
+        assert rounded(cell.strip(" %"), error)
