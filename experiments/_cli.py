@@ -86,11 +86,16 @@ def _leave(message: str, code: int) -> None:
 
 
 def _parse(config: type[T], description: str | None) -> T:
-    """tyro's parser, whose framed error messages are brought to one line."""
+    """tyro's parser, whose framed error messages are brought to one line.
+
+    A config with a method ``defaults(arguments)`` says itself where it starts from.
+    """
     complaint = io.StringIO()
+    default = config.defaults(sys.argv[1:]) if hasattr(config, "defaults") else None  # pyright: ignore[reportAttributeAccessIssue]
+    start = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(config, description=description, config=(tyro.conf.OmitArgPrefixes,))
+            return tyro.cli(config, description=description, config=(tyro.conf.OmitArgPrefixes,), **start)
     except SystemExit as stop:
         if not stop.code:
             raise

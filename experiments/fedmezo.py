@@ -11,17 +11,18 @@ A real model on real data:
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import time
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import tyro
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -30,15 +31,16 @@ from experiments import _cli
 from experiments._plots import plot_loss, plot_partition
 from fedmezo_jax.data.buckets import lengths
 from fedmezo_jax.errors import UserError
-from fedmezo_jax.llama.precision import WARN_ABOVE, expected_error
 from fedmezo_jax.parallel import multihost
-from fedmezo_jax.parallel.sharding import parse_mesh
 from fedmezo_jax.run import divergence, run_folder
-from fedmezo_jax.run.config import RunConfig
-from fedmezo_jax.run.context import RunContext, base_loss, prepare, resolve_defaults
-from fedmezo_jax.run.journal import versions
-from fedmezo_jax.run.loop import Result, probe_start, train
+from fedmezo_jax.run.config import RunConfig, read_config
+from fedmezo_jax.run.context import RunContext
+from fedmezo_jax.run.job import fine_tune
+from fedmezo_jax.run.loop import RunResult
 from fedmezo_jax.run.messages import lora_message
+
+OPTIONS = ("resume", "mesh", "checkpoint_every", "eval_every", "guard")
+"""What :func:`fine_tune` takes as it is given."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,9 @@ class Config:
     """The main job's command line: what decides the run's numbers, and what does not."""
 
     run: RunConfig
+    config: Path | None = None
+    """config.json of a run, whose options take the place of the defaults; options given beside it come before its own
+    """
     out: Path = Path("runs/fedmezo")
     """folder of the run"""
     resume: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -69,9 +74,18 @@ class Config:
 
     def __post_init__(self):
         """Refuses what cannot run."""
-        for name in ("checkpoint_every", "eval_every", "process_timeout"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        if self.process_timeout < 1:
+            raise UserError(f"--process-timeout must be at least 1, not {self.process_timeout}")
+
+    @classmethod
+    def defaults(cls, arguments: Sequence[str]) -> Config | None:
+        """The options before those of the command line: the run's from the file after ``--config``, if there is one."""
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+        parser.add_argument("--config", type=Path)
+        with contextlib.suppress(argparse.ArgumentError):  # the command line's own parser says what is wrong
+            file = parser.parse_known_args(arguments)[0].config
+            return None if file is None else cls(read_config(file))
+        return None
 
 
 def main(config: Config) -> None:
@@ -80,103 +94,64 @@ def main(config: Config) -> None:
     with ExitStack() as held:
         if not multihost.is_coordinator():
             held.enter_context(contextlib.redirect_stdout(held.enter_context(open(os.devnull, "w"))))
-        held.enter_context(multihost.report_peer_failure())
-        held.enter_context(run_folder.guarded(config.out))
-        _main(config, held)
+        start, result = _fine_tune(config)
+        if multihost.is_coordinator():
+            with run_folder.guarded(config.out):
+                conclude(config.out, result, time.perf_counter() - start)
 
 
-def _main(config: Config, held: ExitStack) -> None:
-    said = asdict(config) | asdict(config.run) | versions() | {"devices a process": jax.local_device_count()}
-    multihost.check_same_config({name: value for name, value in said.items() if name not in ("run", "processes")})
-    first, lock = multihost.is_coordinator(), run_folder.lock(config.out)
-    config = replace(config, run=multihost.all_or_none(lambda: resolve_defaults(config.run, notify=print)))
+def _fine_tune(config: Config) -> tuple[float, RunResult]:
+    """The run, shown as it goes on, and when it began."""
+    start, bar, held = 0.0, _progress(), ExitStack()
+    task = bar.add_task("rounds", total=config.run.rounds, loss="", pace="")
 
-    def open_folder() -> None:
-        run_folder.check_folder(config.out, config.run, config.resume)
-        if first and (config.out / "config.json").exists():
-            held.enter_context(lock)  # so that a second run is refused before it loads anything
+    def begin(context: RunContext) -> None:
+        nonlocal start
+        start = time.perf_counter()
+        describe(context)
+        if multihost.is_coordinator():
+            plot_partition(config.out / "partition.png", context)
+        held.enter_context(bar)
 
-    def make_folder() -> None:
-        config.out.mkdir(parents=True, exist_ok=True)
-        held.enter_context(lock)
-        for notice in run_folder.check_folder(config.out, config.run, config.resume):
-            print("notice:", notice)
-        run_folder.write_json(config.out / "config.json", asdict(config.run))
+    def show(record: dict[str, Any]) -> None:
+        pace = f"{record['seconds']:.2f} s/round"
+        loss = "no loss" if record["train_loss"] is None else f"loss {record['train_loss']:.4f}"
+        bar.update(task, completed=record["round"], loss=loss, pace=pace)
 
-    multihost.all_or_none(open_folder)
-    setup = multihost.all_or_none(lambda: prepare(config.run, parse_mesh(config.mesh, jax.devices())))
-    loss_before = base_loss(setup)
-    begun = multihost.all_or_none((config.out / "metrics.jsonl").exists)
-    multihost.all_or_none(make_folder if first else lambda: None)
-    multihost.all_or_none(lambda: run_folder.check_shared(config.out))
-    start = time.perf_counter()
-    describe(setup)
-    warn(config, setup, begun)
-    if first:
-        plot_partition(config.out / "partition.png", setup)
-    result = _train(config, setup, loss_before)
-    if first:
-        conclude(config, setup, result, time.perf_counter() - start)
+    options = {name: getattr(config, name) for name in OPTIONS}
+    notify = partial(bar.console.print, soft_wrap=True, markup=False, highlight=False)
+    with held:
+        result = fine_tune(config.run, config.out, **options, on_start=begin, on_round=show, notify=notify)
+    return start, result
 
 
-def warn(config: Config, setup: RunContext, begun: bool) -> None:
-    """Says what is likely to go wrong: too coarse a precision; before the first round, too large a learning rate."""
-    run = config.run
-    if run.algorithm != "fedmezo":
-        return
-    precision = setup.model.precision
-    if (error := expected_error(precision, run.perturbation_scale)) > WARN_ABOVE:
-        size = f"{error:.0%}" if error < 10 else "more than 1000%"
-        print(
-            f"warning: at --precision {precision}, --perturbation-scale {run.perturbation_scale:g} the projected "
-            f"gradient is likely off by {size}: choose paired or float32, or measure it with "
-            "experiments.benchmarks.precision"
-        )
-    if config.guard and precision != "bfloat16" and not begun:
-        for warning in divergence.warnings(probe_start(setup), run, divergence.count(setup.lora)):
-            print("warning:", warning)
-
-
-def _train(config: Config, setup: RunContext, loss_before: float) -> Result:
-    with _progress() as bar:
-        task = bar.add_task("rounds", total=config.run.rounds, loss="", pace="")
-
-        def show(record: dict[str, Any]) -> None:
-            pace = f"{record['seconds']:.2f} s/round"
-            loss = "no loss" if record["train_loss"] is None else f"loss {record['train_loss']:.4f}"
-            bar.update(task, completed=record["round"], loss=loss, pace=pace)
-
-        intervals = {"checkpoint_every": config.checkpoint_every, "eval_every": config.eval_every}
-        notify = partial(bar.console.print, "notice:", soft_wrap=True, markup=False, highlight=False)
-        return train(setup, config.out, **intervals, loss_before=loss_before, on_round=show, notify=notify)
-
-
-def conclude(config: Config, setup: RunContext, result: Result, seconds: float) -> None:
+def conclude(out: Path, result: RunResult, seconds: float) -> None:
     """Writes results and plot, and prints them."""
-    rows = _rows(config.run, setup, result)
-    _cli.write_results(config.out, rows, seconds)
-    plot_loss(config.out / "loss.png", result.loss_before, result.metrics, config.run)
+    rows, config = _rows(result), result.context.config
+    _cli.write_results(out, rows, seconds)
+    plot_loss(out / "loss.png", result.loss_before, result.metrics, config)
     _cli.print_table(f"bytes are of one client in one round, at most; this run sent {rows[0]['messages']}", rows)
     change = 100 * (result.loss_after / result.loss_before - 1)
     print(f"padding: {np.mean([record['padding_share'] for record in result.metrics]):.1%} of the computed tokens")
     if failed := Counter(event["why"] for record in result.metrics for event in record["failed"]):
         print("clients left out: " + ", ".join(f"{count} {why}" for why, count in failed.most_common()))
     print(f"test loss {result.loss_before:.4f} -> {result.loss_after:.4f} ({change:+.1f} %)")
-    ledger = "run.ledger, " if config.run.algorithm == "fedmezo" else ""
-    print(f"{config.out}: {ledger}metrics.jsonl, results.json, loss.png, partition.png, adapter/, checkpoints/")
+    ledger = "run.ledger, " if config.algorithm == "fedmezo" else ""
+    print(f"{out}: {ledger}metrics.jsonl, results.json, loss.png, partition.png, adapter/, checkpoints/")
 
 
-def _rows(config: RunConfig, setup: RunContext, result: Result) -> list[dict[str, Any]]:
+def _rows(result: RunResult) -> list[dict[str, Any]]:
     """The table: the messages that were sent, and for comparison the LoRA that was not."""
+    sends_coefficients = result.context.config.sends_coefficients
     later = result.metrics[1:] or result.metrics  # the first round compiles
     pace = sorted(record["seconds"] for record in later)[len(later) // 2]
     largest = {
         way: max(size for record in result.metrics for size in record[f"client_{way}link_bytes"])
         for way in ("up", "down")
     }
-    forms = {"coefficients" if config.sends_coefficients else "lora": largest}
-    if config.sends_coefficients:
-        forms["lora"] = dict.fromkeys(largest, len(lora_message(setup.lora)))
+    forms = {"coefficients" if sends_coefficients else "lora": largest}
+    if sends_coefficients:
+        forms["lora"] = dict.fromkeys(largest, len(lora_message(result.context.lora)))
     return [
         {
             "messages": form,

@@ -45,8 +45,6 @@ class Config:
     """most tokens to add to each prompt"""
     precision: Literal["float32", "bfloat16"] = "float32"
     """of the products with base weights"""
-    seed: int = 0
-    """nothing is drawn at random here; it goes into config.json alone"""
     out: Path = Path("runs/generate")
     """folder for config.json and results.json"""
 

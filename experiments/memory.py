@@ -67,8 +67,6 @@ class Config:
     """of the step's products with frozen weights; with paired, the step in plain bfloat16 is shown beside it"""
     sweep: Literal["model", "length", "clients"] | None = None
     """vary this and plot the growth"""
-    seed: int = 0
-    """has no part in this: shapes alone are compiled"""
     out: Path = Path("runs/memory")
     """folder for config.json, results.json and, for a sweep, growth.png"""
 

@@ -58,8 +58,6 @@ class Config:
     """of the products with frozen weights"""
     seeds: Seeds = "per-client"
     """whether clients draw directions of their own or share them"""
-    seed: int = 0
-    """has no part in this: shapes alone are compiled"""
     out: Path = Path("runs/plan")
     """folder for config.json and results.json"""
 

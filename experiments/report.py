@@ -78,8 +78,6 @@ class Config:
 
     results: Path = Path("experiments/results")
     """folder with NAME.json and NAME.png, or with folders that hold a results.json"""
-    seed: int = 0
-    """has no part in this: nothing is drawn"""
     out: Path = Path("runs/report")
     """folder for report.html, config.json and results.json"""
 

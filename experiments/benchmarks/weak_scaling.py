@@ -57,8 +57,6 @@ class Config:
     """LoRA rank"""
     seeds: Seeds = "per-client"
     """whether clients draw directions of their own or share them"""
-    seed: int = 0
-    """has no part in this: shapes alone are compiled"""
     out: Path = Path("runs/weak_scaling")
     """folder for config.json, results.json and weak_scaling.png"""
 

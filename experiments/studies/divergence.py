@@ -23,8 +23,9 @@ from experiments.studies import result_cache, runner
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.run import divergence
 from fedmezo_jax.run.config import RunConfig
-from fedmezo_jax.run.context import RunContext, prepare
-from fedmezo_jax.run.loop import probe_start, train
+from fedmezo_jax.run.context import prepare
+from fedmezo_jax.run.job import fine_tune
+from fedmezo_jax.run.loop import probe_start
 from fedmezo_jax.run.run_folder import write_json
 
 mpl.use("Agg")
@@ -73,20 +74,25 @@ def main(config: Config) -> None:
 
 
 @lru_cache(maxsize=1)
-def _start(run: RunConfig) -> tuple[RunContext, divergence.Probe]:
-    """What all rates of one seed share: the setup, and the guard's measurements before the first round."""
-    setup = prepare(run)
-    return setup, probe_start(setup)
+def _probe(run: RunConfig) -> divergence.Probe:
+    """The guard's measurements before the first round, which all rates of one seed share."""
+    return probe_start(prepare(run))
 
 
 def _outcome(point: dict[str, Any]) -> dict[str, Any]:
     """One run's row of the table, and its training loss over rounds (None where no client's loss was finite)."""
     run = RunConfig(**point)
-    setup, probe = _start(replace(run, learning_rate=1.0))
+    probe = _probe(replace(run, learning_rate=1.0))
     with tempfile.TemporaryDirectory() as folder:
-        changed = setup._replace(config=replace(setup.config, learning_rate=run.learning_rate))
-        result = train(changed, Path(folder), checkpoint_every=run.rounds, eval_every=run.rounds)
-    trained = divergence.count(setup.lora)
+        result = fine_tune(
+            run,
+            folder,
+            checkpoint_every=run.rounds,
+            eval_every=run.rounds,
+            guard=False,
+            notify=lambda line: None,
+        )
+    trained = divergence.count(result.lora)
     surged = [record["round"] for record in result.metrics if record["surge"]]
     warned = [record["round"] for record in result.metrics if (record["gradient_growth"] or 0) > divergence.GROWTH]
     first_warning = 0 if divergence.warnings(probe, run, trained) else warned[0] if warned else None

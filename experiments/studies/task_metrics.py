@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ from fedmezo_jax.evaluation import gsm8k
 from fedmezo_jax.llama.registry import load_tokenizer, resolve
 from fedmezo_jax.run import run_folder
 from fedmezo_jax.run.config import RunConfig
-from fedmezo_jax.run.context import prepare, resolve_defaults, table_of
-from fedmezo_jax.run.loop import train
+from fedmezo_jax.run.context import table_of
+from fedmezo_jax.run.job import fine_tune
 
 SMALL = RunConfig(
     model="smollm2-135m",
@@ -64,12 +65,20 @@ def main(config: Config) -> None:
     """Answers, trains, answers again."""
     start = time.perf_counter()
     run, count, tokens = PRESETS[config.preset]
-    run = resolve_defaults(replace(run, seed=config.seed, data_dir=config.data_dir, test_rows=count))
-    folder = config.out / "run"
-    run_folder.check_folder(folder, run, resume=True)
-    setup = prepare(run)
-    folder.mkdir(parents=True, exist_ok=True)
-    run_folder.write_json(folder / "config.json", asdict(run))
+    run = replace(run, seed=config.seed, data_dir=config.data_dir, test_rows=count)
+    with Progress() as bar:
+        task = bar.add_task("rounds", total=run.rounds)
+        result = fine_tune(
+            run,
+            config.out / "run",
+            resume=True,
+            checkpoint_every=1,
+            eval_every=run.rounds,
+            guard=False,
+            on_round=lambda _: bar.advance(task),
+            notify=partial(bar.console.print, soft_wrap=True, markup=False, highlight=False),
+        )
+    setup = result.context
     tokenizer = load_tokenizer(resolve(run.model))
     table = table_of(run, tokenizer)
     asked = [one for i in table.test if isinstance(one := table.examples[i], Example)]
@@ -81,9 +90,6 @@ def main(config: Config) -> None:
         )
         return gsm8k.score(generator(subject, tokens)(prompts), [one.response for one in asked])
 
-    with run_folder.guarded(folder), run_folder.lock(folder), Progress() as bar:
-        task = bar.add_task("rounds", total=run.rounds)
-        result = train(setup, folder, checkpoint_every=1, eval_every=run.rounds, on_round=lambda _: bar.advance(task))
     rows = [
         {
             "rounds": rounds,
@@ -98,7 +104,9 @@ def main(config: Config) -> None:
             (run.rounds, result.loss_after, answer(result.lora)),
         )
     ]
-    run_folder.write_json(config.out / "config.json", asdict(config) | {"out": str(config.out), "run": asdict(run)})
+    run_folder.write_json(
+        config.out / "config.json", asdict(config) | {"out": str(config.out), "run": asdict(setup.config)}
+    )
     _cli.write_results(config.out, rows, time.perf_counter() - start)
     _cli.print_table(f"{run.model} on {run.data}", rows)
 

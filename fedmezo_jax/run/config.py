@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from fedmezo_jax.core.federated import Seeds
 from fedmezo_jax.core.mezo import Distribution
@@ -114,6 +119,9 @@ class RunConfig:
 
     def __post_init__(self):
         """Refuses values that no run can have."""
+        for name, hint in _hints().items():
+            if choices := _choices(hint):
+                self._require(name, _fits(getattr(self, name), hint), f"one of {', '.join(choices)}")
         whole = (
             *("clients", "rounds", "local_steps", "batch_size"),
             *("directions", "lora_rank", "test_rows", "length_buckets", "attempts"),
@@ -179,3 +187,64 @@ class RunConfig:
     def participants(self) -> int:
         """Clients of a round, P: ``participation`` of all, rounded, and at least one."""
         return max(1, round(self.participation * self.clients))
+
+
+def config_from(values: Mapping[str, Any], source: str) -> RunConfig:
+    """A configuration from what a file holds, a value for each field and nothing else.
+
+    Args:
+        values: name and value of each field.
+        source: the file, as an error message names it.
+
+    Raises:
+        UserError: a field is missing or unknown, or its value is not one that a run can have; names the field.
+    """
+    refusal = f"{source}: its configuration is not one of this version of the package"
+    if odd := values.keys() ^ {field.name for field in fields(RunConfig)}:
+        raise UserError(f"{refusal}: {', '.join(sorted(odd))} is missing or unknown")
+    for name, value in values.items():
+        if not _fits(value, _hints()[name]):
+            raise UserError(f"{refusal}: {name} cannot be {value!r:.60}")
+    try:
+        return RunConfig(**values)
+    except UserError as error:
+        raise UserError(f"{refusal}: {error}") from None
+
+
+def read_config(file: Path) -> RunConfig:
+    """The configuration in a run's ``config.json``.
+
+    Raises:
+        UserError: the file cannot be read, or holds something else.
+    """
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or "it is not valid JSON"
+        raise UserError(f"{file}: cannot be read ({reason}): give the config.json of a run's folder") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{file}: holds no JSON object: give the config.json of a run's folder")
+    return config_from(values, str(file))
+
+
+@cache
+def _hints() -> dict[str, Any]:
+    return get_type_hints(RunConfig)
+
+
+def _choices(hint: Any) -> tuple[str, ...]:
+    """The values of a ``Literal``, or of one that may be None; nothing for another type."""
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    return tuple(choice for option in get_args(hint) for choice in _choices(option))
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of an annotated type, as the command line would make it."""
+    if get_origin(hint) in (Union, UnionType):
+        return any(_fits(value, option) for option in get_args(hint))
+    if get_origin(hint) is Literal:
+        return type(value) is str and value in get_args(hint)
+    if hint is float:
+        return type(value) is float or (type(value) is int and abs(value) < 2**53)
+    return type(value) is (NoneType if hint is None else hint)

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +18,7 @@ from fedmezo_jax.core.aggregation import sample_participants
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.run import client_failures, ledger
 from fedmezo_jax.run.acceptance import Expected, Message, receive
-from fedmezo_jax.run.config import RunConfig
+from fedmezo_jax.run.config import RunConfig, config_from
 from fedmezo_jax.run.ledger import Entry
 
 MOST_CLIENTS, MOST_COEFFICIENTS = 10**7, 2**28
@@ -34,17 +32,8 @@ def run_config(header: Mapping[str, Any], file: Path) -> RunConfig:
     Raises:
         UserError: it is not one that a run with a ledger can have, or is too large to be real.
     """
-    given, hints = header["config"], get_type_hints(RunConfig)
-    refusal = f"{file}: its configuration is not one of this version of the package"
-    if odd := given.keys() ^ {field.name for field in fields(RunConfig)}:
-        raise UserError(f"{refusal}: {', '.join(sorted(odd))} is missing or unknown")
-    for name, value in given.items():
-        if not _fits(value, hints[name]):
-            raise UserError(f"{refusal}: {name} cannot be {value!r:.60}")
-    try:
-        config = RunConfig(**given)
-    except UserError as error:
-        raise UserError(f"{refusal}: {error}") from None
+    config = config_from(header["config"], str(file))
+    refusal = f"{file}: its configuration is not one of a ledger"
     if config.algorithm != "fedmezo":
         raise UserError(f"{refusal}: runs of {config.algorithm} have no ledger")
     if config.clients > MOST_CLIENTS:
@@ -52,17 +41,6 @@ def run_config(header: Mapping[str, Any], file: Path) -> RunConfig:
     if config.participants * config.local_steps * config.directions > MOST_COEFFICIENTS:
         raise UserError(f"{refusal}: a round of it has more than {MOST_COEFFICIENTS} coefficients")
     return config
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of an annotated type, as the command line would make it."""
-    if get_origin(hint) in (Union, UnionType):
-        return any(_fits(value, option) for option in get_args(hint))
-    if get_origin(hint) is Literal:
-        return type(value) is str and value in get_args(hint)
-    if hint is float:
-        return type(value) is float or (type(value) is int and abs(value) < 2**53)
-    return type(value) is (NoneType if hint is None else hint)
 
 
 def entries(file: Path, config: RunConfig, first: int = 0) -> Iterator[Entry]:

@@ -34,16 +34,18 @@ def forward_passes(config: RunConfig) -> int:
     return config.participants * config.local_steps * each
 
 
-class Result(NamedTuple):
+class RunResult(NamedTuple):
     """A finished run.
 
     Attributes:
+        context: what it worked with, θ at its start and the frozen weights among it.
         lora: θ at the end.
         loss_before: test loss of the base model, in nats.
         loss_after: test loss at the end; NaN where it is not finite.
         metrics: one record a round, as in ``metrics.jsonl``.
     """
 
+    context: RunContext
     lora: mezo.Params
     loss_before: float
     loss_after: float
@@ -59,7 +61,7 @@ def train(
     loss_before: float | None = None,
     on_round: Callable[[dict[str, Any]], None] = lambda record: None,
     notify: Callable[[str], None] = lambda notice: None,
-) -> Result:
+) -> RunResult:
     """Runs all rounds that the folder has not seen yet and writes the adapter.
 
     A round is done when its record is in the ledger. A resumed run starts from the newest checkpoint that is intact,
@@ -150,7 +152,7 @@ def train(
         save_adapter(folder / "adapter", lora, **settings, base_name=config.model)
     metrics = multihost.all_or_none(lambda: run_folder.read_metrics(folder))
     loss_after = metrics[-1]["test_loss"]
-    return Result(lora, loss_before, math.nan if loss_after is None else loss_after, metrics)
+    return RunResult(setup, lora, loss_before, math.nan if loss_after is None else loss_after, metrics)
 
 
 class Stopwatch:

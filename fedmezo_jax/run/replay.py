@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
+from os import PathLike
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -12,12 +15,128 @@ import numpy as np
 from fedmezo_jax.core import mezo
 from fedmezo_jax.core.random import run_key
 from fedmezo_jax.errors import UserError
-from fedmezo_jax.run import ledger_checks, rounds
+from fedmezo_jax.llama.checkpoints.base_model import load_base
+from fedmezo_jax.llama.checkpoints.layout import leaves
+from fedmezo_jax.llama.config import LlamaConfig
+from fedmezo_jax.llama.lora import lora_shapes
+from fedmezo_jax.llama.registry import resolve, resolve_local
+from fedmezo_jax.run import ledger, ledger_checks, rounds
 from fedmezo_jax.run.config import RunConfig
-from fedmezo_jax.run.context import algorithm
+from fedmezo_jax.run.context import algorithm, start, stored_type
+
+
+class VerifiedLedger(NamedTuple):
+    """A ledger all of whose records are intact and permitted, and which belongs to the base model.
+
+    Attributes:
+        file: the ledger.
+        header: its header.
+        config: the run's configuration, from the header.
+        llama: the base model's.
+        rounds: how many rounds it has.
+        size: bytes of its header and its whole records.
+    """
+
+    file: Path
+    header: dict[str, Any]
+    config: RunConfig
+    llama: LlamaConfig
+    rounds: int
+    size: int
+
+
+class Replay(NamedTuple):
+    """A run made again.
+
+    Attributes:
+        ledger: what it was made from.
+        lora: θ after the last of these rounds.
+        rounds: how many rounds were made.
+    """
+
+    ledger: VerifiedLedger
+    lora: mezo.Params
+    rounds: int
 
 
 def replay(
+    ledger_file: str | PathLike[str],
+    model: str | None = None,
+    until: int | None = None,
+    *,
+    on_start: Callable[[VerifiedLedger], None] = lambda verified: None,
+    on_round: Callable[[int], None] = lambda done: None,
+    notify: Callable[[str], None] = lambda line: None,
+) -> Replay:
+    """Rebuilds the adapter of a run from its ledger, which is verified first, without data.
+
+    Args:
+        ledger_file: the ``run.ledger`` in a run's folder.
+        model: the run's base model, whose weights are checked against the ledger; fetched where that is needed. By
+            default the one that the run names, if it is on this machine.
+        until: round to go up to, from 0; by default the last.
+        on_start: called when all is verified and before anything is rebuilt.
+        on_round: called with the number of rounds made.
+        notify: called with each line that the user should read.
+
+    Raises:
+        UserError: the ledger is damaged, holds what no run can have, or ends before that round; or the model is not the
+            run's, or not on this machine.
+    """
+    if until is not None and until < 0:
+        raise UserError(f"--round must be 0 or more, not {until}")
+    verified = _verify(Path(ledger_file), model, notify)
+    on_start(verified)
+    first = start(verified.config, verified.llama)
+    return Replay(verified, *reconstruct(verified.file, verified.config, first, until, on_round))
+
+
+def _verify(file: Path, model: str | None, notify: Callable[[str], None]) -> VerifiedLedger:
+    """Checks every record of a ledger and the weights of its base model."""
+    header = ledger.read_header(file)
+    *_, last = ledger.records(file)  # the whole chain, before anything is computed
+    torn = file.stat().st_size - last.end
+    notify(f"{file}: {last.index} rounds, {last.end:,} bytes, every checksum holds")
+    if torn:
+        notify(f"notice: its last record was cut short: {torn} bytes are not looked at")
+    config = ledger_checks.run_config(header, file)
+    for _ in ledger_checks.entries(file, config):
+        pass
+    if last.index < config.rounds:
+        notify(
+            f"notice: the ledger ends after round {last.index} of {config.rounds}: the run was stopped or is not over"
+        )
+    folder = _base(file, config, model)
+    llama = LlamaConfig.from_json(folder)
+    _check_rank(config, llama, file)
+    if ledger.tree_hash(load_base(folder, llama, stored_type(config.precision or "float32"))) != header["base_hash"]:
+        raise UserError(f"--model {model or config.model}: its weights are not those that the run was on")
+    return VerifiedLedger(file, header, config, llama, last.index, last.end)
+
+
+def _base(file: Path, config: RunConfig, model: str | None) -> Path:
+    """The folder of the base model. A ledger alone does not make this machine fetch anything."""
+    if model is not None:
+        return resolve(model)
+    folder = resolve_local(config.model)
+    if folder is None:
+        raise UserError(
+            f"{file}: its base model {config.model} is not on this machine: to fetch it, give --model {config.model}; "
+            "or give --model FOLDER"
+        )
+    return folder
+
+
+def _check_rank(config: RunConfig, llama: LlamaConfig, file: Path) -> None:
+    """Refuses an adapter that is larger than its base and than a gigabyte, before there is room made for it."""
+    shapes = lora_shapes(llama, config.lora_rank, config.target_names)
+    size = sum(math.prod(shape) for half in shapes.values() for shape in half.values())
+    base = sum(map(math.prod, leaves(llama).values()))
+    if size > max(base, 2**28):
+        raise UserError(f"{file}: lora_rank {config.lora_rank} means {size:,} parameters, more than the model has")
+
+
+def reconstruct(
     file: Path,
     config: RunConfig,
     lora: mezo.Params,

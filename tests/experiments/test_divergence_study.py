@@ -30,11 +30,11 @@ def test_every_rate_runs_with_every_seed_and_is_not_run_twice(tmp_path, monkeypa
     assert (tmp_path / "out" / "surge.png").read_bytes()[:4] == b"\x89PNG"
     asked = []
 
-    def noted(setup, *rest, **options):
-        asked.append(setup.config.seed)
+    def noted(config, *rest, **options):
+        asked.append(config.seed)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(divergence, "train", noted)
+    monkeypatch.setattr(divergence, "fine_tune", noted)
     assert run(monkeypatch, *given) == 0
     assert json.loads((tmp_path / "out" / "results.json").read_text())["rows"] == results["rows"]
     assert run(monkeypatch, *given, "--seeds", 3) == 130

@@ -7,10 +7,11 @@ from types import SimpleNamespace
 import pytest
 import small_run
 
-from experiments import _cli, fedmezo
+from experiments import _cli
 from experiments.benchmarks import precision as experiment
 from fedmezo_jax.llama import precision
 from fedmezo_jax.llama.precision import WARN_ABOVE, expected_error
+from fedmezo_jax.run import job
 
 
 def test_errors_are_measured_against_the_derivative(tmp_path, monkeypatch, capsys):
@@ -65,10 +66,8 @@ def test_the_default_looks_at_the_cpu(monkeypatch, tmp_path, text, has):
 
 
 @pytest.mark.parametrize(("scale", "size"), [(4e-7, "250%"), (1e-8, "more than 1000%"), (1e-60, "more than 1000%")])
-def test_the_warning_is_a_line_that_can_be_read(capsys, scale, size):
+def test_the_warning_is_a_line_that_can_be_read(scale, size):
     run = SimpleNamespace(algorithm="fedmezo", perturbation_scale=scale)
-    setup = SimpleNamespace(model=SimpleNamespace(precision="float32"))
-    fedmezo.warn(SimpleNamespace(run=run, guard=False), setup, begun=False)
-    (line,) = capsys.readouterr().out.splitlines()
+    (line,) = job.warnings(SimpleNamespace(config=run, model=SimpleNamespace(precision="float32")), guard=False)
     assert f"is likely off by {size}: choose" in line
     assert len(line) < 250

@@ -14,7 +14,7 @@ from fedmezo_jax.run.acceptance import Expected, Message, receive
 from fedmezo_jax.run.config import RunConfig
 from fedmezo_jax.run.context import prepare
 from fedmezo_jax.run.loop import train
-from fedmezo_jax.run.replay import largest_difference, replay
+from fedmezo_jax.run.replay import largest_difference, reconstruct
 
 DRAW = np.random.RandomState(3)
 
@@ -161,7 +161,7 @@ def test_a_round_goes_on_without_the_liar_as_if_it_had_not_been_there(name, conf
     expected, *_ = start(tmp_path / "without", config)
     assert largest_difference(result.lora, expected.lora) is None
     if config.algorithm == "fedmezo":
-        reconstructed, _ = replay(tmp_path / "run" / "run.ledger", config, setup.lora, None)
+        reconstructed, _ = reconstruct(tmp_path / "run" / "run.ledger", config, setup.lora, None)
         assert largest_difference(result.lora, reconstructed) is None
 
 
@@ -179,7 +179,7 @@ def test_a_liar_is_bounded_where_steps_are_clipped_and_a_replay_agrees(config, t
     applied = [messages.unpack_update(message).coefficients for message in entry.updates]
     np.testing.assert_allclose(np.abs(applied[2]), limit * config.learning_rate, rtol=2e-6)
     assert [m for i, m in enumerate(entry.updates) if i != 2] == [m for i, m in enumerate(plain.updates) if i != 2]
-    reconstructed, _ = replay(tmp_path / "run" / "run.ledger", config, setup.lora, None)
+    reconstructed, _ = reconstruct(tmp_path / "run" / "run.ledger", config, setup.lora, None)
     assert largest_difference(result.lora, reconstructed) is None
 
 

@@ -14,7 +14,7 @@ from experiments import _cli
 from experiments import replay as command
 from fedmezo_jax.core.aggregation import sample_participants
 from fedmezo_jax.errors import UserError
-from fedmezo_jax.run import client_failures, ledger, ledger_checks, messages
+from fedmezo_jax.run import client_failures, ledger, ledger_checks, messages, replay
 from fedmezo_jax.run.config import RunConfig
 from fedmezo_jax.run.ledger import Entry
 
@@ -342,7 +342,7 @@ def test_it_is_refused_in_one_line_and_nothing_is_made_of_it(name, tmp_path, mon
     payloads = MUTATIONS[name](header, payloads) or payloads
     file = write(tmp_path / "run.ledger", header, payloads)
     monkeypatch.setattr(sys, "argv", ["replay", str(file), "--out", str(tmp_path / "out")])
-    monkeypatch.setattr(command, "_base", lambda *_: pytest.fail("the ledger was accepted"))
+    monkeypatch.setattr(replay, "_base", lambda *_: pytest.fail("the ledger was accepted"))
     tracemalloc.start()
     try:
         with pytest.raises(SystemExit) as stop:

@@ -25,7 +25,7 @@ from fedmezo_jax.run.config import RunConfig
 from fedmezo_jax.run.context import prepare
 from fedmezo_jax.run.ledger_header import config_hash
 from fedmezo_jax.run.loop import train
-from fedmezo_jax.run.replay import largest_difference, replay
+from fedmezo_jax.run.replay import largest_difference, reconstruct
 
 ROOT = Path(__file__).parents[2]
 RUNS = {
@@ -78,7 +78,7 @@ def run(request, place):
 def test_any_round_is_rebuilt_bit_for_bit(run):
     folder, config, setup, seen = run
     for t, expected in enumerate([setup.lora, *seen]):
-        reconstructed, done = replay(folder / "run.ledger", config, setup.lora, t)
+        reconstructed, done = reconstruct(folder / "run.ledger", config, setup.lora, t)
         assert done == t
         assert largest_difference(jax.device_get(expected), reconstructed) is None
     assert largest_difference(seen[0], seen[-1]) > 1e-5

@@ -1,0 +1,139 @@
+"""A run from beginning to end: its folder and lock, the checks before the first round, the rounds, the adapter."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from fedmezo_jax.errors import UserError
+from fedmezo_jax.llama.precision import WARN_ABOVE, expected_error
+from fedmezo_jax.parallel import multihost
+from fedmezo_jax.parallel.sharding import parse_mesh
+from fedmezo_jax.run import divergence, run_folder
+from fedmezo_jax.run.config import RunConfig
+from fedmezo_jax.run.context import RunContext, base_loss, prepare, resolve_defaults
+from fedmezo_jax.run.journal import versions
+from fedmezo_jax.run.loop import RunResult, probe_start, train
+
+
+def to_stderr(line: str) -> None:
+    """Prints a line on standard error."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def fine_tune(
+    config: RunConfig,
+    out: str | PathLike[str],
+    *,
+    resume: bool = False,
+    mesh: str | None = None,
+    checkpoint_every: int = 5,
+    eval_every: int = 5,
+    guard: bool = True,
+    on_start: Callable[[RunContext], None] = lambda context: None,
+    on_round: Callable[[dict[str, Any]], None] = lambda record: None,
+    notify: Callable[[str], None] = to_stderr,
+) -> RunResult:
+    """Fine-tunes a model across simulated clients: all that ``python -m experiments.fedmezo`` does but its pictures.
+
+    The folder gets ``config.json``, ``run.ledger``, ``metrics.jsonl``, ``checkpoints/`` and ``adapter/``. It is locked
+    while the run works in it. Where several processes are joined (:func:`multihost.join`), all of them call this with
+    the same arguments, and the first one writes. (It is not called ``run``: that is the name of the subpackage.)
+
+    Args:
+        config: what decides the run's numbers.
+        out: the run's folder, new or empty, or with ``resume`` one that holds this run.
+        resume: go on with the run from its last checkpoint.
+        mesh: devices along each axis, e.g. ``clients=4,model=2``; by default all devices go to the clients.
+        checkpoint_every: rounds between checkpoints.
+        eval_every: rounds between measurements of the test loss.
+        guard: measure before the first round whether the learning rate is too large (144 forward passes).
+        on_start: called with what the run works with, when all is loaded and before the first round.
+        on_round: called with each round's record in ``metrics.jsonl``, those of earlier sessions first.
+        notify: called with each line that the user should read.
+
+    Raises:
+        UserError: the configuration does not fit the model, the data or the devices, the folder cannot be used, all
+            clients of a round failed too often, or the disk is full.
+    """
+    folder = Path(out)
+    with ExitStack() as held:
+        held.enter_context(multihost.report_peer_failure())
+        held.enter_context(run_folder.guarded(folder))
+        options = {"out": out, "resume": resume, "mesh": mesh, "guard": guard}
+        options |= {"checkpoint_every": checkpoint_every, "eval_every": eval_every}
+        environment = versions() | {"devices a process": jax.local_device_count()}
+        multihost.check_same_config(asdict(config) | options | environment)
+        for name in ("checkpoint_every", "eval_every"):
+            if options[name] < 1:
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {options[name]}")
+        config = multihost.all_or_none(lambda: resolve_defaults(config, notify))
+        context, loss_before = _open(config, folder, resume, mesh, held, notify)
+        begun = multihost.all_or_none((folder / "metrics.jsonl").exists)
+        on_start(context)
+        for warning in warnings(context, guard and not begun):
+            notify(f"warning: {warning}")
+        return train(
+            context,
+            folder,
+            checkpoint_every=checkpoint_every,
+            eval_every=eval_every,
+            loss_before=loss_before,
+            on_round=on_round,
+            notify=lambda notice: notify(f"notice: {notice}"),
+        )
+
+
+def _open(
+    config: RunConfig, folder: Path, resume: bool, mesh: str | None, held: ExitStack, notify: Callable[[str], None]
+) -> tuple[RunContext, float]:
+    """Loads and checks everything, and only then makes the folder; its lock goes into ``held``.
+
+    Returns:
+        What the run works with, and the test loss of the base.
+    """
+    first, lock = multihost.is_coordinator(), run_folder.lock(folder)
+
+    def check() -> None:
+        run_folder.check_folder(folder, config, resume)
+        if first and (folder / "config.json").exists():
+            held.enter_context(lock)  # so that a second run is refused before it loads anything
+
+    def make() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        held.enter_context(lock)
+        for notice in run_folder.check_folder(folder, config, resume):
+            notify(f"notice: {notice}")
+        run_folder.write_json(folder / "config.json", asdict(config))
+
+    multihost.all_or_none(check)
+    context = multihost.all_or_none(lambda: prepare(config, parse_mesh(mesh, jax.devices())))
+    loss_before = base_loss(context)
+    multihost.all_or_none(make if first else lambda: None)
+    multihost.all_or_none(lambda: run_folder.check_shared(folder))
+    return context, loss_before
+
+
+def warnings(context: RunContext, guard: bool) -> Iterator[str]:
+    """What is likely to go wrong: too coarse a precision; with ``guard``, which measures it, too large a learning rate.
+
+    There is nothing to measure in bfloat16, whose losses show no curvature.
+    """
+    config, precision = context.config, context.model.precision
+    if config.algorithm != "fedmezo":
+        return
+    if (error := expected_error(precision, config.perturbation_scale)) > WARN_ABOVE:
+        size = f"{error:.0%}" if error < 10 else "more than 1000%"
+        yield (
+            f"at --precision {precision}, --perturbation-scale {config.perturbation_scale:g} the projected gradient is "
+            f"likely off by {size}: choose paired or float32, or measure it with experiments.benchmarks.precision"
+        )
+    if guard and precision != "bfloat16":
+        yield from divergence.warnings(probe_start(context), config, divergence.count(context.lora))
