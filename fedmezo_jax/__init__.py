@@ -63,7 +63,7 @@ __all__ = [
     "run_key",
     "sgd_client",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _LATER = {
     "RunConfig": "fedmezo_jax.run.config",

@@ -1,10 +1,12 @@
 """Categories for data that have none: clusters of texts that share their words."""
 
 import re
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
+from scipy.cluster.vq import kmeans2
 
 from fedmezo_jax.data.seeding import generator
 from fedmezo_jax.errors import UserError
@@ -17,46 +19,31 @@ _STARTS = 4
 
 
 def clusters(texts: Sequence[str], seed: int, count: int = CLUSTERS) -> list[str]:
-    """The cluster of each text, named by the three words that tell it best from the rest: ``"eggs, dozen, bakes"``.
+    """The cluster of each text, named by the three words that distinguish it most: ``"eggs, dozen, bakes"``.
 
-    Spherical k-means on TF-IDF (Dhillon and Modha 2001): a text is a unit vector over words with weights
-    (1 + log tf)·log(n/df), a centre the unit vector along its texts' sum, and each text goes to the centre of the
-    largest product. The words are the 1024 that occur in most texts, those in more than half of them left out.
+    K-means on TF-IDF: a text is a unit vector over words with weights (1 + log tf)·log(n/df). The words are the 1024
+    that occur in most texts, without those in more than half of them.
 
     Args:
-        texts: [n], n at least `count`.
-        seed: seed of the first centres, drawn as k-means++ does; the best of four starts counts.
-        count: number of clusters; fewer come out where some stay empty.
+        texts: [n], n at least ``count``.
+        seed: seed of the first centres, drawn as k-means++ does; the best of four starts is used.
+        count: number of clusters; there are fewer where fewer texts differ or some clusters become empty.
 
     Raises:
-        UserError: fewer texts than clusters, or no two texts that share a word.
+        UserError: there are fewer texts than clusters, or no two texts share a word.
     """
     if len(texts) < count:
         raise UserError(f"{len(texts)} rows cannot form {count} text clusters: choose another partition")
     words, vectors = _tf_idf(texts)
+    count = min(count, len({vector.tobytes() for vector in vectors}))
     rng = generator(seed, "clusters")
-    centres, nearest = max((_k_means(vectors, count, rng) for _ in range(_STARTS)), key=lambda found: found[2])[:2]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "One of the clusters is empty")
+        starts = [kmeans2(vectors, count, _ITERATIONS, minit="++", rng=rng) for _ in range(_STARTS)]
+    centres, nearest = min(starts, key=lambda start: np.sum((vectors - start[0][start[1]]) ** 2, dtype=np.float64))
     mean = vectors.mean(axis=0)
     names = [", ".join(words[word] for word in np.argsort(mean - centre, kind="stable")[:3]) for centre in centres]
     return [names[i] for i in nearest]
-
-
-def _k_means(vectors: np.ndarray, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, float]:
-    """Centres [count, words], the nearest one of each vector [n], and the sum of their products, to be large."""
-    centres = vectors[rng.integers(len(vectors))][None]
-    while len(centres) < count:
-        distance = np.clip(1 - (vectors @ centres.T).max(axis=1), 0, None)
-        total = distance.sum()
-        odds = distance / total if total > 0 else None
-        centres = np.concatenate([centres, vectors[rng.choice(len(vectors), p=odds)][None]])
-    nearest = np.full(len(vectors), -1)
-    for _ in range(_ITERATIONS):
-        before, nearest = nearest, np.argmax(vectors @ centres.T, axis=1)
-        if (nearest == before).all():
-            break
-        for i in np.unique(nearest):  # the centre of an empty cluster stays where it is
-            centres[i] = _unit(vectors[nearest == i].sum(axis=0)[None])[0]
-    return centres, nearest, float(np.sum(vectors * centres[nearest], dtype=np.float64))
 
 
 def _tf_idf(texts: Sequence[str]) -> tuple[list[str], np.ndarray]:
@@ -75,8 +62,4 @@ def _tf_idf(texts: Sequence[str]) -> tuple[list[str], np.ndarray]:
             at, count = np.array(known).T
             row[at] = 1 + np.log(count)
     vectors *= np.log(len(texts) / np.array([frequency[word] for word in words], np.float32))
-    return words, _unit(vectors)
-
-
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    return words, vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -18,6 +18,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from fedmezo_jax.errors import UserError
+from fedmezo_jax.orbax_logging import quiet_orbax
 from fedmezo_jax.parallel import multihost
 from fedmezo_jax.run import ledger, run_folder
 from fedmezo_jax.run.rounds import Progress
@@ -56,18 +57,12 @@ class Checkpoint(NamedTuple):
     seal: Seal
 
 
-def _not_from_orbax(record: logging.LogRecord) -> bool:
-    return "orbax" not in record.pathname + record.getMessage()
-
-
-for _name in ("absl", "asyncio"):  # Orbax logs every save there, and whole stacks of the errors that it also raises
-    logging.getLogger(_name).addFilter(_not_from_orbax)
-
-
-def manager(folder: Path) -> ocp.CheckpointManager:
-    """The manager of a run's checkpoints, of which it keeps two. Close it (it is a context manager)."""
+@contextmanager
+def manager(folder: Path) -> Iterator[ocp.CheckpointManager]:
+    """The manager of a run's checkpoints, of which it keeps two. Orbax's log is quiet while it is open."""
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-    return ocp.CheckpointManager((folder / "checkpoints").absolute(), options=options)
+    with quiet_orbax(), ocp.CheckpointManager((folder / "checkpoints").absolute(), options=options) as opened:
+        yield opened
 
 
 def save(manager: ocp.CheckpointManager, folder: Path, progress: Progress, chain: str | None) -> None:

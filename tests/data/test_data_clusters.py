@@ -1,9 +1,14 @@
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
 from fedmezo_jax.data.clusters import clusters
 from fedmezo_jax.errors import UserError
 
+PIPED = {"stdout": subprocess.PIPE, "text": True, "check": True}
 TOPICS = {
     "cooking": ["oven", "flour", "butter", "sugar", "bake", "dough", "recipe", "pan"],
     "sailing": ["mast", "wind", "harbour", "rope", "sail", "anchor", "deck", "tide"],
@@ -48,3 +53,19 @@ def test_texts_that_are_alike_or_empty_do_not_break_it():
 def test_texts_that_form_no_clusters_are_a_clear_error(given, words):
     with pytest.raises(UserError, match=words):
         clusters(given, 0)
+
+
+def test_another_process_finds_the_same_clusters():
+    given, _ = texts(20)
+    program = f"from fedmezo_jax.data.clusters import clusters; print(clusters({given!r}, 3))"
+    outputs = {
+        subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONHASHSEED": seed}, **PIPED).stdout
+        for seed in ("1", "2")
+    }
+    assert outputs == {f"{clusters(given, 3)}\n"}
+
+
+def test_fewer_texts_that_differ_than_clusters_are_a_cluster_each():
+    given = ["apples grow here", "pears grow there", "plums ripen late", "plums ripen soon"]
+    found = clusters(given * 5, 0)
+    assert [found.index(name) for name in found] == [0, 1, 2, 3] * 5

@@ -39,10 +39,9 @@ def test_a_bench_writes_a_row_for_each_setting_and_precision(model, tmp_path, mo
         assert row["speedup_over_peer"] is None
 
 
+@pytest.mark.torch
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT asks transformers for it
 def test_the_peer_runs_the_same_setting(model, tmp_path, monkeypatch):
-    pytest.importorskip("torch")
-    pytest.importorskip("peft")
     out = tmp_path / "out"
     run(step, monkeypatch, "--model", model, "--settings", "2x1x8x2", "--repeats", "1", "--out", str(out))
     rows = json.loads((out / "results.json").read_text())["rows"]

@@ -51,9 +51,11 @@ def test_a_merged_model_has_the_adapter_s_logits(tmp_path, targets):
     assert np.abs(expected - logits(model)).max() > 0.1
 
 
+@pytest.mark.torch
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 def test_transformers_opens_a_merged_model_with_the_logits_of_peft(tmp_path):
-    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    import peft
+    import torch
     from transformers import AutoModelForCausalLM
 
     model, config = write_in("safetensors", tmp_path / "model", RAW, small_tensors()), LlamaConfig.from_json(RAW)

@@ -197,9 +197,10 @@ def test_the_tokens_are_those_stored_of_hugging_face(loaded, case):
     assert generate(Llama(config), base, {}, PROMPTS, 24) == GOLDEN[case]
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("case", CASES)
 def test_the_tokens_are_hugging_face_s(loaded, case):
-    torch = pytest.importorskip("torch")
+    import torch
     from transformers import LlamaForCausalLM
 
     folder = loaded[case][0]
@@ -214,10 +215,10 @@ def test_the_tokens_are_hugging_face_s(loaded, case):
         assert row[: len(stored)] == stored
 
 
+@pytest.mark.torch
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 def test_the_tokens_with_an_adapter_are_peft_s(loaded, tmp_path):
-    pytest.importorskip("torch")
-    peft = pytest.importorskip("peft")
+    import peft
     from transformers import LlamaForCausalLM
 
     folder, config, base = loaded["plain"]
@@ -247,9 +248,10 @@ def test_smollm2_goes_on_as_hugging_face_s_from_20_prompts():
     assert max(map(len, found)) == 64
 
 
+@pytest.mark.torch
 def test_smollm2_s_stored_tokens_are_hugging_face_s():
     """``generate`` itself takes minutes; that each token is the likeliest after those before it says the same."""
-    torch = pytest.importorskip("torch")
+    import torch
     from transformers import LlamaForCausalLM
 
     folder, goldens = smollm2()

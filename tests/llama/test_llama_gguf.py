@@ -106,8 +106,8 @@ def test_the_row_order_of_one_head():
     np.testing.assert_array_equal(rows_for_rotate_half(rows, heads=2)[:, 0], [0, 2, 1, 3, 4, 6, 5, 7])
 
 
+@pytest.mark.torch
 def test_transformers_reads_the_same_weights_from_the_file(tmp_path):
-    pytest.importorskip("torch")
     from transformers import LlamaForCausalLM
 
     folder = convert(tmp_path, small_weights(tied=False), kind="Q8_0")

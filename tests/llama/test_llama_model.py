@@ -59,16 +59,18 @@ def test_every_level_equals_hugging_face_s_as_stored(case):
     assert_same(computed(case), golden(case))
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("case", CASES)
 def test_every_level_equals_hugging_face_s(case):
-    pytest.importorskip("torch")
     expected = make_goldens.reference(case)
     assert_same(computed(case), expected)
     assert_same(golden(case), expected)
 
 
+@pytest.mark.torch
 def test_smollm2_equals_hugging_face_s():
-    torch = pytest.importorskip("torch")
+    import torch
+
     folder = cache_folder() / "smollm2-135m"
     if not folder.is_dir():
         pytest.skip("smollm2-135m is not in the cache: a run with --model smollm2-135m puts it there")

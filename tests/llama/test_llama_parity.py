@@ -58,7 +58,7 @@ def inputs(raw):
 
 def hugging_face(raw, tensors):
     """Norm, rotated queries, attention and block of layer 1, logits and loss."""
-    torch = pytest.importorskip("torch")
+    import torch
     from transformers import LlamaConfig as TheirConfig
     from transformers import LlamaForCausalLM
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -101,6 +101,7 @@ def ours(config, base, raw):
     }
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(("rope", "heads", "tied", "attention_bias", "mlp_bias"), MATRIX)
 def test_every_level_equals_hugging_face_s(tmp_path, rope, heads, tied, attention_bias, mlp_bias):
     raw = raw_config(rope, heads, tied, attention_bias, mlp_bias)
@@ -116,6 +117,7 @@ def test_every_level_equals_hugging_face_s(tmp_path, rope, heads, tied, attentio
     assert np.abs(expected["logits"]).max() > 0.5
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("rope", ROPES)
 def test_compiled_logits_equal_hugging_face_s_from_every_format(tmp_path, form, rope):
@@ -128,10 +130,11 @@ def test_compiled_logits_equal_hugging_face_s_from_every_format(tmp_path, form, 
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("rope", ROPES)
 def test_rotary_tables_equal_hugging_face_s_far_on(rope):
     """Frequencies are multiplied by the position: at 8192 a last bit of one is 5e-4 radians."""
-    torch = pytest.importorskip("torch")
+    import torch
     from transformers import LlamaConfig as TheirConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -202,6 +205,7 @@ def plain(tmp_path):
     return write_in("safetensors", tmp_path / "model", PLAIN, random_weights(PLAIN))
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("field", LOGITS)
 def test_a_field_of_the_computation_changes_the_logits(plain, field):
     changed = logits_from_file(plain, PLAIN | LOGITS[field])
@@ -210,6 +214,7 @@ def test_a_field_of_the_computation_changes_the_logits(plain, field):
     np.testing.assert_allclose(changed, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("rope", ROPE_LOGITS, ids=str)
 def test_a_field_of_the_rotary_scaling_changes_the_logits(plain, rope):
     changed, before = (logits_from_file(plain, PLAIN | {"rope_scaling": scaling}) for scaling in (rope, LLAMA3))

@@ -19,7 +19,7 @@ peft_test = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is de
 
 
 def torch_base():
-    torch = pytest.importorskip("torch")
+    import torch
     from transformers import LlamaConfig as TorchConfig
     from transformers import LlamaForCausalLM
 
@@ -41,11 +41,14 @@ PEFT_OPTIONS = {
 }
 
 
+@pytest.mark.torch
 @peft_test
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
 @pytest.mark.parametrize("options", PEFT_OPTIONS)
 def test_peft_s_adapters_give_peft_s_logits(tmp_path, options, stored):
-    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    import peft
+    import torch
+
     base = torch_base()
     base.save_pretrained(tmp_path / "base")
     model = peft.get_peft_model(base, peft.LoraConfig(**PEFT_OPTIONS[options], init_lora_weights=False)).eval()
@@ -78,10 +81,12 @@ def test_peft_s_adapters_give_peft_s_logits(tmp_path, options, stored):
         np.testing.assert_allclose(again(torch.from_numpy(tokens)).logits.numpy(), theirs, rtol=0, atol=1e-5)
 
 
+@pytest.mark.torch
 @peft_test
 @pytest.mark.parametrize("rank_stabilised", [False, True])
 def test_peft_s_adapters_come_in(tmp_path, rank_stabilised):
-    peft = pytest.importorskip("peft")
+    import peft
+
     options = peft.LoraConfig(
         r=4, lora_alpha=6, target_modules="all-linear", init_lora_weights=False, use_rslora=rank_stabilised
     )
@@ -97,10 +102,12 @@ def test_peft_s_adapters_come_in(tmp_path, rank_stabilised):
             assert math.isclose(adapter.alpha / adapter.rank, layer.scaling["default"], rel_tol=1e-15)
 
 
+@pytest.mark.torch
 @peft_test
 def test_peft_opens_our_adapters(tmp_path):
-    peft = pytest.importorskip("peft")
-    torch = pytest.importorskip("torch")
+    import peft
+    import torch
+
     lora = random_lora(4, ("q_proj", "down_proj"))
     save_adapter(tmp_path, lora, rank=4, alpha=6, targets=("q_proj", "down_proj"), base_name="x/y")
     model = peft.PeftModel.from_pretrained(torch_base(), tmp_path)

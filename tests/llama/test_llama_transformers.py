@@ -10,7 +10,7 @@ from fedmezo_jax.llama.config import LlamaConfig
 
 
 def torch_model(**changed):
-    torch = pytest.importorskip("torch")
+    import torch
     from transformers import LlamaConfig as TorchConfig
     from transformers import LlamaForCausalLM
 
@@ -18,6 +18,7 @@ def torch_model(**changed):
     return LlamaForCausalLM(TorchConfig(**(SMALL | changed)))
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(("tied", "bias"), BOTH)
 def test_transformers_models_come_in(tmp_path, tied, bias):
     model = torch_model(tie_word_embeddings=tied, attention_bias=bias, mlp_bias=bias)
@@ -36,9 +37,10 @@ def test_transformers_models_come_in(tmp_path, tied, bias):
     assert ("bias" in base["layers"]["mlp"]["up_proj"]) == bias
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(("tied", "bias"), BOTH)
 def test_transformers_opens_what_is_saved(tmp_path, tied, bias):
-    torch = pytest.importorskip("torch")
+    import torch
     from transformers import LlamaForCausalLM
 
     tensors, config = small_tensors(tied, bias), small_config(tied, bias)

@@ -155,9 +155,11 @@ def test_the_finished_run_is_in_its_folder(config, undisturbed):
     assert all(np.any(halves["B"]) for halves in result.lora.values())
 
 
+@pytest.mark.torch
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT's own
 def test_peft_s_logits_are_ours(config, undisturbed):
-    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    import peft
+    import torch
     from transformers import LlamaForCausalLM
 
     folder, setup, result = undisturbed

@@ -4,7 +4,6 @@ Its tree is Hugging Face's names, parted at the dots: ``{"model": {"layers": {"0
 Hugging Face's shapes, because Orbax needs the room of an array twice while it reads it.
 """
 
-import logging
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -16,8 +15,7 @@ from flax import traverse_util
 
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.checkpoints.safetensors import Entry
-
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every save there
+from fedmezo_jax.orbax_logging import quiet_orbax
 
 ORBAX = "orbax"
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -27,7 +25,7 @@ _FIRST = "model.norm.weight"
 def write_orbax_tensors(folder: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Write tensors by Hugging Face's names into the new folder ``folder/orbax``."""
     tree = traverse_util.unflatten_dict(dict(tensors), sep=".")
-    with ocp.PyTreeCheckpointer() as checkpointer:
+    with quiet_orbax(), ocp.PyTreeCheckpointer() as checkpointer:
         checkpointer.save((folder / ORBAX).absolute(), tree)
 
 
@@ -37,7 +35,7 @@ def read_orbax_header(place: Path) -> dict[str, Entry]:
     # Reading one tensor tells damage as one exception; the metadata of all would leave tracebacks of many behind.
     _read(place, _FIRST)
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
+        with quiet_orbax(), ocp.PyTreeCheckpointer() as checkpointer:
             metadata = checkpointer.metadata(place).item_metadata
         if metadata is None:
             raise ValueError("its metadata are damaged")
@@ -56,7 +54,7 @@ def _read(place: Path, name: str) -> np.ndarray:
     keys = tuple(name.split("."))
     wanted = traverse_util.unflatten_dict({keys: ocp.RestoreArgs(restore_type=np.ndarray)})
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
+        with quiet_orbax(), ocp.PyTreeCheckpointer() as checkpointer:
             restore = ocp.args.PyTreeRestore(item=wanted, restore_args=wanted, partial_restore=True)
             found: dict[Any, Any] = traverse_util.flatten_dict(checkpointer.restore(place, restore))
             return found[keys]
