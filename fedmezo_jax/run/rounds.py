@@ -143,9 +143,9 @@ def run_round(
         away = client_failures.absent(config.seed, t, attempt, config.clients, config.dropout, config.deadline)
         clip = config.on_surge == "clip"
         limit = gauge.limit if clip else np.inf
-        ids, rates, received = work(attempt, limit)
+        ids, rates, answers = work(attempt, limit)
         received = []
-        for message, id, rate in zip(received, map(int, ids), rates, strict=True):
+        for message, id, rate in zip(answers, map(int, ids), rates, strict=True):
             bound = divergence.largest_coefficient(rate, config.directions, limit) if clip else None
             expected = Expected(t, id, int(sizes[id]), config.local_steps, config.sent_directions, bound)
             dropped = away.get(id) == client_failures.DROPPED
