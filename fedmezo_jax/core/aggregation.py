@@ -7,19 +7,29 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from fedmezo_jax.core import mezo
 from fedmezo_jax.core.mezo import Params
 
 
-def mean_coefficients(share: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
-    """Σ_i w_i·c_i: the ``[H, n]`` float32 mean of ``[P, H, n]`` coefficients along shared directions.
+def mean_coefficients(weights: np.ndarray, learning_rates: np.ndarray, projected_gradients: np.ndarray) -> np.ndarray:
+    """Σ_i w_i·c_i with c_i = η_i·g_i/n (:func:`mezo.coefficients`): how far shared directions move θ in a round.
 
     Summed on the host, client by client in float64, so that every machine gets the same. A client of weight 0 may have
     sent anything.
+
+    Args:
+        weights: ``[P]``, scaled here to sum to one.
+        learning_rates: ``[P]`` float32, η_i.
+        projected_gradients: ``[P, H, n]`` float32.
+
+    Returns:
+        ``[H, n]`` float32.
     """
-    total = np.zeros(coefficients.shape[1:], np.float64)
-    for weight, row in zip(share, coefficients, strict=True):
+    share = (np.asarray(weights, np.float64) / np.sum(weights, dtype=np.float64)).astype(np.float32)
+    total = np.zeros(projected_gradients.shape[1:], np.float64)
+    for weight, rate, gradients in zip(share, learning_rates, projected_gradients, strict=True):
         if weight:
-            total += np.float64(weight) * row
+            total += np.float64(weight) * mezo.coefficients(np.float32(rate), gradients)
     return total.astype(np.float32)
 
 

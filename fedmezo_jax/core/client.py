@@ -24,13 +24,13 @@ class LocalResult(NamedTuple):
 
     Attributes:
         params: its θ, the tree it was given, moved.
-        coefficients: ``[H, n]`` float32, η_i·g/n of each step and direction (``[H, 0]`` from back-propagation). With
-            the round's key they say all that ``params`` says.
+        projected_gradients: ``[H, n]`` float32, g of each step and direction (``[H, 0]`` from back-propagation). With
+            the client's key and learning rate they determine ``params``.
         losses: ``[H]`` float32, the training loss that each step saw.
     """
 
     params: Params
-    coefficients: jax.Array
+    projected_gradients: jax.Array
     losses: jax.Array
 
 
@@ -42,7 +42,8 @@ class LocalWork:
         run: ``run(loss, params, batches, key, learning_rate[, limit]) -> LocalResult``; ``limit`` bounds |g| in
             zeroth-order steps.
         reconstruct: ``reconstruct(params, key, coefficients, learning_rate) -> params``, the client's θ without its
-            data and without a model; None where that takes more than scalars.
+            data and without a model, from the ``[H, n]`` :func:`mezo.coefficients` of its steps; None where that takes
+            more than scalars.
     """
 
     run: Callable[..., LocalResult]
@@ -63,11 +64,11 @@ def mezo_client(config: mezo.MezoConfig) -> LocalWork:
         def one(params, h_and_batch):
             h, batch = h_and_batch
             done = mezo.step(loss, params, batch, jax.random.fold_in(key, h), learning_rate, config, limit)
-            return done.params, (done.coefficients, done.loss)
+            return done.params, (done.projected_gradients, done.loss)
 
         steps = jnp.arange(jax.tree.leaves(batches)[0].shape[0])
-        params, (coefficients, losses) = jax.lax.scan(one, params, (steps, batches))
-        return LocalResult(params, coefficients, losses)
+        params, (gradients, losses) = jax.lax.scan(one, params, (steps, batches))
+        return LocalResult(params, gradients, losses)
 
     def reconstruct(params, key, coefficients, learning_rate) -> Params:
         def one(params, h_and_coefficients):

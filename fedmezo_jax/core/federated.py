@@ -20,7 +20,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fedmezo_jax.core import aggregation, personalization, random
+from fedmezo_jax.core import aggregation, mezo, personalization, random
 from fedmezo_jax.core.client import LocalWork
 from fedmezo_jax.core.mezo import Params
 
@@ -64,13 +64,13 @@ class RoundReport(NamedTuple):
 
     Attributes:
         losses: ``[P, H]`` float32, training loss of each local step.
-        coefficients: ``[P, H, n]`` float32, η_i·g/n (``[P, H, 0]`` for back-propagation).
+        projected_gradients: ``[P, H, n]`` float32, g (``[P, H, 0]`` for back-propagation).
         learning_rates: ``[P]`` float32, η_i.
         params: the clients' θ_i, leaves ``[P, …]``, where scalars cannot rebuild them (back-propagation), or None.
     """
 
     losses: jax.Array | np.ndarray
-    coefficients: jax.Array | np.ndarray
+    projected_gradients: jax.Array | np.ndarray
     learning_rates: jax.Array | np.ndarray
     params: Params | None = None
 
@@ -88,13 +88,17 @@ class Round:
             |g|; ``damping`` multiplies the learning rates.
         apply: ``apply(state, ids, weights, report, key[, uploads]) -> FederatedState``: what the server does.
             ``weights`` is ``[P]``, zero for a client that is left out. ``uploads`` are θ_i as the clients sent them, in
-            the order of ids; without them the server rebuilds θ_i from the coefficients.
+            the order of ids; without them the server reconstructs θ_i from the projected gradients.
+        apply_mean: ``apply_mean(state, coefficients, key) -> FederatedState``: what the server does with shared
+            directions, from the ``[H, n]`` :func:`aggregation.mean_coefficients` alone; the signals stay as they are.
+            A client that is sent the mean follows the server so.
         upload: ``upload(state, id, report, i, key) -> θ_i`` of participant i of the report, whose id is given.
         seeds: whether clients share their directions.
     """
 
     work: Callable[..., RoundReport]
     apply: Callable[..., FederatedState]
+    apply_mean: Callable[..., FederatedState]
     upload: Callable[..., Params]
     seeds: Seeds
 
@@ -126,8 +130,8 @@ class Federated(NamedTuple):
 
 
 def finite(report: RoundReport) -> np.ndarray:
-    """``[P]`` bool: whose losses, coefficients and parameters, if it sent any, are all finite."""
-    rows = [np.asarray(leaf) for leaf in (report.losses, report.coefficients, *jax.tree.leaves(report.params))]
+    """``[P]`` bool: whose losses, projected gradients and parameters, if it sent any, are all finite."""
+    rows = [np.asarray(leaf) for leaf in (report.losses, report.projected_gradients, *jax.tree.leaves(report.params))]
     return np.all([np.isfinite(leaf).reshape(len(leaf), -1).all(axis=1) for leaf in rows], axis=0)
 
 
@@ -191,7 +195,7 @@ def federated(
             if seeds == "per-client":
                 keys = jax.vmap(random.client_key, in_axes=(None, None, 0))(key, state.round, ids)
             done = jax.vmap(work, in_axes=axes)(loss, state.params, batches, keys, rate, *bound)
-            return done.losses, done.coefficients, None if work.reconstruct else done.params
+            return done.losses, done.projected_gradients, None if work.reconstruct else done.params
 
         block = (cohort.batches, ids[places], rate[places])
         blocks = _in_blocks(block, groups, block_size or held, least_width)
@@ -201,8 +205,8 @@ def federated(
         outcome = jax.tree.map(lambda leaf: leaf[:clients], _out_of_blocks(outcome, groups, held))
         if mesh is not None:
             outcome, rate = jax.lax.with_sharding_constraint((outcome, rate), NamedSharding(mesh, P()))
-        losses, coefficients, params = outcome
-        return RoundReport(losses, coefficients, rate, params)
+        losses, gradients, params = outcome
+        return RoundReport(losses, gradients, rate, params)
 
     reconstructed = jax.jit(work.reconstruct) if work.reconstruct else None
     own_key, common_key = jax.jit(random.client_key), jax.jit(random.shared_key)
@@ -215,7 +219,17 @@ def federated(
     def upload(state: FederatedState, id: int, report: RoundReport, i: int, key: jax.Array) -> Params:
         if report.params is not None:
             return jax.tree.map(lambda leaf: leaf[i], report.params)
-        return reconstruct(state, id, report.coefficients[i], report.learning_rates[i], key)
+        rate = np.float32(report.learning_rates[i])
+        coefficients = mezo.coefficients(rate, np.asarray(report.projected_gradients[i], np.float32))
+        return reconstruct(state, id, coefficients, rate, key)
+
+    def apply_mean(state: FederatedState, coefficients: np.ndarray, key: jax.Array) -> FederatedState:
+        moved = reconstruct(state, 0, coefficients, 0, key)
+        return step(state, _add_weighted(jax.tree.map(jnp.zeros_like, moved), np.float32(1), moved, state.params))
+
+    def step(state: FederatedState, mean: Params) -> FederatedState:
+        params, optimizer_state = move(state.params, mean, state.optimizer)
+        return state._replace(params=params, optimizer=optimizer_state, round=state.round + 1)
 
     def apply(
         state: FederatedState,
@@ -225,14 +239,10 @@ def federated(
         key: jax.Array,
         uploads: Iterable[Params | None] | None = None,
     ) -> FederatedState:
-        losses, coefficients = np.asarray(report.losses), np.asarray(report.coefficients)
         share = (np.asarray(weights, np.float64) / np.sum(weights, dtype=np.float64)).astype(np.float32)
         from_mean = seeds == "shared" and uploads is None and report.params is None
         each = uploads or (upload(state, id, report, i, key) if share[i] else None for i, id in enumerate(ids))
         mean, deltas = jax.tree.map(jnp.zeros_like, state.params), []
-        if from_mean:
-            moved = reconstruct(state, 0, aggregation.mean_coefficients(share, coefficients), 0, key)
-            mean = _add_weighted(mean, np.float32(1), moved, state.params)
         if not from_mean or by_drift:
             for weight, theirs in zip(share, each, strict=True):
                 if weight:
@@ -241,13 +251,17 @@ def federated(
         drift = np.zeros(len(share), np.float32)
         if deltas:
             drift[share > 0] = aggregation.client_drift(jax.tree.map(lambda *leaves: jnp.stack(leaves), *deltas))
-        # Two programs, so that a replay, which needs no signals, moves θ by the very same one.
-        params, optimizer_state = move(state.params, mean, state.optimizer)
-        signals = observe(state.signals, ids, mean_losses(losses), drift if deltas else None, share > 0)
-        return FederatedState(params, optimizer_state, signals, state.round + 1)
+        if from_mean:
+            sent = np.asarray(report.learning_rates), np.asarray(report.projected_gradients)
+            moved = apply_mean(state, aggregation.mean_coefficients(weights, *sent), key)
+        else:
+            moved = step(state, mean)
+        # A program of its own: a replay, which needs no signals, moves θ by the very same ones.
+        losses = mean_losses(np.asarray(report.losses))
+        return moved._replace(signals=observe(state.signals, ids, losses, drift if deltas else None, share > 0))
 
     move, observe = jax.jit(partial(aggregation.apply_mean_update, optimizer)), jax.jit(personalization.observe)
-    return Federated(init, Round(run, apply, upload, seeds))
+    return Federated(init, Round(run, apply, apply_mean, upload, seeds))
 
 
 @jax.jit

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fedmezo_jax.core import threefry
 
@@ -75,12 +76,12 @@ class Step(NamedTuple):
 
     Attributes:
         params: θ after the step.
-        coefficients: ``[n]`` float32, c_k = η·g_k/n with g_k the projected gradient: θ moved by −Σ_k c_k·z_k.
+        projected_gradients: ``[n]`` float32, g_k = (L₊ − L₋)/2μ along each direction.
         loss: scalar float32, mean of the 2n losses evaluated.
     """
 
     params: Params
-    coefficients: jax.Array
+    projected_gradients: jax.Array
     loss: jax.Array
 
 
@@ -197,15 +198,27 @@ def step(
     gradients, losses = jax.lax.map(probe, jnp.arange(config.directions))
     if limit is not None:
         gradients = jnp.where(jnp.isnan(gradients), 0, jnp.clip(gradients, -limit, limit))
-    coefficients = learning_rate * gradients / config.directions
-    moved = apply_step(params, key, coefficients, learning_rate, config)
-    return Step(moved, coefficients, jnp.mean(losses))
+    moved = apply_step(params, key, coefficients(learning_rate, gradients), learning_rate, config)
+    return Step(moved, gradients, jnp.mean(losses))
+
+
+def coefficients(learning_rate: Any, projected_gradients: Any) -> Any:
+    """c_k = η·g_k/n: a step moves θ by −Σ_k c_k·z_k.
+
+    A client computes it in its compiled step, and the server on the host with NumPy. Both get the same bits: the two
+    products are rounded one after the other, and XLA would make a division by n a product with 1/n anyway.
+
+    Args:
+        learning_rate: η, float32, of a shape that broadcasts to that of the gradients.
+        projected_gradients: ``[…, n]`` float32.
+    """
+    return learning_rate * projected_gradients * np.float32(1 / projected_gradients.shape[-1])
 
 
 def apply_step(
     params: Params, key: jax.Array, coefficients: jax.Array, learning_rate: jax.Array | float, config: MezoConfig
 ) -> Params:
-    """The move of :func:`step` from its key and its ``[n]`` coefficients alone: no data and no model needed."""
+    """The move of :func:`step` from its key and its ``[n]`` :func:`coefficients` alone: no data and no model needed."""
     if config.weight_decay:
         params = jax.tree.map(lambda leaf: leaf * (1 - learning_rate * config.weight_decay), params)
 
