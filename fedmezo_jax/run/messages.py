@@ -165,7 +165,7 @@ def pack_mean(round_index: int, coefficients: np.ndarray) -> bytes:
 
     Args:
         round_index: number of the round, from 0.
-        coefficients: ``[H, n]`` float32, :func:`aggregation.mean_coefficients`: the clients' learning rates are in it.
+        coefficients: ``[H, n]`` float32, what ``round.combine`` gives; the clients' learning rates are in it.
     """
     return _pack([VERSION, int(round_index), _bytes(coefficients)])
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedmezo_jax.core import aggregation, federated
+from fedmezo_jax.core import federated
 from fedmezo_jax.core.mezo import Params
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.run import client_failures, divergence, messages
@@ -202,7 +202,7 @@ class Traffic(NamedTuple):
     others: int = 0
 
 
-def scalar_traffic(config: RunConfig, entry: Entry, report: federated.RoundReport) -> Traffic:
+def scalar_traffic(config: RunConfig, round: federated.Round, entry: Entry, report: federated.RoundReport) -> Traffic:
     """The messages of a round whose clients send projected gradients; its result is broadcast to all N clients."""
     begin = [len(messages.pack_start(entry.round, float(rate))) for rate in entry.learning_rates]
     up = [len(message or b"") for message in entry.updates]
@@ -210,10 +210,7 @@ def scalar_traffic(config: RunConfig, entry: Entry, report: federated.RoundRepor
         return Traffic(up, begin)
     counted = entry.weights > 0
     if config.seeds == "shared":
-        mean = aggregation.mean_coefficients(
-            entry.weights, entry.learning_rates, np.asarray(report.projected_gradients)
-        )
-        size = len(messages.pack_mean(entry.round, mean))
+        size = len(messages.pack_mean(entry.round, round.combine(entry.weights, report)))
         return Traffic(up, [first + size for first in begin], size * (config.clients - len(entry.ids)))
     gradients = np.asarray(report.projected_gradients)[counted].reshape(int(counted.sum()), -1)
     weights = entry.weights[counted] if config.weighting == "samples" else None
@@ -246,7 +243,7 @@ def conclude(
     """
     report = report_of(entry, config.local_steps, config.sent_directions)
     if config.sends_coefficients:
-        traffic = scalar_traffic(config, entry, report)
+        traffic = scalar_traffic(config, round, entry, report)
         return jax.block_until_ready(advance(round, progress, entry, report, key)), report, traffic
     params = jax.device_get(progress.state.params)
     sent = [

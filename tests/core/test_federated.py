@@ -11,7 +11,7 @@ import paper_loop
 import pytest
 from jax.tree_util import Partial
 
-from fedmezo_jax.core import aggregation, client, federated, mezo, personalization, random
+from fedmezo_jax.core import aggregation, client, federated, mezo, personalization, random, transforms
 from fedmezo_jax.run import messages
 
 CLIENTS, STEPS, WIDTH = 6, 3, 7
@@ -173,9 +173,8 @@ def test_a_client_that_hears_only_the_broadcast_has_the_servers_parameters(seeds
         heard, me = ids[weights > 0], int(ids[0])
         sent, rates = report.projected_gradients[weights > 0].reshape(3, -1), report.learning_rates[weights > 0]
         if seeds == "shared":
-            mean = aggregation.mean_coefficients(weights, report.learning_rates, report.projected_gradients)
-            _, mean = messages.unpack_mean(messages.pack_mean(t, mean))
-            theirs = fed.round.apply_mean(theirs, mean.reshape(STEPS, 2), run_key())
+            _, mean = messages.unpack_mean(messages.pack_mean(t, fed.round.combine(weights, report)))
+            theirs = fed.round.apply_combined(theirs, mean.reshape(STEPS, 2), run_key())
         else:
             message = messages.pack_outcome(messages.Outcome(t, heard, None, rates, sent), CLIENTS, me)
             got = messages.unpack_outcome(message, me, report.projected_gradients[0])
@@ -240,20 +239,20 @@ def test_parameters_that_are_not_finite_are_seen_too():
     np.testing.assert_array_equal(federated.finite(report), [True, False])
 
 
-def test_a_limit_bounds_projected_gradients_and_stills_nan():
+def test_clipping_bounds_projected_gradients_and_stills_nan():
     fed = make()
     state = fed.init(jax.tree.map(jnp.asarray, START), CLIENTS)
     given = cohort(0, np.arange(CLIENTS))
     pair_loss = Partial(mezo.pair_loss_of(lambda p, b: jnp.where(b[0, 0] > 1e6, jnp.nan, loss(p, b))))
     free = fed.round.work(state, pair_loss, given, run_key())
     limit = np.median(np.abs(free.projected_gradients))
-    bound = fed.round.work(state, pair_loss, given, run_key(), np.float32(limit))
+    bound = fed.round.work(state, pair_loss, given, run_key(), transforms.clip(limit))
     assert np.abs(free.projected_gradients).max() > limit
     assert np.abs(bound.projected_gradients).max() == limit
     first = np.clip(free.projected_gradients[:, 0], -limit, limit)  # later steps start from elsewhere
     np.testing.assert_allclose(bound.projected_gradients[:, 0], first, rtol=1e-5)
     broken = given._replace(batches=given.batches.at[2, 1].set(1e7))
-    still = fed.round.work(state, pair_loss, broken, run_key(), np.float32(np.inf))
+    still = fed.round.work(state, pair_loss, broken, run_key(), transforms.clip(np.float32(np.inf)))
     assert still.projected_gradients[2, 1] == 0
     assert np.isfinite(still.projected_gradients).all()
     assert np.isnan(still.losses[2, 1])

@@ -82,11 +82,11 @@ def test_step_is_reconstructed_from_its_key_and_projected_gradients():
     params = {"w": jnp.asarray(THETA)}
     done = mezo.step(mezo.pair_loss_of(quadratic), params, 1.0, key(), 1e-2, config)
     shrunk = THETA * np.float32(1 - 1e-3)
-    for k, gradient in enumerate(np.asarray(done.projected_gradients)):
+    for k, gradient in enumerate(np.asarray(done.estimate.projected_gradients)):
         leaf = jax.random.fold_in(jax.random.fold_in(key(), k), _crc(b"w"))
         shrunk = shrunk - 1e-2 * gradient / 3 * np.asarray(jax.random.normal(leaf, (DIMENSION,)))
     np.testing.assert_allclose(done.params["w"], shrunk, atol=1e-6)
-    coefficients = mezo.coefficients(np.float32(1e-2), np.asarray(done.projected_gradients))
+    coefficients = mezo.coefficients(np.float32(1e-2), np.asarray(done.estimate.projected_gradients))
     np.testing.assert_allclose(mezo.apply_step(params, key(), coefficients, 1e-2, config)["w"], shrunk, atol=1e-6)
 
 

@@ -41,7 +41,9 @@ def check_numbers(alone, spread):
     assert spread["z"] == alone["z"]
     expected = np.array(alone["projected_gradients"])
     # Against their usual size: where the two losses happen to be close, their rounding is all there is.
-    np.testing.assert_allclose(spread["projected_gradients"], expected, atol=1e-5 * np.sqrt(np.mean(expected**2)), rtol=0)
+    np.testing.assert_allclose(
+        spread["projected_gradients"], expected, atol=1e-5 * np.sqrt(np.mean(expected**2)), rtol=0
+    )
     for ours, theirs in zip(spread["lora"], alone["lora"], strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-7)
 
