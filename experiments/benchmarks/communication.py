@@ -71,9 +71,8 @@ def main(config: Config) -> None:
     steps = draw.standard_normal((config.clients, config.local_steps, 1)).astype(np.float32)
     update = messages.Update(config.local_steps, config.clients - 1, 10_000, steps[0], steps[0, :, 0])
     begin = len(messages.pack_start(config.local_steps, 1e-5))
-    outcome = messages.Outcome(
-        config.local_steps, np.arange(config.clients), None, None, steps.reshape(config.clients, config.local_steps)
-    )
+    rates = np.full(config.clients, 1e-5, np.float32)
+    outcome = messages.Outcome(config.local_steps, np.arange(config.clients), None, rates, steps[:, :, 0])
     up = len(messages.pack_update(update))
     everything = 2 * sum(int(np.prod(shape)) for shape in leaves(llama).values())
     table = {

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Protocol
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,17 +13,49 @@ import optax
 from fedmezo_jax.core.mezo import Params
 
 
-def mean_coefficients(share: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
-    """Σ_i w_i·c_i: the ``[H, n]`` float32 mean of ``[P, H, n]`` coefficients along shared directions.
+class Aggregator(Protocol):
+    """How the updates of a round's K clients become one. Clients that are left out are not among the K.
 
-    Summed on the host, client by client in float64, so that every machine gets the same. A client of weight 0 may have
-    sent anything.
+    Both methods run on the host, outside of any compiled program, and each program that they compile is one of their
+    own: the run and its replay execute the same ones. ``weights`` are ``[K]`` float32, above zero and summing to one.
+    ``docs/extending.md`` adds a rule.
     """
-    total = np.zeros(coefficients.shape[1:], np.float64)
-    for weight, row in zip(share, coefficients, strict=True):
-        if weight:
+
+    def combine_coefficients(self, weights: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
+        """How far shared directions move θ, ``[H, n]`` float32, from ``[K, H, n]`` :func:`mezo.coefficients`."""
+        ...
+
+    def combine_params(self, params: Params, weights: np.ndarray, uploads: Iterable[Params]) -> Params:
+        """The update of θ, a tree like it, from the clients' θ_i, which come one by one and may not all fit at once."""
+        ...
+
+
+class WeightedMean:
+    """Σ_i w_i·c_i along shared directions, and Σ_i w_i·(θ_i − θ): FedAvg (arXiv 1602.05629)."""
+
+    def combine_coefficients(self, weights: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
+        """Summed client by client in float64, so that every machine gets the same."""
+        total = np.zeros(coefficients.shape[1:], np.float64)
+        for weight, row in zip(weights, coefficients, strict=True):
             total += np.float64(weight) * row
-    return total.astype(np.float32)
+        return total.astype(np.float32)
+
+    def combine_params(self, params: Params, weights: np.ndarray, uploads: Iterable[Params]) -> Params:
+        """Summed as they come, one θ_i in memory at a time."""
+        total = jax.tree.map(jnp.zeros_like, params)
+        for weight, theirs in zip(weights, uploads, strict=True):
+            total = _add_weighted(total, weight, theirs, params)
+        return total
+
+
+@jax.jit
+def _add_weighted(total: Params, weight: jax.Array, new: Params, old: Params) -> Params:
+    return jax.tree.map(lambda t, n, o: t + weight * (n - o), total, new, old)
+
+
+def shares(weights: np.ndarray) -> np.ndarray:
+    """``[P]`` weights scaled to sum to one, float32; at least one is above zero."""
+    return (np.asarray(weights, np.float64) / np.sum(weights, dtype=np.float64)).astype(np.float32)
 
 
 def client_drift(deltas: Params) -> jax.Array:

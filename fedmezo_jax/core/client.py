@@ -16,7 +16,9 @@ import jax.numpy as jnp
 import optax
 
 from fedmezo_jax.core import mezo
+from fedmezo_jax.core.estimators import Estimator, TwoPoint
 from fedmezo_jax.core.mezo import Params
+from fedmezo_jax.core.transforms import Transform
 
 
 class LocalResult(NamedTuple):
@@ -24,13 +26,13 @@ class LocalResult(NamedTuple):
 
     Attributes:
         params: its θ, the tree it was given, moved.
-        coefficients: ``[H, n]`` float32, η_i·g/n of each step and direction (``[H, 0]`` from back-propagation). With
-            the round's key they say all that ``params`` says.
+        projected_gradients: ``[H, n]`` float32, g of each step and direction (``[H, 0]`` from back-propagation). With
+            the client's key and learning rate they determine ``params``.
         losses: ``[H]`` float32, the training loss that each step saw.
     """
 
     params: Params
-    coefficients: jax.Array
+    projected_gradients: jax.Array
     losses: jax.Array
 
 
@@ -39,40 +41,49 @@ class LocalWork:
     """A way to train locally.
 
     Attributes:
-        run: ``run(loss, params, batches, key, learning_rate[, limit]) -> LocalResult``; ``limit`` bounds |g| in
-            zeroth-order steps.
+        run: ``run(loss, params, batches, key, learning_rate[, transform]) -> LocalResult``; ``transform`` changes the
+            projected gradients of zeroth-order steps.
         reconstruct: ``reconstruct(params, key, coefficients, learning_rate) -> params``, the client's θ without its
-            data and without a model; None where that takes more than scalars.
+            data and without a model, from the ``[H, n]`` :func:`mezo.coefficients` of its steps; None where that takes
+            more than scalars.
     """
 
     run: Callable[..., LocalResult]
     reconstruct: Callable[[Params, jax.Array, jax.Array, jax.Array], Params] | None
 
-    def __call__(self, loss: Any, params: Params, batches: Any, key: jax.Array, learning_rate: Any, *limit: Any):
+    def __call__(self, loss: Any, params: Params, batches: Any, key: jax.Array, learning_rate: Any, *transform: Any):
         """One client's local work."""
-        return self.run(loss, params, batches, key, learning_rate, *limit)
+        return self.run(loss, params, batches, key, learning_rate, *transform)
 
 
 def mezo_client(config: mezo.MezoConfig) -> LocalWork:
-    """Local work by FedMeZO's zeroth-order steps (Sec. 2.2, arXiv 2402.05926); ``loss`` is a :data:`mezo.PairLoss`.
+    """Local work by FedMeZO's zeroth-order steps (Sec. 2.2, arXiv 2402.05926); ``loss`` is a :data:`mezo.PairLoss`."""
+    return estimator_client(TwoPoint(config))
+
+
+def estimator_client(estimator: Estimator) -> LocalWork:
+    """Local work by an estimator's steps: estimate, transform, apply.
 
     Step h draws from ``fold_in(key, h)``. ``batches`` has a leading axis of length H.
     """
 
-    def run(loss, params, batches, key, learning_rate, limit=None) -> LocalResult:
+    def run(loss, params, batches, key, learning_rate, transform: Transform | None = None) -> LocalResult:
         def one(params, h_and_batch):
             h, batch = h_and_batch
-            done = mezo.step(loss, params, batch, jax.random.fold_in(key, h), learning_rate, config, limit)
-            return done.params, (done.coefficients, done.loss)
+            step_key = jax.random.fold_in(key, h)
+            gradients, value = estimator.estimate(loss, params, batch, step_key)
+            gradients = gradients if transform is None else transform(gradients)
+            coefficients = mezo.coefficients(learning_rate, gradients)
+            return estimator.apply(params, step_key, coefficients, learning_rate), (gradients, value)
 
         steps = jnp.arange(jax.tree.leaves(batches)[0].shape[0])
-        params, (coefficients, losses) = jax.lax.scan(one, params, (steps, batches))
-        return LocalResult(params, coefficients, losses)
+        params, (gradients, losses) = jax.lax.scan(one, params, (steps, batches))
+        return LocalResult(params, gradients, losses)
 
     def reconstruct(params, key, coefficients, learning_rate) -> Params:
         def one(params, h_and_coefficients):
             h, coefficients = h_and_coefficients
-            return mezo.apply_step(params, jax.random.fold_in(key, h), coefficients, learning_rate, config), None
+            return estimator.apply(params, jax.random.fold_in(key, h), coefficients, learning_rate), None
 
         return jax.lax.scan(one, params, (jnp.arange(coefficients.shape[0]), coefficients))[0]
 

@@ -8,7 +8,8 @@ is sent parameters, and a replay of the run years later execute the very same pr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -20,7 +21,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fedmezo_jax.core import aggregation, personalization, random
+from fedmezo_jax.core import aggregation, mezo, personalization, random
 from fedmezo_jax.core.client import LocalWork
 from fedmezo_jax.core.mezo import Params
 
@@ -64,13 +65,13 @@ class RoundReport(NamedTuple):
 
     Attributes:
         losses: ``[P, H]`` float32, training loss of each local step.
-        coefficients: ``[P, H, n]`` float32, η_i·g/n (``[P, H, 0]`` for back-propagation).
+        projected_gradients: ``[P, H, n]`` float32, g (``[P, H, 0]`` for back-propagation).
         learning_rates: ``[P]`` float32, η_i.
         params: the clients' θ_i, leaves ``[P, …]``, where scalars cannot rebuild them (back-propagation), or None.
     """
 
     losses: jax.Array | np.ndarray
-    coefficients: jax.Array | np.ndarray
+    projected_gradients: jax.Array | np.ndarray
     learning_rates: jax.Array | np.ndarray
     params: Params | None = None
 
@@ -84,17 +85,22 @@ class Round:
     traced (``jit``, ``vmap``, ``grad``) as a whole. ``key`` is the run's, the same in every round.
 
     Attributes:
-        work: ``work(state, loss, cohort, key[, limit, damping]) -> RoundReport``: what the clients do. ``limit`` bounds
-            |g|; ``damping`` multiplies the learning rates.
+        work: ``work(state, loss, cohort, key[, transform, damping]) -> RoundReport``: what the clients do.
+            ``transform`` changes projected gradients (:mod:`transforms`); ``damping`` multiplies the learning rates.
         apply: ``apply(state, ids, weights, report, key[, uploads]) -> FederatedState``: what the server does.
             ``weights`` is ``[P]``, zero for a client that is left out. ``uploads`` are θ_i as the clients sent them, in
-            the order of ids; without them the server rebuilds θ_i from the coefficients.
+            the order of ids; without them the server reconstructs θ_i from the projected gradients.
+        combine: ``combine(weights, report) -> coefficients``: how far shared directions move θ, ``[H, n]`` float32.
+        apply_combined: ``apply_combined(state, coefficients, key) -> FederatedState``: what the server does from these
+            alone; the signals stay as they are. A client that is sent them follows the server so.
         upload: ``upload(state, id, report, i, key) -> θ_i`` of participant i of the report, whose id is given.
         seeds: whether clients share their directions.
     """
 
     work: Callable[..., RoundReport]
     apply: Callable[..., FederatedState]
+    combine: Callable[[np.ndarray, RoundReport], np.ndarray]
+    apply_combined: Callable[..., FederatedState]
     upload: Callable[..., Params]
     seeds: Seeds
 
@@ -126,8 +132,8 @@ class Federated(NamedTuple):
 
 
 def finite(report: RoundReport) -> np.ndarray:
-    """``[P]`` bool: whose losses, coefficients and parameters, if it sent any, are all finite."""
-    rows = [np.asarray(leaf) for leaf in (report.losses, report.coefficients, *jax.tree.leaves(report.params))]
+    """``[P]`` bool: whose losses, projected gradients and parameters, if it sent any, are all finite."""
+    rows = [np.asarray(leaf) for leaf in (report.losses, report.projected_gradients, *jax.tree.leaves(report.params))]
     return np.all([np.isfinite(leaf).reshape(len(leaf), -1).all(axis=1) for leaf in rows], axis=0)
 
 
@@ -146,6 +152,7 @@ def federated(
     seeds: Seeds = "per-client",
     mesh: Mesh | None = None,
     least_width: int = 1,
+    aggregator: aggregation.Aggregator | None = None,
 ) -> Federated:
     """Federated training of any loss: FedMeZO with :func:`client.mezo_client`, FedAvg with :func:`client.sgd_client`.
 
@@ -165,9 +172,10 @@ def federated(
             device. Of a round's work its groups tell each other scalars alone (with back-propagation, the clients'
             parameters).
         least_width: how many clients run at once at least; where there are fewer, copies fill the block.
+        aggregator: how the server combines the clients' updates; None means their weighted mean.
     """
     groups = 1 if mesh is None else mesh.shape[CLIENTS]
-    optimizer = optimizer or optax.sgd(1.0)
+    optimizer, aggregator = optimizer or optax.sgd(1.0), aggregator or aggregation.WeightedMean()
     by_drift = rates.strategy in personalization.BY_DRIFT
 
     def init(params: Params, clients: int) -> FederatedState:
@@ -175,23 +183,25 @@ def federated(
         return FederatedState(params, optimizer.init(params), personalization.init_signals(clients), jnp.int32(0))
 
     @jax.jit
-    def run(state: FederatedState, loss: Any, cohort: Cohort, key: jax.Array, limit=None, damping=None) -> RoundReport:
+    def run(
+        state: FederatedState, loss: Any, cohort: Cohort, key: jax.Array, transform: Any = None, damping: Any = None
+    ) -> RoundReport:
         ids = jnp.asarray(cohort.ids)
         clients, held = ids.shape[0], jax.tree.leaves(cohort.batches)[0].shape[0]
         places = jnp.where(jnp.arange(held) < clients, jnp.arange(held), 0)
         rates_key = jax.random.fold_in(jax.random.fold_in(key, random.RATES), state.round)
         rate = personalization.learning_rates(rates, state.signals, rates_key)[ids]
         rate = rate if damping is None else rate * damping
-        bound = () if limit is None else (limit,)
-        axes = (None, None, 0, None if seeds == "shared" else 0, 0, *(None for _ in bound))
+        transforms = () if transform is None else (transform,)
+        axes = (None, None, 0, None if seeds == "shared" else 0, 0, *(None for _ in transforms))
 
         def run_block(block):
             batches, ids, rate = block
             keys = random.shared_key(key, state.round)
             if seeds == "per-client":
                 keys = jax.vmap(random.client_key, in_axes=(None, None, 0))(key, state.round, ids)
-            done = jax.vmap(work, in_axes=axes)(loss, state.params, batches, keys, rate, *bound)
-            return done.losses, done.coefficients, None if work.reconstruct else done.params
+            done = jax.vmap(work, in_axes=axes)(loss, state.params, batches, keys, rate, *transforms)
+            return done.losses, done.projected_gradients, None if work.reconstruct else done.params
 
         block = (cohort.batches, ids[places], rate[places])
         blocks = _in_blocks(block, groups, block_size or held, least_width)
@@ -201,8 +211,8 @@ def federated(
         outcome = jax.tree.map(lambda leaf: leaf[:clients], _out_of_blocks(outcome, groups, held))
         if mesh is not None:
             outcome, rate = jax.lax.with_sharding_constraint((outcome, rate), NamedSharding(mesh, P()))
-        losses, coefficients, params = outcome
-        return RoundReport(losses, coefficients, rate, params)
+        losses, gradients, params = outcome
+        return RoundReport(losses, gradients, rate, params)
 
     reconstructed = jax.jit(work.reconstruct) if work.reconstruct else None
     own_key, common_key = jax.jit(random.client_key), jax.jit(random.shared_key)
@@ -215,7 +225,23 @@ def federated(
     def upload(state: FederatedState, id: int, report: RoundReport, i: int, key: jax.Array) -> Params:
         if report.params is not None:
             return jax.tree.map(lambda leaf: leaf[i], report.params)
-        return reconstruct(state, id, report.coefficients[i], report.learning_rates[i], key)
+        rate = np.float32(report.learning_rates[i])
+        coefficients = mezo.coefficients(rate, np.asarray(report.projected_gradients[i], np.float32))
+        return reconstruct(state, id, coefficients, rate, key)
+
+    def combine(weights: np.ndarray, report: RoundReport) -> np.ndarray:
+        share = aggregation.shares(weights)
+        counted = share > 0  # the others may have sent anything
+        rates = np.asarray(report.learning_rates, np.float32)[counted, None, None]
+        coefficients = mezo.coefficients(rates, np.asarray(report.projected_gradients)[counted])
+        return aggregator.combine_coefficients(share[counted], coefficients)
+
+    def apply_combined(state: FederatedState, coefficients: np.ndarray, key: jax.Array) -> FederatedState:
+        return step(state, _difference(reconstruct(state, 0, coefficients, 0, key), state.params))
+
+    def step(state: FederatedState, update: Params) -> FederatedState:
+        params, optimizer_state = move(state.params, update, state.optimizer)
+        return state._replace(params=params, optimizer=optimizer_state, round=state.round + 1)
 
     def apply(
         state: FederatedState,
@@ -225,39 +251,34 @@ def federated(
         key: jax.Array,
         uploads: Iterable[Params | None] | None = None,
     ) -> FederatedState:
-        losses, coefficients = np.asarray(report.losses), np.asarray(report.coefficients)
-        share = (np.asarray(weights, np.float64) / np.sum(weights, dtype=np.float64)).astype(np.float32)
-        from_mean = seeds == "shared" and uploads is None and report.params is None
-        each = uploads or (upload(state, id, report, i, key) if share[i] else None for i, id in enumerate(ids))
-        mean, deltas = jax.tree.map(jnp.zeros_like, state.params), []
-        if from_mean:
-            moved = reconstruct(state, 0, aggregation.mean_coefficients(share, coefficients), 0, key)
-            mean = _add_weighted(mean, np.float32(1), moved, state.params)
-        if not from_mean or by_drift:
+        share, deltas = aggregation.shares(weights), []
+
+        def counted() -> Iterator[Params]:
+            each = uploads or (upload(state, id, report, i, key) if share[i] else None for i, id in enumerate(ids))
             for weight, theirs in zip(share, each, strict=True):
                 if weight:
-                    mean = mean if from_mean else _add_weighted(mean, weight, theirs, state.params)
-                    deltas += [_difference(theirs, state.params)] if by_drift else []
+                    deltas.extend([_difference(theirs, state.params)] if by_drift else [])
+                    yield theirs
+
+        if seeds == "shared" and uploads is None and report.params is None:
+            moved = apply_combined(state, combine(weights, report), key)
+            deque(counted() if by_drift else (), 0)
+        else:
+            moved = step(state, aggregator.combine_params(state.params, share[share > 0], counted()))
         drift = np.zeros(len(share), np.float32)
         if deltas:
             drift[share > 0] = aggregation.client_drift(jax.tree.map(lambda *leaves: jnp.stack(leaves), *deltas))
-        # Two programs, so that a replay, which needs no signals, moves θ by the very same one.
-        params, optimizer_state = move(state.params, mean, state.optimizer)
-        signals = observe(state.signals, ids, mean_losses(losses), drift if deltas else None, share > 0)
-        return FederatedState(params, optimizer_state, signals, state.round + 1)
+        # A program of its own: a replay, which needs no signals, moves θ by the very same ones.
+        losses = mean_losses(np.asarray(report.losses))
+        return moved._replace(signals=observe(state.signals, ids, losses, drift if deltas else None, share > 0))
 
     move, observe = jax.jit(partial(aggregation.apply_mean_update, optimizer)), jax.jit(personalization.observe)
-    return Federated(init, Round(run, apply, upload, seeds))
+    return Federated(init, Round(run, apply, combine, apply_combined, upload, seeds))
 
 
 @jax.jit
 def _difference(new: Params, old: Params) -> Params:
     return jax.tree.map(jnp.subtract, new, old)
-
-
-@jax.jit
-def _add_weighted(total: Params, weight: jax.Array, new: Params, old: Params) -> Params:
-    return jax.tree.map(lambda t, n, o: t + weight * (n - o), total, new, old)
 
 
 def _map_blocks(run: Callable[[Any], Any], blocks: Any, round_index: jax.Array) -> Any:

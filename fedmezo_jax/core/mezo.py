@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fedmezo_jax.core import threefry
 
@@ -70,18 +71,23 @@ AT_ONCE = 1 << 22
 place, row after row: on GPUs a second copy of it would exist otherwise."""
 
 
-class Step(NamedTuple):
-    """One local step's outcome.
+class Estimate(NamedTuple):
+    """What a local step measures.
 
     Attributes:
-        params: θ after the step.
-        coefficients: ``[n]`` float32, c_k = η·g_k/n with g_k the projected gradient: θ moved by −Σ_k c_k·z_k.
-        loss: scalar float32, mean of the 2n losses evaluated.
+        projected_gradients: ``[n]`` float32, the slope of the loss along each direction.
+        loss: scalar float32, mean of the losses evaluated.
     """
 
-    params: Params
-    coefficients: jax.Array
+    projected_gradients: jax.Array
     loss: jax.Array
+
+
+class Step(NamedTuple):
+    """One local step's outcome: θ after it, and what it measured."""
+
+    params: Params
+    estimate: Estimate
 
 
 def draw(key: jax.Array, shape: tuple[int, ...], distribution: Distribution) -> jax.Array:
@@ -167,25 +173,15 @@ def pair_loss_of(loss: LossFn) -> PairLoss:
     return pair_loss
 
 
-def step(
-    pair_loss: PairLoss,
-    params: Params,
-    batch: Any,
-    key: jax.Array,
-    learning_rate: jax.Array | float,
-    config: MezoConfig,
-    limit: jax.Array | float | None = None,
-) -> Step:
-    """One FedMeZO step, θ ← (1 − ηλ)·θ − (η/n)·Σ_k g_k·z_k with g_k = (L₊ − L₋)/2μ (Eq. 3 and 4, arXiv 2402.05926).
+def estimate(pair_loss: PairLoss, params: Params, batch: Any, key: jax.Array, config: MezoConfig) -> Estimate:
+    """The projected gradients g_k = (L₊ − L₋)/2μ along n directions (Eq. 3, arXiv 2402.05926).
 
     Args:
         pair_loss: losses at θ ± μz.
         params: θ, pytree of float arrays.
         batch: whatever ``pair_loss`` takes.
         key: the step's key; direction k is drawn from ``fold_in(key, k)``.
-        learning_rate: η, scalar.
-        config: μ, n, the law of z and λ.
-        limit: largest |g_k| that counts, scalar: a larger one is clipped, and one that is NaN moves nothing.
+        config: μ, n and the law of z.
     """
 
     def probe(k):
@@ -195,17 +191,26 @@ def step(
 
     # One after the other: two forward passes in flight would double the activations.
     gradients, losses = jax.lax.map(probe, jnp.arange(config.directions))
-    if limit is not None:
-        gradients = jnp.where(jnp.isnan(gradients), 0, jnp.clip(gradients, -limit, limit))
-    coefficients = learning_rate * gradients / config.directions
-    moved = apply_step(params, key, coefficients, learning_rate, config)
-    return Step(moved, coefficients, jnp.mean(losses))
+    return Estimate(gradients, jnp.mean(losses))
+
+
+def coefficients(learning_rate: Any, projected_gradients: Any) -> Any:
+    """c_k = η·g_k/n: a step moves θ by −Σ_k c_k·z_k.
+
+    A client computes it in its compiled step, and the server on the host with NumPy. Both get the same bits: the two
+    products are rounded one after the other, and XLA would make a division by n a product with 1/n anyway.
+
+    Args:
+        learning_rate: η, float32, of a shape that broadcasts to that of the gradients.
+        projected_gradients: ``[…, n]`` float32.
+    """
+    return learning_rate * projected_gradients * np.float32(1 / projected_gradients.shape[-1])
 
 
 def apply_step(
     params: Params, key: jax.Array, coefficients: jax.Array, learning_rate: jax.Array | float, config: MezoConfig
 ) -> Params:
-    """The move of :func:`step` from its key and its ``[n]`` coefficients alone: no data and no model needed."""
+    """θ ← (1 − ηλ)·θ − Σ_k c_k·z_k from the step's key and its ``[n]`` :func:`coefficients`: no data, no model."""
     if config.weight_decay:
         params = jax.tree.map(lambda leaf: leaf * (1 - learning_rate * config.weight_decay), params)
 
@@ -214,3 +219,17 @@ def apply_step(
         return shift(moved, Perturbation(jax.random.fold_in(key, k), -coefficient, config.distribution)), None
 
     return jax.lax.scan(move, params, (jnp.arange(config.directions), coefficients))[0]
+
+
+def step(
+    pair_loss: PairLoss,
+    params: Params,
+    batch: Any,
+    key: jax.Array,
+    learning_rate: jax.Array | float,
+    config: MezoConfig,
+) -> Step:
+    """One FedMeZO step, θ ← (1 − ηλ)·θ − (η/n)·Σ_k g_k·z_k (Eq. 3 and 4, arXiv 2402.05926): estimate, then apply."""
+    measured = estimate(pair_loss, params, batch, key, config)
+    moves = coefficients(learning_rate, measured.projected_gradients)
+    return Step(apply_step(params, key, moves, learning_rate, config), measured)

@@ -11,12 +11,14 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from fedmezo_jax.core import mezo
 from fedmezo_jax.core.mezo import Params
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.run import client_failures, messages
 
 LARGEST = 1e15
-"""Largest absolute value of a number that is accepted: θ and its squares stay within float32."""
+"""Largest absolute value that is accepted of a loss, of a number in θ_i and of how far a step moves θ along a
+direction, η_i·g/n: θ and its squares stay within float32."""
 
 
 class Message(NamedTuple):
@@ -41,7 +43,9 @@ class Expected(NamedTuple):
         samples: rows of that client; None where they are not known.
         steps: H.
         directions: n; 0 for back-propagation.
-        bound: absolute value at which coefficients are clipped, whatever the losses are; None where nothing is clipped.
+        learning_rate: η_i that the client was given.
+        limit: absolute value at which projected gradients are clipped, whatever the losses are; None where nothing is
+            clipped.
     """
 
     round: int
@@ -49,14 +53,15 @@ class Expected(NamedTuple):
     samples: int | None
     steps: int
     directions: int
-    bound: float | None = None
+    learning_rate: float
+    limit: float | None = None
 
 
 class Received(NamedTuple):
     """What became of a message.
 
     Attributes:
-        update: with coefficients within the bound; None if the message is malformed or for something else.
+        update: with projected gradients within the limit; None if the message is malformed or for something else.
         params: θ_i, where clients send it and it is well-formed.
         why: the client's failure, or None if it is accepted.
     """
@@ -73,21 +78,22 @@ def receive(message: Message, expected: Expected, like: Params) -> Received:
         lora, params = (update, None) if message.lora is None else messages.unpack_lora_update(message.lora, like)
     except UserError:
         return Received(None, None, client_failures.MALFORMED)
-    if update.coefficients.shape != (expected.steps, expected.directions) or len(lora.losses) != expected.steps:
+    if update.projected_gradients.shape != (expected.steps, expected.directions) or len(lora.losses) != expected.steps:
         return Received(None, None, client_failures.MALFORMED)
     known = (expected.round, expected.client, update.samples if expected.samples is None else expected.samples)
     if not update[:3] == lora[:3] == known:
         return Received(None, None, client_failures.MISMATCHED)
-    numbers = [update.coefficients, *jax.tree.leaves(params)]
-    if expected.bound is None:
+    gradients, numbers = update.projected_gradients, jax.tree.leaves(params)
+    if expected.limit is None:
         numbers += [update.losses, lora.losses]
-    if not all(np.isfinite(leaf).all() for leaf in numbers):
+    if not all(np.isfinite(leaf).all() for leaf in [gradients, *numbers]):
         return Received(update, params, client_failures.NOT_FINITE)
-    if expected.bound is not None:
-        beyond = np.abs(update.coefficients) > np.float32(expected.bound)
-        clipped = np.copysign(np.float32(expected.bound), update.coefficients)
-        update = update._replace(coefficients=np.where(beyond, clipped, update.coefficients))
-        numbers[0] = update.coefficients
+    if expected.limit is not None:
+        limit = np.float32(expected.limit)
+        gradients = np.where(np.abs(gradients) > limit, np.copysign(limit, gradients), gradients)
+        update = update._replace(projected_gradients=gradients)
+    if expected.directions:
+        numbers += [mezo.coefficients(np.float64(expected.learning_rate), gradients)]
     if any(np.any(np.abs(leaf) > LARGEST) for leaf in numbers):
         return Received(update, params, client_failures.TOO_LARGE)
     return Received(update, params, None)

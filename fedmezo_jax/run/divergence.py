@@ -73,40 +73,33 @@ def median_loss(losses: np.ndarray) -> float:
     return float(np.median(np.where(np.isfinite(means), means, np.inf)))
 
 
-def _gradients(report: RoundReport, counted: np.ndarray, directions: int) -> np.ndarray:
-    """``[K, H, n]`` projected gradients g of the clients that count."""
-    coefficients = np.asarray(report.coefficients, np.float64)[counted]
-    return coefficients * directions / np.asarray(report.learning_rates, np.float64)[counted, None, None]
+def _gradients(report: RoundReport, counted: np.ndarray) -> np.ndarray:
+    """``[K, H, n]`` projected gradients of the clients that count, in float64 as their squares may be large."""
+    return np.asarray(report.projected_gradients, np.float64)[counted]
 
 
-def gradient_rms(report: RoundReport, counted: np.ndarray, directions: int) -> float | None:
+def gradient_rms(report: RoundReport, counted: np.ndarray) -> float | None:
     """Root mean square of g over the clients that count: an estimate of ‖∇F‖; None for back-propagation and nobody."""
-    gradients = _gradients(report, counted, directions)
+    gradients = _gradients(report, counted)
     return float(np.sqrt(np.mean(gradients**2))) if gradients.size else None
 
 
-def median_gradient(report: RoundReport, counted: np.ndarray, directions: int) -> float | None:
+def median_gradient(report: RoundReport, counted: np.ndarray) -> float | None:
     """A robust estimate of ‖∇F‖: the median over clients of each one's root-mean-square g. None as above.
 
     The mean square of k normal numbers has a median below its mean, by the factor (1 − 2/9k)³ (Wilson and Hilferty),
     which is divided out.
     """
-    gradients = _gradients(report, counted, directions)
+    gradients = _gradients(report, counted)
     if not gradients.size:
         return None
     squares = np.mean(gradients**2, axis=(1, 2))
     return float(np.sqrt(np.median(squares) / (1 - 2 / (9 * gradients[0].size)) ** 3))
 
 
-def largest_coefficient(learning_rate: float, directions: int, limit: float) -> float:
-    """What |η·g/n| cannot exceed while |g| is within the limit, and a little more for rounding."""
-    return float(limit * np.float64(learning_rate) / directions * (1 + 1e-6))
-
-
-def count_clipped(report: RoundReport, counted: np.ndarray, directions: int, limit: float) -> int:
+def count_clipped(report: RoundReport, counted: np.ndarray, limit: float) -> int:
     """Steps of the clients that count with a projected gradient at the limit, or with a loss that is not finite."""
-    rates = np.asarray(report.learning_rates, np.float64)[:, None, None]
-    at_limit = np.abs(np.asarray(report.coefficients, np.float64)) >= limit * rates / directions * (1 - 1e-6)
+    at_limit = np.abs(report.projected_gradients) >= np.float32(limit)
     return int(np.sum((at_limit.any(axis=2) | ~np.isfinite(report.losses))[counted]))
 
 
@@ -185,9 +178,9 @@ def growth(report: RoundReport, counted: np.ndarray) -> float | None:
     Local steps that carry θ to where the loss is steep show here before they do in the round's loss. None where there
     are too few to tell.
     """
-    coefficients = np.asarray(report.coefficients, np.float64)[counted]
-    third = coefficients.shape[1] // 3
-    first, last = coefficients[:, :third], coefficients[:, coefficients.shape[1] - third :]
+    gradients = _gradients(report, counted)
+    third = gradients.shape[1] // 3
+    first, last = gradients[:, :third], gradients[:, gradients.shape[1] - third :]
     if first.size < ENOUGH or not np.any(first):
         return None
     return float(np.sqrt(np.mean(last**2) / np.mean(first**2)))

@@ -18,8 +18,8 @@ each entry is one that its configuration permits.
 What it does not prove. The checksums have no key and nothing is signed, so anybody can write a ledger with a valid
 chain: it does not show who wrote it, when, on which data, or that any client did the work. To hold on to one ledger,
 keep its last checksum where its writer cannot change it. With ``--uplink lora`` the server moves θ by the parameters
-that clients send, and the ledger holds the coefficients that go with them: a client whose two do not agree makes a
-replay differ from the run.
+that clients send, and the ledger holds the projected gradients that go with them: a client whose two do not agree makes
+a replay differ from the run.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class Entry(NamedTuple):
         ids: ``[P]`` int32, who took part.
         weights: ``[P]`` float32 in the server's mean; 0 for whoever was left out.
         learning_rates: ``[P]`` float32, η_i.
-        updates: the P clients' updates as the server uses them (:func:`wire.pack_update`), with coefficients that it
-            clipped already clipped; None where none came in, or one that was refused as malformed.
+        updates: the P clients' updates as the server uses them (:func:`messages.pack_update`), with projected gradients
+            that it clipped already clipped; None where none came in, or one that was refused as malformed.
         failed: (attempt, client, why) of all that were left out, in this attempt and in those before.
         clipped: steps whose projected gradient was clipped.
         rolled_back: the round, and the one before it, count for nothing: θ is again where that one began.

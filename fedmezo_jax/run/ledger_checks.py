@@ -21,7 +21,7 @@ from fedmezo_jax.run.acceptance import Expected, Message, receive
 from fedmezo_jax.run.config import RunConfig, config_from
 from fedmezo_jax.run.ledger import Entry
 
-MOST_CLIENTS, MOST_COEFFICIENTS = 10**7, 2**28
+MOST_CLIENTS, MOST_GRADIENTS = 10**7, 2**28
 """Largest N, and P·H·n, of a ledger that is read: what a replay holds in memory grows with them."""
 _ROUNDING = 1e-5
 
@@ -38,8 +38,8 @@ def run_config(header: Mapping[str, Any], file: Path) -> RunConfig:
         raise UserError(f"{refusal}: runs of {config.algorithm} have no ledger")
     if config.clients > MOST_CLIENTS:
         raise UserError(f"{refusal}: {config.clients} clients are more than {MOST_CLIENTS}")
-    if config.participants * config.local_steps * config.directions > MOST_COEFFICIENTS:
-        raise UserError(f"{refusal}: a round of it has more than {MOST_COEFFICIENTS} coefficients")
+    if config.participants * config.local_steps * config.directions > MOST_GRADIENTS:
+        raise UserError(f"{refusal}: a round of it has more than {MOST_GRADIENTS} projected gradients")
     return config
 
 
@@ -112,11 +112,13 @@ def _number_fault(entry: Entry, config: RunConfig, damping: float) -> str | None
     slack = _ROUNDING * middle + np.finfo(np.float32).tiny
     if not np.all(np.abs(np.asarray(entry.learning_rates, np.float64) - middle) <= spread * middle + slack):
         return f"a learning rate is not within {spread:g} of {middle:g}"
-    bound = math.inf if config.on_surge == "clip" else None
-    for id, weight, message in zip(map(int, entry.ids), entry.weights, entry.updates, strict=True):
+    limit = math.inf if config.on_surge == "clip" else None
+    for id, weight, rate, message in zip(
+        map(int, entry.ids), entry.weights, entry.learning_rates, entry.updates, strict=True
+    ):
         if message is None:
             continue
-        expected = Expected(entry.round, id, None, config.local_steps, config.directions, bound)
+        expected = Expected(entry.round, id, None, config.local_steps, config.directions, rate, limit)
         update, _, why = receive(Message(message), expected, {})
         if update is None or (weight and why):
             return f"client {id} {why}"

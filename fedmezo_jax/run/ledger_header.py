@@ -14,7 +14,8 @@ import msgpack
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.run.reader import ERRORS
 
-FORMAT, VERSION, KEYS = "fedmezo ledger", 1, "threefry2x32"
+FORMAT, VERSION, KEYS = "fedmezo ledger", 2, "threefry2x32"
+"""Since version 2 a ledger holds projected gradients g and learning rates η_i; version 1 held the products η_i·g/n."""
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
@@ -34,7 +35,10 @@ def unpack_header(payload: bytes, file: Path) -> dict[str, Any]:
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise UserError(f"{file}: is no ledger: give the run.ledger of a run's folder")
     if header.get("version") != VERSION:
-        raise UserError(f"{file}: is of format {header.get('version')}, and this version reads format {VERSION}")
+        raise UserError(
+            f"{file}: is a ledger of format version {header.get('version')!r:.60}, and this release reads version "
+            f"{VERSION}: read it with the release that wrote it, or start the run again with another --out"
+        )
     if wrong := _fault(header):
         raise UserError(f"{file}: its header is malformed: {wrong}: give the ledger as the run wrote it")
     return header

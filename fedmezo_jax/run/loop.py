@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fedmezo_jax.core import aggregation, federated, mezo, random
+from fedmezo_jax.core import aggregation, federated, mezo, random, transforms
 from fedmezo_jax.core.random import run_key
 from fedmezo_jax.data.batches import round_picks, take
 from fedmezo_jax.data.buckets import computed_tokens, lengths
@@ -93,10 +93,10 @@ def train(
     def work_of(progress: rounds.Progress, t: int) -> rounds.Work:
         def work(attempt: int, limit: float) -> rounds.Answers:
             current, _, _ = cohort(t, attempt)
-            bound = np.float32(limit) if config.on_surge == "clip" else None
+            transform = transforms.clip(np.float32(limit)) if config.on_surge == "clip" else None
             damping = progress.damping if config.on_surge == "rollback" else None
             with clock:
-                report = round.work(progress.state, loss, current, key, bound, damping)
+                report = round.work(progress.state, loss, current, key, transform, damping)
                 if t + 1 < config.rounds:
                     cohort(t + 1, 0)  # while the device works
                 ids, report = np.asarray(current.ids), jax.device_get(report)

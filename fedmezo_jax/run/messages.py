@@ -5,9 +5,9 @@ sides know the run's configuration, and with its seed θ at the start and every 
 
 sent by    to          message                                when                        packed by
 server     a client    its learning rate                      before its local work       pack_start
-client     server      its coefficients and losses            ``--uplink coefficients``   pack_update
+client     server      its projected gradients and losses     ``--uplink coefficients``   pack_update
 client     server      its LoRA θ_i and losses                ``--uplink lora``           pack_lora_update
-server     everyone    the clients' coefficients, weights     ``--seeds per-client``      pack_outcome
+server     everyone    their gradients, rates and weights     ``--seeds per-client``      pack_outcome
 server     everyone    the mean coefficients                  ``--seeds shared``          pack_mean
 server     a client    the LoRA θ                             ``--uplink lora``           lora_message
 
@@ -28,29 +28,33 @@ from fedmezo_jax.core.mezo import Params
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.run.reader import ERRORS, Reader
 
+VERSION = 2
+"""Of the messages' format; every message begins with it. In version 1, which had no such number, clients sent products
+of learning rates and projected gradients."""
+
 
 class Update(NamedTuple):
-    """A client's local work as the numbers that rebuild it.
+    """A client's local work as the numbers that, with its learning rate, reconstruct it.
 
     Attributes:
         round: number of the round, from 0.
         client: its id.
         samples: rows that it has.
-        coefficients: ``[H, n]`` float32, η_i·g/n.
+        projected_gradients: ``[H, n]`` float32, g of each step and direction.
         losses: ``[H]`` float32, training loss of each step.
     """
 
     round: int
     client: int
     samples: int
-    coefficients: np.ndarray
+    projected_gradients: np.ndarray
     losses: np.ndarray
 
 
 def pack_update(update: Update) -> bytes:
     """An :class:`Update` as a message: 250 bytes or so for H = 30 and one direction."""
     head = (int(update.round), int(update.client), int(update.samples))
-    return _pack([*head, _bytes(update.coefficients), _bytes(update.losses)])
+    return _pack([VERSION, *head, _bytes(update.projected_gradients), _bytes(update.losses)])
 
 
 def unpack_update(message: bytes) -> Update:
@@ -59,19 +63,18 @@ def unpack_update(message: bytes) -> Update:
     Raises:
         UserError: the message is malformed.
     """
-    reader = Reader(message, "the update")
-    reader.array(len(Update._fields))
+    reader = _opened(message, "the update", len(Update._fields))
     round_index, client, samples = reader.integer(), reader.integer(), reader.integer()
-    coefficients, losses = reader.vector(), reader.vector()
+    gradients, losses = reader.vector(), reader.vector()
     reader.end()
-    if not len(losses) or len(coefficients) % len(losses):
-        raise reader.error(f"{len(coefficients)} coefficients do not go with {len(losses)} losses")
-    return Update(round_index, client, samples, coefficients.reshape(len(losses), -1), losses)
+    if not len(losses) or len(gradients) % len(losses):
+        raise reader.error(f"{len(gradients)} projected gradients do not go with {len(losses)} losses")
+    return Update(round_index, client, samples, gradients.reshape(len(losses), -1), losses)
 
 
 def pack_start(round_index: int, learning_rate: float) -> bytes:
     """The server's word to a participant: begin, at this learning rate (float32)."""
-    return _pack([int(round_index), float(learning_rate)])
+    return _pack([VERSION, int(round_index), float(learning_rate)])
 
 
 def unpack_start(message: bytes) -> tuple[int, float]:
@@ -80,8 +83,7 @@ def unpack_start(message: bytes) -> tuple[int, float]:
     Raises:
         UserError: the message is malformed.
     """
-    reader = Reader(message, "the start message")
-    reader.array(2)
+    reader = _opened(message, "the start message", 2)
     start = reader.integer(), reader.value(float)
     reader.end()
     return start
@@ -94,50 +96,56 @@ class Outcome(NamedTuple):
         round: number of the round, from 0.
         ids: ``[K]`` ids of the clients that count, ascending.
         weights: ``[K]`` float32, or None where all are the same.
-        learning_rates: ``[K]`` float32, or None where none is needed (it is for weight decay alone).
-        coefficients: ``[K, H·n]`` float32.
+        learning_rates: ``[K]`` float32, η_i.
+        projected_gradients: ``[K, H·n]`` float32.
     """
 
     round: int
     ids: np.ndarray
     weights: np.ndarray | None
-    learning_rates: np.ndarray | None
-    coefficients: np.ndarray
+    learning_rates: np.ndarray
+    projected_gradients: np.ndarray
 
 
 def pack_outcome(outcome: Outcome, clients: int, recipient: int | None = None) -> bytes:
-    """An :class:`Outcome` for one of ``clients`` clients; its own coefficients, which it knows, are left out."""
+    """An :class:`Outcome` for one of ``clients`` clients.
+
+    Its own projected gradients, which it knows, are left out. A learning rate that all have is sent once.
+    """
     others = outcome.ids != recipient
     bitmap = np.zeros(clients, bool)
     bitmap[outcome.ids] = True
     who = np.packbits(bitmap).tobytes() if clients <= 32 * len(outcome.ids) else [int(id) for id in outcome.ids]
-    vectors = (outcome.weights, outcome.learning_rates, outcome.coefficients[others])
-    return _pack([int(outcome.round), who, *(None if vector is None else _bytes(vector) for vector in vectors)])
+    rates = outcome.learning_rates
+    rates = rates[:1] if np.all(rates == rates[0]) else rates
+    weights = None if outcome.weights is None else _bytes(outcome.weights)
+    return _pack(
+        [VERSION, int(outcome.round), who, weights, _bytes(rates), _bytes(outcome.projected_gradients[others])]
+    )
 
 
 def unpack_outcome(message: bytes, recipient: int | None = None, own: np.ndarray | None = None) -> Outcome:
-    """What :func:`pack_outcome` packed for a recipient, whose own ``[H, n]`` coefficients are put back in.
+    """What :func:`pack_outcome` packed for a recipient, whose own ``[H, n]`` projected gradients are put back in.
 
     Raises:
         UserError: the message is malformed, or has no place for ``own``.
     """
-    reader = Reader(message, "the outcome")
-    reader.array(len(Outcome._fields))
+    reader = _opened(message, "the outcome", len(Outcome._fields))
     round_index, ids = reader.integer(), _ids(reader)
-    weights, rates, numbers = reader.optional_vector(), reader.optional_vector(), reader.vector()
+    weights, rates, numbers = reader.optional_vector(), reader.vector(), reader.vector()
     reader.end()
-    if any(vector is not None and len(vector) != len(ids) for vector in (weights, rates)):
+    if (weights is not None and len(weights) != len(ids)) or len(rates) not in (1, len(ids)):
         raise reader.error(f"{len(ids)} clients do not have as many weights or learning rates")
     mine = ids == recipient
     others = len(ids) - int(mine.sum())
     width = len(numbers) // others if others else 0 if own is None else own.size
     if others * width != len(numbers) or (others and not width) or (mine.any() and (own is None or own.size != width)):
-        raise reader.error(f"{len(numbers)} coefficients do not go with {len(ids)} clients")
+        raise reader.error(f"{len(numbers)} projected gradients do not go with {len(ids)} clients")
     whole = np.zeros((len(ids), width), np.float32)
     whole[~mine] = numbers.reshape(others, width)
     if own is not None:
         whole[mine] = own.ravel()
-    return Outcome(round_index, ids, weights, rates, whole)
+    return Outcome(round_index, ids, weights, np.broadcast_to(rates, len(ids)), whole)
 
 
 def _ids(reader: Reader) -> np.ndarray:
@@ -153,8 +161,13 @@ def _ids(reader: Reader) -> np.ndarray:
 
 
 def pack_mean(round_index: int, coefficients: np.ndarray) -> bytes:
-    """A round's result along shared directions: ``[H, n]`` float32 mean coefficients, however many the clients are."""
-    return _pack([int(round_index), _bytes(coefficients)])
+    """A round's result along shared directions, however many the clients are.
+
+    Args:
+        round_index: number of the round, from 0.
+        coefficients: ``[H, n]`` float32, what ``round.combine`` gives; the clients' learning rates are in it.
+    """
+    return _pack([VERSION, int(round_index), _bytes(coefficients)])
 
 
 def unpack_mean(message: bytes) -> tuple[int, np.ndarray]:
@@ -163,8 +176,7 @@ def unpack_mean(message: bytes) -> tuple[int, np.ndarray]:
     Raises:
         UserError: the message is malformed.
     """
-    reader = Reader(message, "the mean")
-    reader.array(2)
+    reader = _opened(message, "the mean", 2)
     mean = reader.integer(), reader.vector()
     reader.end()
     return mean
@@ -176,12 +188,13 @@ def lora_message(params: Params) -> bytes:
 
 
 def pack_lora_update(update: Update, params: Params) -> bytes:
-    """A client's θ_i, with its :class:`Update` but for the coefficients."""
-    return to_bytes(update._replace(coefficients=np.zeros(0, np.float32))._asdict() | {"params": params})
+    """A client's θ_i, with its :class:`Update` but for the projected gradients."""
+    content = update._replace(projected_gradients=np.zeros(0, np.float32))._asdict()
+    return to_bytes({"version": VERSION} | content | {"params": params})
 
 
 def unpack_lora_update(message: bytes, like: Params) -> tuple[Update, Params]:
-    """What :func:`pack_lora_update` packed: the update without coefficients, ``[H, 0]``, and θ_i.
+    """What :func:`pack_lora_update` packed: the update without projected gradients, ``[H, 0]``, and θ_i.
 
     Args:
         message: as it came in.
@@ -194,7 +207,10 @@ def unpack_lora_update(message: bytes, like: Params) -> tuple[Update, Params]:
         content = msgpack.unpackb(message, max_array_len=0, ext_hook=_array)
     except ERRORS as error:
         raise _no_lora_update(f"it cannot be decoded ({type(error).__name__})") from None
-    if not isinstance(content, dict) or content.keys() != {*Update._fields, "params"}:
+    version = content.get("version", 1) if isinstance(content, dict) else VERSION
+    if type(version) is not int or version != VERSION:
+        raise _other_version("the LoRA update", version)
+    if not isinstance(content, dict) or content.keys() != {"version", *Update._fields, "params"}:
         raise _no_lora_update("it has other fields")
     update = Update(**{name: content[name] for name in Update._fields})
     losses = update.losses
@@ -203,7 +219,7 @@ def unpack_lora_update(message: bytes, like: Params) -> tuple[Update, Params]:
     if not isinstance(losses, np.ndarray) or losses.ndim != 1 or not len(losses):
         raise _no_lora_update("its losses are no vector")
     params = from_state_dict(like, _matched(content["params"], to_state_dict(like), "params"))
-    return update._replace(coefficients=np.zeros((len(losses), 0), np.float32)), params
+    return update._replace(projected_gradients=np.zeros((len(losses), 0), np.float32)), params
 
 
 def _array(code: int, content: bytes) -> np.ndarray:
@@ -232,6 +248,24 @@ def _matched(node: Any, like: Any, path: str) -> Any:
 
 def _no_lora_update(why: str) -> UserError:
     return UserError(f"the LoRA update is malformed: {why}")
+
+
+def _opened(message: bytes, what: str, fields: int) -> Reader:
+    """A reader of a message of so many fields, past its format version."""
+    reader = Reader(message, what)
+    length = reader.array()
+    if length not in (fields, fields + 1):
+        raise reader.error(f"it has {length} entries and not {fields + 1}")
+    if (version := 1 if length == fields else reader.integer()) != VERSION:
+        raise _other_version(what, version)
+    return reader
+
+
+def _other_version(what: str, version: object) -> UserError:
+    return UserError(
+        f"{what} is of format version {version!r:.20}, and this release reads version {VERSION}: run the same "
+        "release on both sides"
+    )
 
 
 def _pack(content: Any) -> bytes:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedmezo_jax.core import aggregation, federated
+from fedmezo_jax.core import federated
 from fedmezo_jax.core.mezo import Params
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.run import client_failures, divergence, messages
@@ -84,12 +84,12 @@ def advance(
 def report_of(entry: Entry, steps: int, directions: int) -> federated.RoundReport:
     """What the round's clients reported, from their updates; NaN for those of whom there is none."""
     losses = np.full((len(entry.ids), steps), np.nan, np.float32)
-    coefficients = np.full((len(entry.ids), steps, directions), np.nan, np.float32)
+    gradients = np.full((len(entry.ids), steps, directions), np.nan, np.float32)
     for i, message in enumerate(entry.updates):
         if message is not None:
             update = messages.unpack_update(message)
-            losses[i], coefficients[i] = update.losses, update.coefficients
-    return federated.RoundReport(losses, coefficients, entry.learning_rates)
+            losses[i], gradients[i] = update.losses, update.projected_gradients
+    return federated.RoundReport(losses, gradients, entry.learning_rates)
 
 
 def simulated_answers(
@@ -105,7 +105,7 @@ def simulated_answers(
 
     def packed(t: int) -> Iterator[Message]:
         for i, id in enumerate(ids):
-            numbers = np.asarray(report.coefficients[i]), np.asarray(report.losses[i])
+            numbers = np.asarray(report.projected_gradients[i]), np.asarray(report.losses[i])
             update, lora = messages.Update(t, int(id), int(sizes[id]), *numbers), None
             if not config.sends_coefficients:
                 lora = messages.pack_lora_update(update, jax.device_get(round.upload(state, int(id), report, i, key)))
@@ -143,11 +143,11 @@ def run_round(
         away = client_failures.absent(config.seed, t, attempt, config.clients, config.dropout, config.deadline)
         clip = config.on_surge == "clip"
         limit = gauge.limit if clip else np.inf
-        ids, rates, arrived = work(attempt, limit)
+        ids, rates, answers = work(attempt, limit)
         received = []
-        for message, id, rate in zip(arrived, map(int, ids), rates, strict=True):
-            bound = divergence.largest_coefficient(rate, config.directions, limit) if clip else None
-            expected = Expected(t, id, int(sizes[id]), config.local_steps, config.sent_directions, bound)
+        for message, id, rate in zip(answers, map(int, ids), rates, strict=True):
+            shape = config.local_steps, config.sent_directions
+            expected = Expected(t, id, int(sizes[id]), *shape, float(rate), limit if clip else None)
             dropped = away.get(id) == client_failures.DROPPED
             answer = Received(None, None, None) if dropped else receive(message, expected, like)
             received.append(answer._replace(why=away.get(id) or answer.why))
@@ -159,7 +159,7 @@ def run_round(
         report = report_of(entry, config.local_steps, config.sent_directions)
         if clip:
             here = np.array([update is not None for update in updates])
-            entry = entry._replace(clipped=divergence.count_clipped(report, here, config.directions, limit))
+            entry = entry._replace(clipped=divergence.count_clipped(report, here, limit))
         if config.on_surge == "rollback" and gauge.surged(known_losses(entry, report)):
             entry = entry._replace(rolled_back=True)
         if weights.any() or entry.rolled_back:
@@ -202,22 +202,19 @@ class Traffic(NamedTuple):
     others: int = 0
 
 
-def scalar_traffic(config: RunConfig, entry: Entry, report: federated.RoundReport) -> Traffic:
-    """The messages of a round whose clients send coefficients, and whose result is broadcast to all N clients."""
+def scalar_traffic(config: RunConfig, round: federated.Round, entry: Entry, report: federated.RoundReport) -> Traffic:
+    """The messages of a round whose clients send projected gradients; its result is broadcast to all N clients."""
     begin = [len(messages.pack_start(entry.round, float(rate))) for rate in entry.learning_rates]
     up = [len(message or b"") for message in entry.updates]
     if entry.rolled_back:
         return Traffic(up, begin)
     counted = entry.weights > 0
     if config.seeds == "shared":
-        share = entry.weights / np.sum(entry.weights, dtype=np.float64)
-        mean = aggregation.mean_coefficients(share.astype(np.float32), np.asarray(report.coefficients))
-        size = len(messages.pack_mean(entry.round, mean))
+        size = len(messages.pack_mean(entry.round, round.combine(entry.weights, report)))
         return Traffic(up, [first + size for first in begin], size * (config.clients - len(entry.ids)))
-    coefficients = np.asarray(report.coefficients)[counted].reshape(int(counted.sum()), -1)
+    gradients = np.asarray(report.projected_gradients)[counted].reshape(int(counted.sum()), -1)
     weights = entry.weights[counted] if config.weighting == "samples" else None
-    rates = entry.learning_rates[counted] if config.weight_decay else None
-    outcome = messages.Outcome(entry.round, entry.ids[counted], weights, rates, coefficients)
+    outcome = messages.Outcome(entry.round, entry.ids[counted], weights, entry.learning_rates[counted], gradients)
     down = [
         first + len(messages.pack_outcome(outcome, config.clients, int(id)))
         for first, id in zip(begin, entry.ids, strict=True)
@@ -241,12 +238,12 @@ def conclude(
         progress: before the round.
         entry: what the round was.
         uploads: the clients' θ_i as they were sent, where clients send them; None in a round that is made again from
-            the ledger, where they are rebuilt from the coefficients.
+            the ledger, where they are reconstructed from the projected gradients.
         key: the run's.
     """
     report = report_of(entry, config.local_steps, config.sent_directions)
     if config.sends_coefficients:
-        traffic = scalar_traffic(config, entry, report)
+        traffic = scalar_traffic(config, round, entry, report)
         return jax.block_until_ready(advance(round, progress, entry, report, key)), report, traffic
     params = jax.device_get(progress.state.params)
     sent = [
@@ -296,8 +293,8 @@ def metrics_of(
         "participants": entry.ids.tolist(),
         "learning_rates": entry.learning_rates.tolist(),
         "median_loss": median if np.isfinite(median) else None,
-        "projected_gradient": divergence.gradient_rms(report, heard, config.directions),
-        "median_gradient": divergence.median_gradient(report, heard, config.directions),
+        "projected_gradient": divergence.gradient_rms(report, heard),
+        "median_gradient": divergence.median_gradient(report, heard),
         "gradient_growth": divergence.growth(report, heard),
         "failed": [{"attempt": attempt + 1, "client": id, "why": why} for attempt, id, why in entry.failed],
         "surge": gauge.surged(losses),

@@ -11,7 +11,7 @@ import paper_loop
 import pytest
 from jax.tree_util import Partial
 
-from fedmezo_jax.core import aggregation, client, federated, mezo, personalization, random
+from fedmezo_jax.core import aggregation, client, federated, mezo, personalization, random, transforms
 from fedmezo_jax.run import messages
 
 CLIENTS, STEPS, WIDTH = 6, 3, 7
@@ -126,11 +126,11 @@ def test_fedavg_equals_hand_written_gradient_descent():
         ends.append((w, m))
     np.testing.assert_allclose(state.params["w"], np.mean([w for w, _ in ends], axis=0), atol=1e-5)
     np.testing.assert_allclose(state.params["m"], np.mean([m for _, m in ends], axis=0), atol=1e-5)
-    assert report.coefficients.shape == (CLIENTS, STEPS, 0)
+    assert report.projected_gradients.shape == (CLIENTS, STEPS, 0)
 
 
 def test_clients_see_different_directions_and_rounds_do_too():
-    reports = [report.coefficients for _, report in run([np.arange(CLIENTS)] * 2)]
+    reports = [report.projected_gradients for _, report in run([np.arange(CLIENTS)] * 2)]
     values = np.concatenate([np.asarray(c).ravel() for c in reports])
     assert len(np.unique(values)) == values.size
 
@@ -163,7 +163,7 @@ WORD = messages.Update(0, 0, 1, np.zeros((1, 1), np.float32), np.zeros(1, np.flo
 @pytest.mark.parametrize("seeds", ["per-client", "shared"])
 def test_a_client_that_hears_only_the_broadcast_has_the_servers_parameters(seeds):
     """It makes every round again from the messages, its own coefficients put in; the server's momentum, too."""
-    fed = make(directions=2, optimizer=optax.sgd(0.7, 0.9), seeds=seeds)
+    fed = make(strategy="random", directions=2, optimizer=optax.sgd(0.7, 0.9), seeds=seeds)
     theirs = ours = fed.init(jax.tree.map(jnp.asarray, START), CLIENTS)
     for t in range(3):
         ids = aggregation.sample_participants(0, t, CLIENTS, 4)
@@ -171,22 +171,17 @@ def test_a_client_that_hears_only_the_broadcast_has_the_servers_parameters(seeds
         weights = np.array([1, 1, 0, 1], np.float32)
         ours = fed.round.apply(ours, ids, weights, report, run_key())
         heard, me = ids[weights > 0], int(ids[0])
-        sent = report.coefficients[weights > 0].reshape(3, -1)
+        sent, rates = report.projected_gradients[weights > 0].reshape(3, -1), report.learning_rates[weights > 0]
         if seeds == "shared":
-            share = (weights / 3).astype(np.float32)
-            _, mean = messages.unpack_mean(
-                messages.pack_mean(t, aggregation.mean_coefficients(share, report.coefficients))
-            )
-            got = messages.Outcome(t, np.array([me]), None, None, mean[None])
+            _, mean = messages.unpack_mean(messages.pack_mean(t, fed.round.combine(weights, report)))
+            theirs = fed.round.apply_combined(theirs, mean.reshape(STEPS, 2), run_key())
         else:
-            message = messages.pack_outcome(messages.Outcome(t, heard, None, None, sent), CLIENTS, me)
-            got = messages.unpack_outcome(message, me, report.coefficients[0])
-        told = federated.RoundReport(
-            np.zeros((len(got.ids), STEPS), np.float32),
-            got.coefficients.reshape(-1, STEPS, 2),
-            np.zeros(len(got.ids), np.float32),
-        )
-        theirs = fed.round.apply(theirs, got.ids, np.ones(len(got.ids), np.float32), told, run_key())
+            message = messages.pack_outcome(messages.Outcome(t, heard, None, rates, sent), CLIENTS, me)
+            got = messages.unpack_outcome(message, me, report.projected_gradients[0])
+            told = federated.RoundReport(
+                np.zeros((3, STEPS), np.float32), got.projected_gradients.reshape(3, STEPS, 2), got.learning_rates
+            )
+            theirs = fed.round.apply(theirs, got.ids, np.ones(3, np.float32), told, run_key())
         chex.assert_trees_all_equal(theirs.params, ours.params)
     assert np.abs(ours.params["m"] - START["m"]).max() > 1e-3
 
@@ -206,7 +201,8 @@ def test_shared_directions_move_everyone_along_the_same_lines():
         ]
         basis = np.stack([np.concatenate([z[name].ravel() for name in START]) for z in zs], axis=1)
         coefficients = np.linalg.lstsq(basis, move, rcond=None)[0]
-        mean = np.mean(report.coefficients, axis=0) if seeds == "shared" else np.asarray(report.coefficients) / CLIENTS
+        gradients = RATE * np.asarray(report.projected_gradients)
+        mean = np.mean(gradients, axis=0) if seeds == "shared" else gradients / CLIENTS
         assert basis.shape[1] == rank
         np.testing.assert_allclose(coefficients, -mean.ravel(), atol=2e-6)
 
@@ -222,7 +218,7 @@ def test_a_client_with_nan_is_left_out_as_if_it_were_not_there(strategy, seeds):
         whole = cohort(t, np.arange(CLIENTS), weights)
         broken = whole._replace(batches=whole.batches.at[2, 1].set(1e7))  # in the second of its steps
         ill, report = fed.round(ill, pair_loss, broken, run_key())
-        assert np.isnan(report.coefficients[2]).any()
+        assert np.isnan(report.projected_gradients[2]).any()
         well, _ = fed.round(well, pair_loss, cohort(t, [0, 1, 3, 4, 5], weights), run_key())
         chex.assert_trees_all_equal(ill, well)
     assert np.isfinite(ill.params["m"]).all()
@@ -243,20 +239,20 @@ def test_parameters_that_are_not_finite_are_seen_too():
     np.testing.assert_array_equal(federated.finite(report), [True, False])
 
 
-def test_a_limit_bounds_projected_gradients_and_stills_nan():
+def test_clipping_bounds_projected_gradients_and_stills_nan():
     fed = make()
     state = fed.init(jax.tree.map(jnp.asarray, START), CLIENTS)
     given = cohort(0, np.arange(CLIENTS))
     pair_loss = Partial(mezo.pair_loss_of(lambda p, b: jnp.where(b[0, 0] > 1e6, jnp.nan, loss(p, b))))
     free = fed.round.work(state, pair_loss, given, run_key())
-    limit = float(np.median(np.abs(free.coefficients))) / RATE
-    bound = fed.round.work(state, pair_loss, given, run_key(), np.float32(limit))
-    assert np.abs(free.coefficients).max() > limit * RATE
-    np.testing.assert_allclose(np.abs(bound.coefficients).max(), limit * RATE, rtol=1e-6)
-    first = np.clip(free.coefficients[:, 0], -limit * RATE, limit * RATE)  # later steps start from elsewhere
-    np.testing.assert_allclose(bound.coefficients[:, 0], first, rtol=1e-5)
+    limit = np.median(np.abs(free.projected_gradients))
+    bound = fed.round.work(state, pair_loss, given, run_key(), transforms.clip(limit))
+    assert np.abs(free.projected_gradients).max() > limit
+    assert np.abs(bound.projected_gradients).max() == limit
+    first = np.clip(free.projected_gradients[:, 0], -limit, limit)  # later steps start from elsewhere
+    np.testing.assert_allclose(bound.projected_gradients[:, 0], first, rtol=1e-5)
     broken = given._replace(batches=given.batches.at[2, 1].set(1e7))
-    still = fed.round.work(state, pair_loss, broken, run_key(), np.float32(np.inf))
-    assert still.coefficients[2, 1] == 0
-    assert np.isfinite(still.coefficients).all()
+    still = fed.round.work(state, pair_loss, broken, run_key(), transforms.clip(np.float32(np.inf)))
+    assert still.projected_gradients[2, 1] == 0
+    assert np.isfinite(still.projected_gradients).all()
     assert np.isnan(still.losses[2, 1])

@@ -77,16 +77,28 @@ def test_a_step_at_rate_zero_leaves_every_bit():
         assert np.asarray(before).tobytes() == np.asarray(after).tobytes()
 
 
-def test_step_is_rebuilt_from_its_key_and_coefficients():
+def test_step_is_reconstructed_from_its_key_and_projected_gradients():
     config = mezo.MezoConfig(1e-2, directions=3, weight_decay=0.1)
     params = {"w": jnp.asarray(THETA)}
     done = mezo.step(mezo.pair_loss_of(quadratic), params, 1.0, key(), 1e-2, config)
     shrunk = THETA * np.float32(1 - 1e-3)
-    for k, coefficient in enumerate(np.asarray(done.coefficients)):
+    for k, gradient in enumerate(np.asarray(done.estimate.projected_gradients)):
         leaf = jax.random.fold_in(jax.random.fold_in(key(), k), _crc(b"w"))
-        shrunk = shrunk - coefficient * np.asarray(jax.random.normal(leaf, (DIMENSION,)))
+        shrunk = shrunk - 1e-2 * gradient / 3 * np.asarray(jax.random.normal(leaf, (DIMENSION,)))
     np.testing.assert_allclose(done.params["w"], shrunk, atol=1e-6)
-    np.testing.assert_allclose(mezo.apply_step(params, key(), done.coefficients, 1e-2, config)["w"], shrunk, atol=1e-6)
+    coefficients = mezo.coefficients(np.float32(1e-2), np.asarray(done.estimate.projected_gradients))
+    np.testing.assert_allclose(mezo.apply_step(params, key(), coefficients, 1e-2, config)["w"], shrunk, atol=1e-6)
+
+
+@pytest.mark.parametrize("directions", [1, 2, 3, 7])
+def test_coefficients_have_the_same_bits_on_the_host_and_compiled(directions):
+    draw = np.random.RandomState(directions)
+    gradients = draw.standard_normal((5000, directions)).astype(np.float32)
+    rate = np.float32(1.3e-3)
+    host = mezo.coefficients(rate, gradients)
+    np.testing.assert_array_equal(host, jax.jit(mezo.coefficients)(rate, gradients))
+    np.testing.assert_allclose(host, 1.3e-3 * gradients.astype(np.float64) / directions, rtol=3e-7)
+    assert host.dtype == np.float32
 
 
 def _crc(name):

@@ -91,7 +91,7 @@ def program(tied: bool, seeds: federated.Seeds, meshes: list[str]):
             ]
         kernel = base["layers"]["mlp"]["up_proj"]["kernel"]
         found[text] = {
-            "coefficients": np.asarray(report.coefficients).tolist(),
+            "projected_gradients": np.asarray(report.projected_gradients).tolist(),
             "lora": [np.asarray(leaf).tolist() for leaf in jax.tree.leaves(state.params)],
             "z": [np.asarray(leaf).view(np.uint32).tolist() for leaf in jax.tree.leaves(z)],
             "sent": sent,

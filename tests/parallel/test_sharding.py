@@ -39,9 +39,11 @@ def found():
 
 def check_numbers(alone, spread):
     assert spread["z"] == alone["z"]
-    expected = np.array(alone["coefficients"])
+    expected = np.array(alone["projected_gradients"])
     # Against their usual size: where the two losses happen to be close, their rounding is all there is.
-    np.testing.assert_allclose(spread["coefficients"], expected, atol=1e-5 * np.sqrt(np.mean(expected**2)), rtol=0)
+    np.testing.assert_allclose(
+        spread["projected_gradients"], expected, atol=1e-5 * np.sqrt(np.mean(expected**2)), rtol=0
+    )
     for ours, theirs in zip(spread["lora"], alone["lora"], strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-7)
 
@@ -63,7 +65,7 @@ def test_groups_of_clients_tell_each_other_scalars_alone(found, mesh):
     between = sum(one["bytes"] for one in sent if one["between_clients"])
     groups = int(mesh.split(",")[0].removeprefix("clients="))
     held = -(-CLIENTS // groups) * groups
-    # A loss and a coefficient of each step and client, 4 bytes each.
+    # A loss and a projected gradient of each step and client, 4 bytes each.
     assert between == (2 * 4 * held * STEPS if groups > 1 else 0)
 
 

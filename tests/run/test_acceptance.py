@@ -25,7 +25,7 @@ def numbers(*shape):
 
 LORA = {"v_proj": {"A": numbers(2, 3, 2), "B": numbers(2, 2, 3)}}
 UPDATE = messages.Update(5, 2, 40, numbers(3, 2), numbers(3))
-EXPECTED = Expected(round=5, client=2, samples=40, steps=3, directions=2)
+EXPECTED = Expected(round=5, client=2, samples=40, steps=3, directions=2, learning_rate=0.5)
 WHOLE = Message(messages.pack_update(UPDATE), messages.pack_lora_update(UPDATE, LORA))
 
 
@@ -50,15 +50,21 @@ LIES = {
     "no msgpack": (Message(b"\xc1" * 30), client_failures.MALFORMED),
     "cut short": (Message(WHOLE.update[:-1]), client_failures.MALFORMED),
     "something more": (Message(WHOLE.update + b"\0"), client_failures.MALFORMED),
-    "a step more": (update_with(coefficients=numbers(4, 2), losses=numbers(4)), client_failures.MALFORMED),
-    "a direction more": (update_with(coefficients=numbers(3, 3)), client_failures.MALFORMED),
-    "far too many numbers": (update_with(coefficients=numbers(3, 10**5)), client_failures.MALFORMED),
+    "a step more": (update_with(projected_gradients=numbers(4, 2), losses=numbers(4)), client_failures.MALFORMED),
+    "a direction more": (update_with(projected_gradients=numbers(3, 3)), client_failures.MALFORMED),
+    "far too many numbers": (update_with(projected_gradients=numbers(3, 10**5)), client_failures.MALFORMED),
     "another round": (update_with(round=4), client_failures.MISMATCHED),
     "another client": (update_with(client=1), client_failures.MISMATCHED),
     "more rows": (update_with(samples=10**6), client_failures.MISMATCHED),
-    "a NaN": (update_with(coefficients=with_value(UPDATE.coefficients, np.nan)), client_failures.NOT_FINITE),
+    "a NaN": (
+        update_with(projected_gradients=with_value(UPDATE.projected_gradients, np.nan)),
+        client_failures.NOT_FINITE,
+    ),
     "an infinity": (update_with(losses=with_value(UPDATE.losses, -np.inf)), client_failures.NOT_FINITE),
-    "a huge coefficient": (update_with(coefficients=with_value(UPDATE.coefficients, -3e38)), client_failures.TOO_LARGE),
+    "a huge gradient": (
+        update_with(projected_gradients=with_value(UPDATE.projected_gradients, -3e38)),
+        client_failures.TOO_LARGE,
+    ),
     "a huge loss": (update_with(losses=with_value(UPDATE.losses, 3e38)), client_failures.TOO_LARGE),
     "a NaN in the LoRA": (lora_with(np.nan), client_failures.NOT_FINITE),
     "a huge LoRA": (lora_with(-3e38), client_failures.TOO_LARGE),
@@ -88,17 +94,26 @@ def test_the_truth_is_accepted_bit_for_bit():
     assert largest_difference(params, LORA) is None
 
 
-def test_coefficients_beyond_the_bound_are_clipped_and_no_others():
-    coefficients = np.array([[-0.0, 0.5], [-0.5, 0.25], [9.0, -1e30]], np.float32)
+def test_projected_gradients_beyond_the_limit_are_clipped_and_no_others():
+    gradients = np.array([[-0.0, 0.5], [-0.5, 0.25], [9.0, -1e30]], np.float32)
     losses = np.array([np.nan, 3e38, 1], np.float32)
-    message = update_with(coefficients=coefficients, losses=losses)
-    update, _, why = receive(message, EXPECTED._replace(bound=0.5), LORA)
+    message = update_with(projected_gradients=gradients, losses=losses)
+    update, _, why = receive(message, EXPECTED._replace(limit=0.5), LORA)
     assert why is None
-    np.testing.assert_array_equal(update.coefficients, [[-0.0, 0.5], [-0.5, 0.25], [0.5, -0.5]])
-    assert np.signbit(update.coefficients[0, 0])
+    np.testing.assert_array_equal(update.projected_gradients, [[-0.0, 0.5], [-0.5, 0.25], [0.5, -0.5]])
+    assert np.signbit(update.projected_gradients[0, 0])
     assert update.losses.tobytes() == losses.tobytes()
-    infinite = update_with(coefficients=np.full((3, 2), np.inf, np.float32))
-    assert receive(infinite, EXPECTED._replace(bound=0.5), LORA).why == client_failures.NOT_FINITE
+    infinite = update_with(projected_gradients=np.full((3, 2), np.inf, np.float32))
+    assert receive(infinite, EXPECTED._replace(limit=0.5), LORA).why == client_failures.NOT_FINITE
+
+
+@pytest.mark.parametrize("rate", [1e-6, 1.0, 1e6])
+def test_how_far_a_step_moves_is_bounded_and_not_its_gradient_alone(rate):
+    """η·g/n with n = 2, just within the largest and just beyond it."""
+    for factor, why in ((1.99, None), (2.01, client_failures.TOO_LARGE)):
+        gradients = np.full((3, 2), factor * acceptance.LARGEST / rate, np.float32)
+        message = update_with(projected_gradients=gradients)
+        assert receive(message, EXPECTED._replace(learning_rate=rate), LORA).why == why
 
 
 # In a run
@@ -129,10 +144,10 @@ def bad_lora(message, value):
 
 
 RUNS = {
-    "coefficients": (
+    "gradients": (
         {},
         client_failures.MALFORMED,
-        lambda m: altered(m, coefficients=lambda c: np.zeros((2, 10**5), "f4")),
+        lambda m: altered(m, projected_gradients=lambda c: np.zeros((2, 10**5), "f4")),
     ),
     "samples": ({"weighting": "samples"}, client_failures.MISMATCHED, lambda m: altered(m, samples=lambda n: 10 * n)),
     "LoRA": ({"uplink": "lora"}, client_failures.NOT_FINITE, lambda m: bad_lora(m, np.nan)),
@@ -170,14 +185,14 @@ def test_a_liar_is_bounded_where_steps_are_clipped_and_a_replay_agrees(config, t
     config = dataclasses.replace(config, on_surge="clip")
     honest, _, nothing = start(tmp_path / "honest", config)
     assert nothing == []
-    boast = lambda m: altered(m, coefficients=lambda c: c * np.float32(1e6))  # noqa: E731
+    boast = lambda m: altered(m, projected_gradients=lambda c: c * np.float32(1e6))  # noqa: E731
     intercepted(monkeypatch, [1], lambda id, message: boast(message) if id == 2 else message)
     result, setup, said = start(tmp_path / "run", config)
     assert said == ["round 2: 2 steps were clipped"]
     entry, plain = (list(ledger.entries(tmp_path / name / "run.ledger"))[1] for name in ("run", "honest"))
     limit = divergence.CLIP * honest.metrics[0]["median_gradient"]
-    applied = [messages.unpack_update(message).coefficients for message in entry.updates]
-    np.testing.assert_allclose(np.abs(applied[2]), limit * config.learning_rate, rtol=2e-6)
+    applied = [messages.unpack_update(message).projected_gradients for message in entry.updates]
+    np.testing.assert_array_equal(np.abs(applied[2]), np.float32(limit))
     assert [m for i, m in enumerate(entry.updates) if i != 2] == [m for i, m in enumerate(plain.updates) if i != 2]
     reconstructed, _ = reconstruct(tmp_path / "run" / "run.ledger", config, setup.lora, None)
     assert largest_difference(result.lora, reconstructed) is None

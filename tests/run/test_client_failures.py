@@ -112,7 +112,7 @@ def test_a_round_goes_on_without_those_who_fail(config, tmp_path):
 
 def poisoned(monkeypatch, rounds, clients):
     """Lets these clients come back with NaN in these rounds."""
-    poison = lambda m: altered(m, coefficients=lambda c: c * np.float32(np.nan))  # noqa: E731
+    poison = lambda m: altered(m, projected_gradients=lambda c: c * np.float32(np.nan))  # noqa: E731
     intercepted(monkeypatch, rounds, lambda id, m: poison(m) if id in clients else m)
 
 
@@ -173,7 +173,7 @@ def test_unusual_projected_gradients_are_clipped(config, tmp_path, monkeypatch):
     assert said == [f"round {r['round']}: {r['clipped']} steps were clipped" for r in later if r["clipped"]] != []
     usual = []
     for record, entry in zip(result.metrics, ledger.entries(tmp_path / "run.ledger"), strict=True):
-        largest = max(np.abs(messages.unpack_update(message).coefficients).max() for message in entry.updates) / 1e-3
+        largest = max(np.abs(messages.unpack_update(message).projected_gradients).max() for message in entry.updates)
         if usual:
             assert largest <= 0.5 * np.median(usual) * (1 + 1e-5)
         usual.append(record["median_gradient"])

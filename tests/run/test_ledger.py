@@ -117,6 +117,21 @@ def test_another_run_is_refused(written):
     assert file.read_bytes() == whole
 
 
+def test_a_ledger_of_version_1_is_refused_by_name(tmp_path):
+    """Its numbers are products of learning rates and projected gradients, which this version would misread."""
+    file = tmp_path / "run.ledger"
+    ledger.create(file, HEADER | {"version": 1}).append(entry(0))
+    before = file.read_bytes()
+    for read in (ledger.read_header, lambda file: ledger.reopen(file, HEADER)):
+        with pytest.raises(UserError) as caught:
+            read(file)
+        assert str(caught.value) == (
+            f"{file}: is a ledger of format version 1, and this release reads version 2: read it with the release that "
+            "wrote it, or start the run again with another --out"
+        )
+    assert file.read_bytes() == before
+
+
 def test_what_is_no_ledger_is_refused(tmp_path):
     for content in (b"", b"chapter one", bytes(500)):
         (tmp_path / "thesis").write_bytes(content)

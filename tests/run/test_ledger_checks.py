@@ -195,11 +195,11 @@ for _value in (1, None, "no", b""):
 client_update("another round", round=1)
 client_update("another client", client=4)
 client_update("other rows", samples=99)
-client_update("a step less", coefficients=numbers(2, 2), losses=numbers(2))
-client_update("a direction more", coefficients=numbers(3, 3))
-client_update("NaN", coefficients=np.full((3, 2), np.nan, np.float32))
+client_update("a step less", projected_gradients=numbers(2, 2), losses=numbers(2))
+client_update("a direction more", projected_gradients=numbers(3, 3))
+client_update("NaN", projected_gradients=np.full((3, 2), np.nan, np.float32))
 client_update("an infinite loss", losses=np.full(3, np.inf, np.float32))
-client_update("huge", coefficients=np.full((3, 2), 3e38, np.float32))
+client_update("huge", projected_gradients=np.full((3, 2), 3e38, np.float32))
 
 for _changes in (
     {"clients": 10**18},
@@ -249,7 +249,8 @@ for _name, _value in (
     ("distribution", "bogus"),
     ("keys", "mt19937"),
     ("format", "a novel"),
-    ("version", 2),
+    ("version", 1),
+    ("version", 3),
     ("version", None),
     ("config", None),
     ("config", {}),
@@ -361,7 +362,7 @@ def test_it_is_refused_in_one_line_and_nothing_is_made_of_it(name, tmp_path, mon
     ("changes", "why"),
     [
         ({"clients": 10**8, "participation": 3e-8}, "100000000 clients are more than"),
-        ({"local_steps": 10**9}, "more than 268435456 coefficients"),
+        ({"local_steps": 10**9}, "more than 268435456 projected gradients"),
     ],
 )
 def test_a_run_too_large_to_be_real_is_refused_by_its_configuration_alone(changes, why, tmp_path):

@@ -39,7 +39,7 @@ def test_a_client_alone_gives_the_numbers_that_it_gives_among_eight(precision, b
     among = report(everyone)
     for ids in ([3], [1, 6, 7]):
         alone = report(np.array(ids, np.int32))
-        np.testing.assert_array_equal(alone.coefficients, np.asarray(among.coefficients)[ids])
+        np.testing.assert_array_equal(alone.projected_gradients, np.asarray(among.projected_gradients)[ids])
         np.testing.assert_array_equal(alone.losses, np.asarray(among.losses)[ids])
 
 
@@ -56,4 +56,4 @@ def test_block_of_one_changes_no_bit():
     whole = round.work(state, loss, cohort, key)
     single = build(setup._replace(config=replace(config, participation=0.25)))[1]
     blocked = algorithm(config, 1, None, least_width=2).round.work(state, single, cohort, key)
-    np.testing.assert_array_equal(whole.coefficients, blocked.coefficients)
+    np.testing.assert_array_equal(whole.projected_gradients, blocked.projected_gradients)

@@ -26,18 +26,20 @@ def test_an_update_comes_back_bit_for_bit(round_index, client, steps, directions
         assert a.tobytes() == b.tobytes()
 
 
-@given(st.data(), st.sampled_from([1, 3, 30, 2000]), st.booleans())
-def test_an_outcome_comes_back_with_the_recipients_own_numbers(data, clients, weighted):
+@given(st.data(), st.sampled_from([1, 3, 30, 2000]), st.booleans(), st.booleans())
+def test_an_outcome_comes_back_with_the_recipients_own_numbers(data, clients, weighted, alike):
     count = data.draw(st.integers(1, min(clients, 40)))
     ids = np.sort(DRAW.choice(clients, count, replace=False))
-    coefficients = numbers(count, 4)
-    sent = messages.Outcome(9, ids, numbers(count) if weighted else None, None, coefficients)
+    gradients = numbers(count, 4)
+    rates = np.full(count, 0.1, np.float32) if alike else numbers(count)
+    sent = messages.Outcome(9, ids, numbers(count) if weighted else None, rates, gradients)
     for recipient in (None, int(ids[-1]), clients + 1):
         message = messages.pack_outcome(sent, clients, recipient)
-        own = coefficients[-1].reshape(2, 2) if recipient == ids[-1] else None
+        own = gradients[-1].reshape(2, 2) if recipient == ids[-1] else None
         got = messages.unpack_outcome(message, recipient, own)
         np.testing.assert_array_equal(got.ids, ids)
-        assert got.coefficients.tobytes() == coefficients.tobytes()
+        assert got.projected_gradients.tobytes() == gradients.tobytes()
+        assert got.learning_rates.tobytes() == rates.tobytes()
         assert (got.weights is None) == (not weighted)
         assert not weighted or got.weights.tobytes() == sent.weights.tobytes()
 
@@ -49,7 +51,7 @@ def test_thirty_steps_go_up_in_256_bytes(round_index, client, samples):
 
 
 def test_thirty_clients_of_thirty_steps_come_down_in_3600_bytes():
-    outcome = messages.Outcome(499, np.arange(30), None, None, numbers(30, 30))
+    outcome = messages.Outcome(499, np.arange(30), None, np.full(30, 1e-5, np.float32), numbers(30, 30))
     for recipient in range(30):
         sent = len(messages.pack_start(499, 1e-5)) + len(messages.pack_outcome(outcome, 30, recipient))
         assert 29 * 30 * 4 < sent <= 3600

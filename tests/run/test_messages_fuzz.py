@@ -4,6 +4,7 @@ import contextlib
 import random
 import tracemalloc
 
+import msgpack
 import numpy as np
 import pytest
 from flax import serialization
@@ -131,11 +132,27 @@ def test_a_lora_that_flax_sends_in_pieces_comes_back(monkeypatch):
 def test_numbers_that_do_not_go_together_are_refused():
     assert messages.unpack_start(messages.pack_start(3, 0.5)) == (3, 0.5)
     for update in (UPDATE._replace(losses=numbers(3)), UPDATE._replace(losses=numbers(0))):
-        with pytest.raises(UserError, match="coefficients do not go with"):
+        with pytest.raises(UserError, match="projected gradients do not go with"):
             messages.unpack_update(messages.pack_update(update))
     message = messages.pack_outcome(OUTCOME, 8, 2)
     for own in (None, numbers(3)):
-        with pytest.raises(UserError, match="coefficients do not go with"):
+        with pytest.raises(UserError, match="projected gradients do not go with"):
             messages.unpack_outcome(message, 2, own)
     with pytest.raises(UserError, match="weights"):
         messages.unpack_outcome(messages.pack_outcome(OUTCOME._replace(weights=numbers(2)), 8))
+
+
+def test_messages_of_another_format_version_are_refused_by_it():
+    """Version 1 had the same arrays without their first entry, and the same LoRA update without its version."""
+    for name, (message, unpack) in MESSAGES.items():
+        if name == "ledger entry":
+            continue
+        content = msgpack.unpackb(message, ext_hook=msgpack.ExtType)
+        for version in (1, 3):
+            if isinstance(content, dict):
+                other = {key: value for key, value in content.items() if key != "version"}
+                other |= {"version": version} if version > 1 else {}
+            else:
+                other = content[1:] if version == 1 else [version, *content[1:]]
+            with pytest.raises(UserError, match=f"is of format version {version}, and this release reads version 2"):
+                unpack(msgpack.packb(other, use_single_float=True))
