@@ -35,13 +35,16 @@ class _Attention(nn.Module):
     config: LlamaConfig
     lora_scale: float
     precision: Precision
+    least_rows: int = 1
 
     @nn.compact
     def __call__(self, x, lora: Lora, layer, cache: Cache, positions, rope):
         c = self.config
 
         def project(name, heads):
-            dense = Dense(heads * c.head_dim, c.attention_bias, self.lora_scale, self.precision, name=name)
+            dense = Dense(
+                heads * c.head_dim, c.attention_bias, self.lora_scale, self.precision, self.least_rows, name=name
+            )
             return dense(x, lora.get(name)).reshape(*x.shape[:2], heads, c.head_dim)
 
         query = _rotate_rows(project("q_proj", c.num_attention_heads), rope)
@@ -50,7 +53,7 @@ class _Attention(nn.Module):
         place = (layer, jnp.arange(x.shape[0])[:, None], positions)
         cache = Cache(cache.keys.at[place].set(key), cache.values.at[place].set(value))
         mixed = attend(query, cache.keys[layer], cache.values[layer], positions).reshape(*x.shape[:2], -1)
-        output = Dense(c.hidden_size, c.attention_bias, self.lora_scale, self.precision, name="o_proj")
+        output = Dense(c.hidden_size, c.attention_bias, self.lora_scale, self.precision, self.least_rows, name="o_proj")
         return output(mixed, lora.get("o_proj")), cache
 
 
@@ -58,13 +61,14 @@ class _Block(nn.Module):
     config: LlamaConfig
     lora_scale: float
     precision: Precision
+    least_rows: int = 1
 
     @nn.compact
     def __call__(self, carry, lora: Lora, layer, positions, rope):
         x, cache = carry
         c = self.config
-        attention = _Attention(c, self.lora_scale, self.precision, name="self_attn")
-        mlp = Mlp(c, self.lora_scale, self.precision, name="mlp")
+        attention = _Attention(c, self.lora_scale, self.precision, self.least_rows, name="self_attn")
+        mlp = Mlp(c, self.lora_scale, self.precision, self.least_rows, name="mlp")
         normed = RMSNorm(c.rms_norm_eps, name="input_layernorm")(x)
         mixed, cache = attention(normed, lora, layer, cache, positions, rope)
         x = x + mixed

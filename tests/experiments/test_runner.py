@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import signal
 import sys
 
 import numpy as np
@@ -57,7 +58,7 @@ def test_a_study_runs_and_is_not_run_twice(tmp_path, monkeypatch, capsys):
 
     def noted(setups, *rest):
         asked.extend(setup.config.seed for setup in setups)
-        raise KeyboardInterrupt
+        raise _cli.StoppedError(signal.SIGINT)
 
     monkeypatch.setattr(runner, "sweep", noted)
     assert run(monkeypatch, *given, "--seeds", 3) == 130
