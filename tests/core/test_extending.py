@@ -14,7 +14,7 @@ from fedmezo_jax.core.estimators import Estimator
 DOCUMENT = Path(__file__).parents[2] / "docs" / "extending.md"
 EXAMPLES = dict(
     re.findall(
-        r"^## (.+?)\n(?:(?!^## ).)*?^```python\n(.*?)^```", DOCUMENT.read_text("utf-8"), re.MULTILINE | re.DOTALL
+        r"^## ([^\n]+)\n(?:(?!^## ).)*?^```python\n(.*?)^```", DOCUMENT.read_text("utf-8"), re.MULTILINE | re.DOTALL
     )
 )
 
