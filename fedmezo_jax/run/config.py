@@ -96,8 +96,8 @@ class RunConfig:
     personalize_scale: float = 0.5
     """A in η_i = η₀(1 + A·Φ_i), at least 0 and below 1"""
     uplink: Literal["coefficients", "lora"] | None = None
-    """what a client sends: its coefficients, from which the server rebuilds its update, or its LoRA; by default the
-    coefficients, and the LoRA with fedavg, which has no coefficients"""
+    """what a client sends: its projected gradients, from which the server reconstructs its update, or its LoRA; by
+    default the former, and the LoRA with fedavg, which has none"""
     seeds: Seeds = "per-client"
     """whether each client of a round draws directions of its own (the paper) or all draw the same, so that the server
     averages scalars"""

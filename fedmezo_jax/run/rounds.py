@@ -143,9 +143,9 @@ def run_round(
         away = client_failures.absent(config.seed, t, attempt, config.clients, config.dropout, config.deadline)
         clip = config.on_surge == "clip"
         limit = gauge.limit if clip else np.inf
-        ids, rates, answers = work(attempt, limit)
+        ids, rates, arrived = work(attempt, limit)
         received = []
-        for message, id, rate in zip(answers, map(int, ids), rates, strict=True):
+        for message, id, rate in zip(arrived, map(int, ids), rates, strict=True):
             shape = config.local_steps, config.sent_directions
             expected = Expected(t, id, int(sizes[id]), *shape, float(rate), limit if clip else None)
             dropped = away.get(id) == client_failures.DROPPED

@@ -250,7 +250,7 @@ def session(argv, errors=os.devnull, room=None):
 def sessions():
     """Starts processes that have imported everything already: a session is then its own work alone."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_faults"])
+    context.set_forkserver_preload(["test_client_failures"])
 
     def begin(*given):
         process = context.Process(target=session, args=given)

@@ -234,12 +234,12 @@ def test_rademacher_directions_and_steps_hold_no_operation_that_can_round():
 
 PRINT = """
 import sys, jax, jax.numpy as jnp, numpy as np
-from fedmezo_jax import client, mezo
+from fedmezo_jax.core import client, mezo
 theta = {"A": np.linspace(-1, 1, 6000, dtype=np.float32).reshape(3, 2000)}
 steps = np.linspace(-1e-2, 1e-2, 50, dtype=np.float32).reshape(50, 1)
 for law in ("rademacher", "gaussian"):
     work = client.mezo_client(mezo.MezoConfig(distribution=law))
-    done = jax.jit(work.rebuild)(theta, jax.random.key(3, impl="threefry2x32"), steps, 0.0)
+    done = jax.jit(work.reconstruct)(theta, jax.random.key(3, impl="threefry2x32"), steps, 0.0)
     print(np.asarray(done["A"]).tobytes().hex())
 """
 
