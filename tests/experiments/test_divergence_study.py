@@ -1,6 +1,7 @@
 """The study of learning rates that are too large: presets, seeds, and finished runs that are not run again."""
 
 import json
+import signal
 import sys
 
 import pytest
@@ -32,7 +33,7 @@ def test_every_rate_runs_with_every_seed_and_is_not_run_twice(tmp_path, monkeypa
 
     def noted(config, *rest, **options):
         asked.append(config.seed)
-        raise KeyboardInterrupt
+        raise _cli.StoppedError(signal.SIGINT)
 
     monkeypatch.setattr(divergence, "fine_tune", noted)
     assert run(monkeypatch, *given) == 0
