@@ -12,6 +12,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -104,6 +105,21 @@ def _parse(config: type[T], description: str | None) -> T:
         parts = itertools.groupby(lines, key=lambda line: set(line) <= set("─-╰╯"))
         message = next((" ".join(part) for is_rule, part in parts if not is_rule), complaint.getvalue().strip())
         raise UserError(message) from None
+
+
+def write_folder(config: Any, rows: Sequence[Row], seconds: float, **more: Any) -> None:
+    """Writes ``config.json`` and ``results.json`` into the folder ``config.out``, which is made if it is missing.
+
+    Args:
+        config: the dataclass of the command's options.
+        rows: of the results.
+        seconds: spent on them.
+        more: what ``config.json`` holds beside the options.
+    """
+    config.out.mkdir(parents=True, exist_ok=True)
+    options = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()}
+    write_json(config.out / "config.json", options | more)
+    write_results(config.out, rows, seconds)
 
 
 def write_results(folder: Path, rows: Sequence[Row], seconds: float) -> None:

@@ -7,10 +7,7 @@ from math import nan
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt
+from experiments import _plots
 
 GIB = 2**30
 STYLES = {"forward": "k--", "fedmezo": "C2v-", "backprop": "C3^-", "backprop_checkpointed": "C1s-"}
@@ -18,7 +15,7 @@ STYLES = {"forward": "k--", "fedmezo": "C2v-", "backprop": "C3^-", "backprop_che
 
 def plot_growth(file: Path, rows: Sequence[dict[str, Any]], field: str, memory: float, title: str) -> None:
     """Peak GiB of each program over ``field``, and the device's memory as a line, as a PNG."""
-    figure, axes = plt.subplots(figsize=(6.8, 4.2), layout="constrained")
+    figure, axes = _plots.subplots(figsize=(6.8, 4.2))
     values = list(dict.fromkeys(row[field] for row in rows))
     for what, precision in dict.fromkeys((row["what"], row["precision"]) for row in rows):
         own = [row for row in rows if (row["what"], row["precision"]) == (what, precision)]
@@ -31,5 +28,4 @@ def plot_growth(file: Path, rows: Sequence[dict[str, Any]], field: str, memory: 
     axes.set_title(title, fontsize="small")
     axes.grid(alpha=0.3, which="both")
     figure.legend(loc="outside lower center", ncols=3, fontsize="small")
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
+    _plots.save(figure, file, dpi=120)

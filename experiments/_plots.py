@@ -5,21 +5,34 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 
-from fedmezo_jax.run.config import RunConfig
-from fedmezo_jax.run.context import RunContext
+if TYPE_CHECKING:
+    from fedmezo_jax.run.config import RunConfig
+    from fedmezo_jax.run.context import RunContext
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+
+def subplots(*shape: int, **options: Any) -> tuple[Figure, Any]:
+    """A figure and its axes: ``plt.subplots`` with a layout that leaves room for all labels."""
+    return plt.subplots(*shape, layout="constrained", **options)
+
+
+def save(figure: Figure, file: Path | str, dpi: int = 100) -> None:
+    """Writes the figure as a PNG and closes it."""
+    figure.savefig(file, dpi=dpi)
+    plt.close(figure)
 
 
 def plot_loss(file: Path, loss_before: float, metrics: Sequence[dict[str, Any]], config: RunConfig) -> None:
     """Training and test loss over rounds, as a PNG."""
-    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    figure, axes = subplots(figsize=(6.4, 4))
     rounds = [record["round"] for record in metrics]
     axes.plot(rounds, [record["train_loss"] for record in metrics], color="0.65", label="training, mean over clients")
     measured = [(record["round"], record["test_loss"]) for record in metrics if record["test_loss"] is not None]
@@ -28,8 +41,7 @@ def plot_loss(file: Path, loss_before: float, metrics: Sequence[dict[str, Any]],
     axes.set(xlabel="round", ylabel="loss (nats a token)", title=f"{config.algorithm}: {config.model} on {config.data}")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
+    save(figure, file, dpi=120)
 
 
 def plot_partition(file: Path, setup: RunContext) -> None:
@@ -40,7 +52,7 @@ def plot_partition(file: Path, setup: RunContext) -> None:
     stacks = [(name, [count[name] for count in counts]) for name in sorted(shown)]
     if len(totals) > len(shown):
         stacks.append(("all others", [count.total() - sum(count[name] for name in shown) for count in counts]))
-    figure, axes = plt.subplots(figsize=(7.2, 4), layout="constrained")
+    figure, axes = subplots(figsize=(7.2, 4))
     bottom = [0] * len(counts)
     for i, (name, heights) in enumerate(stacks):
         axes.bar(range(len(counts)), heights, 0.85, bottom, label=name, color=plt.get_cmap("tab20")(i))
@@ -49,5 +61,4 @@ def plot_partition(file: Path, setup: RunContext) -> None:
     axes.set_title(f"mean TV distance {setup.heterogeneity:.3f}", loc="right", fontsize="small")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.legend(loc="outside right upper", fontsize="x-small")
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
+    save(figure, file, dpi=120)

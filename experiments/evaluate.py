@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -39,7 +39,6 @@ from fedmezo_jax.llama.model import Base, Llama, Lora
 from fedmezo_jax.llama.registry import load_tokenizer, resolve
 from fedmezo_jax.out_folder import out_folder
 from fedmezo_jax.run.context import check_tokens, table_of
-from fedmezo_jax.run.run_folder import write_json
 
 ROWS_AT_ONCE = 16
 """Prompts that are continued together."""
@@ -166,12 +165,10 @@ def _evaluate(config: Config, start: float) -> None:
         add("choice accuracy", choice.accuracy(asked, losses), len(asked))
         add("choice by chance", float(np.mean([1 / len(one.choices) for one in asked])), len(asked))
 
-    paths = {"adapter": str(config.adapter or ""), "out": str(config.out)}
-    write_json(config.out / "config.json", asdict(config) | paths)
     if generations:
         lines = (json.dumps(one, ensure_ascii=False) + "\n" for one in generations)
         (config.out / "generations.jsonl").write_text("".join(lines), encoding="utf-8")
-    _cli.write_results(config.out, rows, time.perf_counter() - start)
+    _cli.write_folder(config, rows, time.perf_counter() - start)
     _cli.print_table(f"{config.model}{f' with {config.adapter}' if adapter else ''} on {config.data}", rows)
     print(f"{config.out}: config.json, results.json{', generations.jsonl' if generations else ''}")
 

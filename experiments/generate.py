@@ -7,7 +7,7 @@ python -m experiments.generate --adapter runs/fedmezo/adapter --instruct --promp
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -26,7 +26,6 @@ from fedmezo_jax.llama.generate import generate
 from fedmezo_jax.llama.model import Llama
 from fedmezo_jax.llama.registry import load_tokenizer, resolve
 from fedmezo_jax.out_folder import out_folder
-from fedmezo_jax.run.run_folder import write_json
 
 
 @dataclass(frozen=True)
@@ -81,10 +80,7 @@ def _generate(config: Config, start: float) -> None:
         }
         for text, given, new in zip(config.prompt, tokens, found, strict=True)
     ]
-    write_json(
-        config.out / "config.json", asdict(config) | {"adapter": str(config.adapter or ""), "out": str(config.out)}
-    )
-    _cli.write_results(config.out, rows, time.perf_counter() - start)
+    _cli.write_folder(config, rows, time.perf_counter() - start)
     _cli.print_table(f"{config.model}{f' with {config.adapter}' if config.adapter else ''}", rows)
     print(f"{config.out}: config.json, results.json")
 

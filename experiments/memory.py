@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -35,7 +35,6 @@ from fedmezo_jax.llama.model import Llama
 from fedmezo_jax.llama.precision import Precision
 from fedmezo_jax.llama.shapes import named_shape
 from fedmezo_jax.planning import hardware
-from fedmezo_jax.run import run_folder
 
 SWEEPS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "model": ("model", ("smollm2-135m", "llama-3b", "llama-7b", "llama3-8b", "llama-13b", "llama-70b")),
@@ -90,9 +89,7 @@ def main(config: Config) -> None:
         for row in measure(replace(config, **{field: value}), target):
             rows.append(row)
             print(" ".join(str(part) for part in (value, row["what"], row["precision"], row["peak_bytes"])), flush=True)
-    config.out.mkdir(parents=True, exist_ok=True)
-    run_folder.write_json(config.out / "config.json", asdict(config) | {"out": str(config.out)})
-    _cli.write_results(config.out, rows, time.perf_counter() - start)
+    _cli.write_folder(config, rows, time.perf_counter() - start)
     title = f"{name}, {target.memory / hardware.GIB:.2f} GiB a device, r={config.rank} on "
     _cli.print_table(title + config.targets, rows)
     if config.sweep:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # shapes are compiled, nothing is run
@@ -26,7 +26,6 @@ from fedmezo_jax.llama.precision import Precision
 from fedmezo_jax.llama.shapes import named_shape
 from fedmezo_jax.parallel.sharding import parse_mesh
 from fedmezo_jax.planning import cost_model, hardware
-from fedmezo_jax.run.run_folder import write_json
 
 MOST = 1024
 """Clients at once beyond which none are looked for."""
@@ -110,9 +109,7 @@ def main(config: Config) -> None:
     best = min((row for row in rows if row["fits"]), key=lambda row: row["roofline_seconds_per_round"], default=None)
     for row in rows:
         row["best"] = row is best
-    config.out.mkdir(parents=True, exist_ok=True)
-    write_json(config.out / "config.json", asdict(config) | {"out": str(config.out)})
-    _cli.write_results(config.out, rows, time.perf_counter() - start)
+    _cli.write_folder(config, rows, time.perf_counter() - start)
     title = (
         f"{config.model} on {config.topology}, {target.memory / hardware.GIB:.2f} GiB a chip, {config.clients} clients"
     )

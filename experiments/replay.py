@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from rich.progress import Progress
 
 from experiments import _cli
 from fedmezo_jax.llama.checkpoints.adapter import load_adapter, save_adapter
-from fedmezo_jax.run import run_folder
 from fedmezo_jax.run.replay import VerifiedLedger, largest_difference, replay
 
 
@@ -73,9 +72,7 @@ def main(config: Config) -> None:
     if done == run.rounds and beside.exists():
         difference = largest_difference(jax.device_get(load_adapter(beside, found.llama).lora), lora)
         row |= {"compared": True, "bit_identical": difference is None, "largest_difference": difference or 0.0}
-    paths = {"ledger": str(config.ledger), "out": str(config.out)}
-    run_folder.write_json(config.out / "config.json", asdict(config) | paths)
-    _cli.write_results(config.out, [row], time.perf_counter() - begin)
+    _cli.write_folder(config, [row], time.perf_counter() - begin)
     _cli.print_table(f"adapter after round {done}: {config.out / 'adapter'}", [row])
     print(_verdict(row, found.header))
     if row["compared"] and not row["bit_identical"]:

@@ -1,9 +1,10 @@
-"""Gathers results into one page: every results.json with its table, its plots, its command and what the paper has.
+"""Gathers results into one page: a summary of the paper's questions, then every results.json with its plots and table.
 
     python -m experiments.report
     python -m experiments.report --results runs
 
-The page holds its pictures itself and needs no network.
+The summary has one row for each question of the paper that the results answer. The page holds its pictures itself and
+needs no network.
 """
 
 from __future__ import annotations
@@ -11,35 +12,17 @@ from __future__ import annotations
 import base64
 import json
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
 
 from experiments import _cli
+from experiments._findings import Finding, finding
+from experiments.studies.paper import NOT_IN_PAPER, QUESTIONS, Question
 from fedmezo_jax.errors import UserError
-from fedmezo_jax.run.run_folder import write_json
-
-# Where the paper (arXiv 2402.05926) asks the same, and what it finds; a name without an entry goes past it.
-PAPER = {
-    "convergence": "Fig. 1, 10: FedMeZO falls faster than FedAvg by plain SGD at FedMeZO's own learning rate",
-    "memory": "Tab. 1 (MiB, back-propagation → FedMeZO): Dolly 26571 → 10061, GSM8K 17771 → 9733, Code 15287 → 9569",
-    "bench_step": "Tab. 4 (seconds for 10 rounds): Dolly 117 → 108, Code 126 → 120, GSM8K 104 → 95, Alpaca 107 → 99",
-    "perturbation_scale": "Fig. 2, 8: among μ = 2e-4, 1e-3, 5e-3 a smaller one is slightly better",
-    "local_steps": "Fig. 3, 9: among H = 10, 30, 50 more converge faster; 50 can surge",
-    "personalised_rates": "Fig. 4: model-diff is best, five-round good, round-wise without effect",
-    "divergence": "Fig. 5: of 1, 3, 5, 10 × 1e-5 the larger surges the earlier",
-    "partitioners": "Fig. 6: more heterogeneity, lower loss",
-    "clients": "Fig. 7, Tab. 6: N = 3 … 40 differ little; N = 9 ends at 1.31, N = 40 at 1.32 (round 500)",
-    "batch_size": "Tab. 7: at round 409 batch 1 has 1.38 and batch 5 has 1.49",
-    "model_size": "Tab. 8 (round 309): 3B and 7B on Dolly 1.40 and 1.51, Code .87 and .90, GSM8K .94 and 1.01",
-    "communication": "App. F.1: 80.45 MB a client and round (fp16 LoRA), 6.39 GB for all weights",
-    "task_metrics": "Tab. 5 (rounds 0/100/200): GSM8K accuracy 3.41/4.32/4.62 %",
-    "effective_rank": "open question 1: not measured",
-    "best_rank": "open question 1, Conjecture 3.8: not tested",
-    "heterogeneity_index": "open question 2: not measured",
-}
 
 PAGE = jinja2.Template(
     """<!doctype html>
@@ -50,15 +33,21 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto
 table { border-collapse: collapse; display: block; overflow-x: auto; margin: 1rem 0 }
 th, td { border-bottom: 1px solid #ddd; padding: .2rem .6rem; text-align: right; white-space: nowrap }
 th:first-child, td:first-child { text-align: left }
+#summary { font-size: .8rem; line-height: 1.3 }
+#summary td { text-align: left; white-space: normal; vertical-align: top }
 img { max-width: 100% } code { background: #f4f4f4; padding: .1rem .3rem; overflow-wrap: anywhere }
 .facts { color: #666; font-size: .9rem } nav a { margin-right: .8rem }
 </style></head><body>
 <h1>fedmezo_jax: results</h1>
 <p class="facts">Each by one command. The paper is arXiv 2402.05926. Losses are nats a token.</p>
+{% if summary %}<table id="summary"><thead><tr><th>question</th><th>paper</th><th>here</th><th>verdict</th></tr></thead>
+<tbody>{% for one in summary %}<tr><td><a href="#{{ one.name }}">{{ one.asked.question }}</a></td>
+<td>{{ one.asked.paper }}</td><td>{{ one.finding.here }}</td><td>{{ one.finding.verdict }}</td></tr>
+{% endfor %}</tbody></table>{% endif %}
 <nav>{% for one in sections %}<a href="#{{ one.name }}">{{ one.name }}</a> {% endfor %}</nav>
 {% for one in sections %}
 <section id="{{ one.name }}"><h2>{{ one.name.replace("_", " ") }}</h2>
-{% if one.paper %}<p>Paper: {{ one.paper }}</p>{% endif %}
+{% if one.asked %}<p>{{ one.asked.question }} Paper: {{ one.asked.paper }}.</p>{% endif %}
 <p><code>{{ one.command }}</code></p>
 <p class="facts">{{ one.facts }}</p>
 {% for picture in one.pictures %}<img alt="{{ one.name }}" src="data:image/png;base64,{{ picture }}">{% endfor %}
@@ -83,10 +72,24 @@ class Config:
 
 
 class Section(NamedTuple):
-    """One result of the page."""
+    """One result of the page.
+
+    Attributes:
+        name: of the results file or its folder.
+        module: the experiment's, without its package.
+        asked: its question, if the table of questions has one.
+        finding: what the rows say on it; None beyond the paper and for the preset ``smoke``, which proves nothing.
+        command: that made it.
+        facts: time, machine and versions.
+        pictures: PNGs in base 64.
+        heads: of the table.
+        rows: its cells.
+    """
 
     name: str
-    paper: str | None
+    module: str
+    asked: Question | None
+    finding: Finding | None
     command: str
     facts: str
     pictures: list[str]
@@ -103,12 +106,17 @@ def main(config: Config) -> None:
     if not sections:
         raise UserError(f"--results {config.results} holds no results: run an experiment first")
     config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / "report.html").write_text(PAGE.render(sections=sections), encoding="utf-8")
+    (config.out / "report.html").write_text(PAGE.render(sections=sections, summary=summary(sections)), encoding="utf-8")
     rows = [{"result": one.name, "rows": len(one.rows), "pictures": len(one.pictures)} for one in sections]
-    write_json(config.out / "config.json", asdict(config) | {"results": str(config.results), "out": str(config.out)})
-    _cli.write_results(config.out, rows, time.perf_counter() - start)
+    _cli.write_folder(config, rows, time.perf_counter() - start)
     _cli.print_table(f"results in {config.results}", rows)
     print(f"{config.out / 'report.html'}")
+
+
+def summary(sections: Sequence[Section]) -> list[Section]:
+    """The first result of each question that the paper treats, in the order of the table of questions."""
+    first = {one.module: one for one in reversed(sections) if one.finding}
+    return [first[module] for module in QUESTIONS if module in first]
 
 
 def section(file: Path) -> Section | None:
@@ -129,7 +137,11 @@ def section(file: Path) -> Section | None:
     pictures = sorted(file.parent.glob("*.png") if whole else file.parent.glob(f"{name}.png"))
     coded = [base64.b64encode(picture.read_bytes()).decode() for picture in pictures]
     cells = [[_cli.shown(row.get(head)) for head in heads] for row in rows]
-    return Section(name, PAPER.get(name, PAPER.get(module)), command, facts, coded, heads, cells)
+    asked = QUESTIONS.get(module)
+    of_paper = asked is not None and asked.paper != NOT_IN_PAPER and "--preset smoke" not in command
+    return Section(
+        name, module, asked, finding(module, rows) if of_paper else None, command, facts, coded, heads, cells
+    )
 
 
 if __name__ == "__main__":

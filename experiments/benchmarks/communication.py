@@ -10,23 +10,18 @@ numbers.
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-import matplotlib as mpl
 import numpy as np
 
-from experiments import _cli
+from experiments import _cli, _plots
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.checkpoints.layout import leaves
 from fedmezo_jax.llama.lora import check_targets, lora_shapes
 from fedmezo_jax.llama.shapes import named_shape
 from fedmezo_jax.run import messages
-from fedmezo_jax.run.run_folder import write_json
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt
 
 
 @dataclass(frozen=True)
@@ -83,16 +78,14 @@ def main(config: Config) -> None:
         "coefficients, shared directions": (up, begin + len(messages.pack_mean(config.local_steps, steps[0]))),
     }
     rows = [{"sent": name, "uplink_bytes": up, "downlink_bytes": down} for name, (up, down) in table.items()]
-    config.out.mkdir(parents=True, exist_ok=True)
-    write_json(config.out / "config.json", asdict(config) | {"out": str(config.out)})
-    _cli.write_results(config.out, rows, time.perf_counter() - start)
+    _cli.write_folder(config, rows, time.perf_counter() - start)
     plot(config.out / "communication.png", config, table)
     _cli.print_table(f"{config.model}, {parameters:,} LoRA parameters: bytes of a client and round", rows)
 
 
 def plot(file: Path, config: Config, table: dict[str, tuple[int, int]]) -> None:
     """The bytes of each form as bars on a logarithmic axis."""
-    figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
+    figure, axes = _plots.subplots(figsize=(7, 3))
     places = np.arange(len(table))
     for shift, which, label in ((-0.2, 0, "up"), (0.2, 1, "down")):
         bars = axes.barh(places + shift, [sizes[which] for sizes in table.values()], 0.38, label=label)
@@ -102,8 +95,7 @@ def plot(file: Path, config: Config, table: dict[str, tuple[int, int]]) -> None:
     axes.set(xscale="log", xlim=(10, 1e13), xlabel="bytes of a client and round")
     axes.set_title(f"{config.model}, r = {config.rank}, H = {config.local_steps}, {config.clients} clients")
     axes.legend(loc="lower right", fontsize="small")
-    figure.savefig(file, dpi=100)
-    plt.close(figure)
+    _plots.save(figure, file, dpi=100)
 
 
 if __name__ == "__main__":

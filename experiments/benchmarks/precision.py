@@ -11,28 +11,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
-import matplotlib as mpl
 import numpy as np
 
-from experiments import _cli
+from experiments import _cli, _plots
 from fedmezo_jax.core import mezo, random
 from fedmezo_jax.core.random import run_key
 from fedmezo_jax.data.examples import TokenBatch
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.loss import loss_of, pair_loss_of
 from fedmezo_jax.llama.precision import WARN_ABOVE, Precision
-from fedmezo_jax.run import run_folder
 from fedmezo_jax.run.config import RunConfig
 from fedmezo_jax.run.context import RunContext, prepare
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt
 
 
 @dataclass(frozen=True)
@@ -66,9 +61,7 @@ def main(config: Config) -> None:
     for row in measure(setup, scales, config.rows, config.probes):
         rows.append(row)
         print(f"{row['precision']} at {row['perturbation_scale']:g}: {row['error']:.2%}", flush=True)
-    config.out.mkdir(parents=True, exist_ok=True)
-    run_folder.write_json(config.out / "config.json", asdict(config) | {"out": str(config.out)})
-    _cli.write_results(config.out, rows, time.perf_counter() - start)
+    _cli.write_folder(config, rows, time.perf_counter() - start)
     plot(config.out / "precision.png", rows, f"{config.run.model} on {config.run.data}")
     _cli.print_table("relative error of the projected gradient", rows)
     for precision in get_args(Precision):
@@ -106,7 +99,7 @@ def measure(setup: RunContext, scales: list[float], count: int, probes: int) -> 
 
 def plot(file: Path, rows: list[dict[str, Any]], title: str) -> None:
     """Error over μ, a line for each precision, as a PNG."""
-    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    figure, axes = _plots.subplots(figsize=(6.4, 4))
     for precision in get_args(Precision):
         line = [(row["perturbation_scale"], row["error"]) for row in rows if row["precision"] == precision]
         axes.plot(*zip(*line, strict=True), "o-", label=precision)
@@ -115,8 +108,7 @@ def plot(file: Path, rows: list[dict[str, Any]], title: str) -> None:
     axes.set_ylabel("relative error of the projected gradient")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
+    _plots.save(figure, file, dpi=120)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from fedmezo_jax.core import client, federated, mezo, personalization
 from fedmezo_jax.llama.loss import pair_loss_of
 from fedmezo_jax.llama.precision import Precision
 from fedmezo_jax.llama.shapes import named_shape
-from fedmezo_jax.run import run_folder
 
 
 @dataclass(frozen=True)
@@ -79,9 +78,7 @@ def main(config: Config) -> None:
             }
         )
         print(f"{count} clients: {rows[-1]['seconds']:.2f} s, {rows[-1]['over_smallest']:.3f}", flush=True)
-    config.out.mkdir(parents=True, exist_ok=True)
-    run_folder.write_json(config.out / "config.json", asdict(config) | {"out": str(config.out)})
-    _cli.write_results(config.out, rows, time.perf_counter() - begin)
+    _cli.write_folder(config, rows, time.perf_counter() - begin)
     _cli.print_table(f"{config.model}, {config.length} tokens a client, {config.block} clients at once", rows)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +33,6 @@ from fedmezo_jax.llama.loss import loss_of, pair_loss_of
 from fedmezo_jax.llama.model import Llama
 from fedmezo_jax.llama.precision import frozen_product, keep_in_loop
 from fedmezo_jax.llama.shapes import named_shape
-from fedmezo_jax.run import run_folder
 
 
 @dataclass(frozen=True)
@@ -77,9 +76,7 @@ def main(config: Config) -> None:
     rows = []
     for setting in track(settings, "settings timed", transient=True):
         rows += bench(config, llama, setting)
-    config.out.mkdir(parents=True, exist_ok=True)
-    run_folder.write_json(config.out / "config.json", asdict(config) | {"out": str(config.out)})
-    _cli.write_results(config.out, rows, time.perf_counter() - start)
+    _cli.write_folder(config, rows, time.perf_counter() - start)
     hidden = ("seconds_median", "losses_seconds", "forward_tokens_per_second", "peak_flops")
     shown = [{name: value for name, value in row.items() if name not in hidden} for row in rows]
     _cli.print_table(f"{config.model}, {config.targets}, best of {config.repeats}", shown)

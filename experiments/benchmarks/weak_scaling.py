@@ -12,26 +12,21 @@ from __future__ import annotations
 import math
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import nan
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # shapes are compiled, nothing is run
 
-import matplotlib as mpl
 from rich.progress import track
 
-from experiments import _cli
+from experiments import _cli, _plots
 from fedmezo_jax.core.federated import Seeds
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.precision import Precision
 from fedmezo_jax.llama.shapes import named_shape
 from fedmezo_jax.planning import cost_model, hardware
-from fedmezo_jax.run.run_folder import write_json
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt
 
 PRECISIONS: tuple[Precision, ...] = ("paired", "bfloat16")
 """The default of runs, and plain bfloat16 for comparison."""
@@ -95,9 +90,7 @@ def main(config: Config) -> None:
                     "collective_bytes_per_round": found.received,
                 }
             )
-    config.out.mkdir(parents=True, exist_ok=True)
-    write_json(config.out / "config.json", asdict(config) | {"out": str(config.out)})
-    _cli.write_results(config.out, rows, time.perf_counter() - start)
+    _cli.write_folder(config, rows, time.perf_counter() - start)
     plot(config.out / "weak_scaling.png", config, rows)
     _cli.print_table(f"{config.model} on {config.topology}, {config.clients_per_device} client(s) a device", rows)
 
@@ -113,7 +106,7 @@ def _slice(kind: str, count: int) -> str:
 
 def plot(file: Path, config: Config, rows: list[dict[str, Any]]) -> None:
     """Memory and traffic of a device over the number of devices."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.6), layout="constrained")
+    figure, (left, right) = _plots.subplots(1, 2, figsize=(8, 3.6))
     devices = list(dict.fromkeys(row["devices"] for row in rows))
     for precision, style in zip(PRECISIONS, ("o-", "v--"), strict=True):
         own = [row for row in rows if row["precision"] == precision]
@@ -130,8 +123,7 @@ def plot(file: Path, config: Config, rows: list[dict[str, Any]]) -> None:
         axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     figure.suptitle(f"{config.model} on {config.topology}, {config.clients_per_device} client(s) a device", fontsize=11)
-    figure.savefig(file, dpi=100)
-    plt.close(figure)
+    _plots.save(figure, file, dpi=100)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How the batch of a local step matters (Tab. 7 of arXiv 2402.05926: 1 starts slower and ends lower than 5).
+"""How the batch of a local step matters (Tab. 7 of arXiv 2402.05926).
 
 python -m experiments.studies.batch_size
 """
@@ -15,12 +15,11 @@ PRESETS = runner.standard_presets(
     runner.vary("batch_size", (1, 3, 5), "B = {}"),
     paper=replace(runner.PAPER, data="dolly", partition="meta", learning_rate=1e-5),
 )
-PAPER = {"B = 1": "1.38 (round 409)", "B = 5": "1.49 (round 409)"}
 
 
 def main(config: runner.Config) -> None:
     """Runs the study."""
-    runner.run(config, "batch_size", PRESETS, title="batch size B", paper=PAPER)
+    runner.run(config, "batch_size", PRESETS, title="batch size B")
 
 
 if __name__ == "__main__":

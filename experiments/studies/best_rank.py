@@ -16,15 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 
-from experiments import _cli
+from experiments import _cli, _plots
 from experiments.studies import runner
 from fedmezo_jax.errors import UserError
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt
 
 
 def _variants(ranks: Sequence[int], products: Sequence[float]) -> dict[str, dict[str, Any]]:
@@ -112,7 +108,7 @@ def _effective_ranks(config: Config) -> dict[int, dict[str, Any]]:
 
 def plot(file: Path, rows: Sequence[dict[str, Any]], outcomes: Sequence[runner.Outcome]) -> None:
     """Test loss over the LoRA rank, at each η and at each rank's best; the effective rank as a line of its own."""
-    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    figure, axes = _plots.subplots(figsize=(6.4, 4))
     for i, rate in enumerate(dict.fromkeys(one.config.learning_rate for one in outcomes)):
         own = [one for one in outcomes if one.config.learning_rate == rate]
         ranks = [one.config.lora_rank for one in own]
@@ -130,8 +126,7 @@ def plot(file: Path, rows: Sequence[dict[str, Any]], outcomes: Sequence[runner.O
     axes.set_title("best LoRA rank")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="x-small")
-    figure.savefig(file, dpi=90)
-    plt.close(figure)
+    _plots.save(figure, file, dpi=90)
 
 
 if __name__ == "__main__":

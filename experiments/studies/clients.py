@@ -1,4 +1,4 @@
-"""How the number N of clients matters (Fig. 7 and Tab. 6 of arXiv 2402.05926: little, from 3 to 40 clients).
+"""How the number N of clients matters (Fig. 7 and Tab. 6 of arXiv 2402.05926).
 
 python -m experiments.studies.clients
 """
@@ -16,12 +16,11 @@ PRESETS = runner.standard_presets(
     paper=replace(runner.PAPER, data="alpaca", learning_rate=1e-5),
     seeds=2,
 )
-PAPER = {"N = 3": "1.51 (round 309)", "N = 9": "1.31 (round 500)", "N = 40": "1.32 (round 500)"}
 
 
 def main(config: runner.Config) -> None:
     """Runs the study."""
-    runner.run(config, "clients", PRESETS, title="clients N", paper=PAPER)
+    runner.run(config, "clients", PRESETS, title="clients N")
 
 
 if __name__ == "__main__":

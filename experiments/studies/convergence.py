@@ -2,8 +2,8 @@
 
 python -m experiments.studies.convergence
 
-The paper compares at one learning rate, with plain SGD as the baseline, and finds FedMeZO faster. Here each method gets
-a sweep of rates and is shown at its best one, over rounds, over the forward passes that its work amounts to (a backward
+The paper compares at one learning rate, with plain SGD as the baseline. Here each method gets a sweep of rates and is
+shown at its best one, over rounds, over the forward passes that its work amounts to (a backward
 pass through a frozen base has as many products as a forward one), and over seconds.
 """
 
@@ -11,15 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import matplotlib as mpl
 import numpy as np
 
-from experiments import _cli
+from experiments import _cli, _plots
 from experiments.studies import runner
 from fedmezo_jax.run.loop import forward_passes
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt
 
 METHODS = {
     "FedMeZO": {"algorithm": "fedmezo"},
@@ -43,7 +39,7 @@ PRESETS = runner.standard_presets(
 
 def plot(path: str, chosen: dict[str, runner.Outcome]) -> None:
     """Loss over rounds, forward passes and seconds, at each method's best rate."""
-    figure, panels = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained", sharey=True)
+    figure, panels = _plots.subplots(1, 3, figsize=(11, 3.6), sharey=True)
     for label, one in chosen.items():
         rounds = np.array(one.curves[0].rounds)
         pace = float(np.mean([curve.seconds_per_round for curve in one.curves]))
@@ -55,8 +51,7 @@ def plot(path: str, chosen: dict[str, runner.Outcome]) -> None:
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("test loss (nats a token)")
     panels[0].legend(fontsize="small")
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    _plots.save(figure, path, dpi=100)
 
 
 def main(config: runner.Config) -> None:

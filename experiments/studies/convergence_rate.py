@@ -1,4 +1,4 @@
-"""How ‖∇f‖² over a run depends on N, H and T (Theorem 3.5 of arXiv 2402.05926: each as its power -1/2).
+"""How ‖∇f‖² over a run depends on N, H and T (Theorem 3.5 of arXiv 2402.05926).
 
     python -m experiments.studies.convergence_rate
 
@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib as mpl
 import numpy as np
 
-from experiments import _cli
+from experiments import _cli, _plots
 from experiments.studies import runner
 from experiments.studies.result_cache import measure
 from fedmezo_jax.core import federated
@@ -27,12 +26,8 @@ from fedmezo_jax.data.examples import TokenBatch
 from fedmezo_jax.llama.loss import loss_of
 from fedmezo_jax.run.config import RunConfig
 from fedmezo_jax.run.context import build, evaluator, prepare, unpaired
-from fedmezo_jax.run.run_folder import write_json
 from fedmezo_jax.theory import constants
 from fedmezo_jax.theory.heterogeneity import gradients
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt
 
 NAMES = {"clients": "N", "local_steps": "H", "rounds": "T"}
 
@@ -114,8 +109,7 @@ def main(config: Config) -> None:
         for run in own
     ]
     slopes = [slope(name, [row for row in rows if row["varied"] == NAMES[name]]) for name in runs]
-    write_json(config.out / "config.json", asdict(config) | {"out": str(config.out), "run": asdict(base)})
-    _cli.write_results(config.out, [*slopes, *rows], seconds)
+    _cli.write_folder(config, [*slopes, *rows], seconds, run=asdict(base))
     plot(config.out / "convergence_rate.png", rows, slopes)
     _cli.print_table("slopes of mean ‖∇f‖² over a run, log-log; the theorem's bound: -0.5", slopes)
 
@@ -164,7 +158,7 @@ def _over_a_run(point: dict[str, Any]) -> dict[str, float]:
 
 def plot(file: Path, rows: list[dict[str, Any]], slopes: list[dict[str, Any]]) -> None:
     """Mean ‖∇f‖² of each run over N, H and T, with the fits."""
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure, axes = _plots.subplots(figsize=(6, 4))
     for i, fit in enumerate(slopes):
         field = next(field for field, short in NAMES.items() if short == fit["varied"])
         own = [row for row in rows if row["varied"] == fit["varied"]]
@@ -176,8 +170,7 @@ def plot(file: Path, rows: list[dict[str, Any]], slopes: list[dict[str, Any]]) -
     axes.set(xlabel="N, H or T, with η ∝ (NH/T)^½", ylabel="mean ‖∇f‖² over a run", title="the theorem: slopes of -0.5")
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize="small")
-    figure.savefig(file, dpi=90)
-    plt.close(figure)
+    _plots.save(figure, file, dpi=90)
 
 
 if __name__ == "__main__":

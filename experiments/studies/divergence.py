@@ -2,8 +2,7 @@
 
     python -m experiments.studies.divergence
 
-After Fig. 5 of arXiv 2402.05926 (η ∈ {1, 3, 5, 10} × 1e-5: the larger, the earlier the loss surges). The table has a
-row a run; round 0 as the first warning means before the first round.
+After Fig. 5 of arXiv 2402.05926. The table has a row a run; round 0 as the first warning means before the first round.
 """
 
 from __future__ import annotations
@@ -15,10 +14,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-import matplotlib as mpl
 import numpy as np
 
-from experiments import _cli
+from experiments import _cli, _plots
 from experiments.studies import result_cache, runner
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.run import divergence
@@ -26,10 +24,6 @@ from fedmezo_jax.run.config import RunConfig
 from fedmezo_jax.run.context import prepare
 from fedmezo_jax.run.job import fine_tune
 from fedmezo_jax.run.loop import probe_start
-from fedmezo_jax.run.run_folder import write_json
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt
 
 PRESETS: dict[runner.PresetName, tuple[RunConfig, int]] = {
     "small": (replace(runner.SMALL, rounds=12), 3),
@@ -64,8 +58,7 @@ def main(config: Config) -> None:
     outcomes, seconds = result_cache.measure(out / "points", [asdict(one) for one in runs], _outcome)
     rows = [outcome["row"] for outcome in outcomes]
     rows.sort(key=lambda row: (row["learning_rate"], row["seed"]))
-    write_json(out / "config.json", asdict(config) | {"out": str(out), "run": asdict(base)})
-    _cli.write_results(out, rows, seconds)
+    _cli.write_folder(replace(config, out=out), rows, seconds, run=asdict(base))
     curves = np.array([outcome["train_loss"] for outcome in outcomes], np.float64).reshape(
         -1, len(factors), base.rounds
     )
@@ -111,7 +104,7 @@ def _outcome(point: dict[str, Any]) -> dict[str, Any]:
 
 def plot(file: Path, base: RunConfig, factors: Sequence[float], curves: np.ndarray) -> None:
     """Training loss over rounds as a PNG: of ``[seeds, factors, rounds]`` a line each, a colour for each factor."""
-    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    figure, axes = _plots.subplots(figsize=(6.4, 4))
     for i, factor in enumerate(factors):
         lines = axes.plot(np.arange(1, base.rounds + 1), curves[:, i].T, ".-", color=f"C{i}", alpha=0.7)
         lines[0].set_label(f"{factor:g}×")
@@ -119,8 +112,7 @@ def plot(file: Path, base: RunConfig, factors: Sequence[float], curves: np.ndarr
     axes.set_title(f"{base.model} on {base.data}: multiples of η = {base.learning_rate:g}")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
+    _plots.save(figure, file, dpi=120)
 
 
 def _factors(text: str) -> list[float]:

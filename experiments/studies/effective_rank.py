@@ -10,18 +10,17 @@ alone, and after some steps of back-propagated Adam. Each batch has an H of its 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib as mpl
 import numpy as np
 import optax
 
-from experiments import _cli
+from experiments import _cli, _plots
 from experiments.studies.result_cache import measure
 from fedmezo_jax.core import random
 from fedmezo_jax.core.random import run_key
@@ -29,11 +28,7 @@ from fedmezo_jax.data.examples import TokenBatch
 from fedmezo_jax.llama.loss import loss_of
 from fedmezo_jax.run.config import RunConfig
 from fedmezo_jax.run.context import RunContext, prepare
-from fedmezo_jax.run.run_folder import write_json
 from fedmezo_jax.theory import spectrum
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt
 
 
 class Case(NamedTuple):
@@ -107,8 +102,7 @@ def main(config: Config) -> None:
     ]
     found, seconds = measure(config.out / "points", points, partial(_probe, config.data_dir))
     rows = [_row(point, probes) for point, probes in zip(points, found, strict=True)]
-    write_json(config.out / "config.json", asdict(config) | {"out": str(config.out)})
-    _cli.write_results(config.out, rows, seconds)
+    _cli.write_folder(config, rows, seconds)
     plot(config.out / "effective_rank.png", rows)
     _cli.print_table("of the LoRA Hessian: mean over batches ± standard error", [_shown(row) for row in rows])
 
@@ -206,7 +200,7 @@ def _row(point: dict[str, Any], found: list[list[dict[str, float]]]) -> dict[str
 
 def plot(file: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Left: effective rank of the whole H over the LoRA rank; right: of each layer's block."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", width_ratios=(3, 2))
+    figure, (left, right) = _plots.subplots(1, 2, figsize=(10, 4), width_ratios=(3, 2))
     for i, (model, data) in enumerate(dict.fromkeys((row["model"], row["data"]) for row in rows)):
         own = [row for row in rows if (row["model"], row["data"]) == (model, data)]
         for state, style in (("start", ":"), ("trained", "-")):
@@ -238,8 +232,7 @@ def plot(file: Path, rows: Sequence[dict[str, Any]]) -> None:
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend(fontsize="xx-small")
-    figure.savefig(file, dpi=90)
-    plt.close(figure)
+    _plots.save(figure, file, dpi=90)
 
 
 if __name__ == "__main__":

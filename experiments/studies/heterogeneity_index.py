@@ -21,11 +21,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib as mpl
 import numpy as np
 from scipy import stats
 
-from experiments import _cli
+from experiments import _cli, _plots
 from experiments.studies import runner
 from experiments.studies.result_cache import measure
 from fedmezo_jax.core import federated
@@ -35,11 +34,7 @@ from fedmezo_jax.data.examples import TokenBatch
 from fedmezo_jax.llama.loss import loss_of
 from fedmezo_jax.run.config import RunConfig
 from fedmezo_jax.run.context import build, prepare, unpaired
-from fedmezo_jax.run.run_folder import write_json
 from fedmezo_jax.theory import heterogeneity
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt
 
 INDICES = ("round-wise", "five-round", "model-diff", "model-diff, shared directions")
 _QUANTITIES = ("to_gradient", "to_label", "round_to_round")
@@ -119,8 +114,7 @@ def main(config: Config) -> None:
         for alpha in preset.alphas
         for row in summary(alpha, [each for each, one in zip(found, runs, strict=True) if one.dirichlet_alpha == alpha])
     ]
-    write_json(config.out / "config.json", asdict(config) | {"out": str(config.out), "run": asdict(run)})
-    _cli.write_results(config.out, rows, seconds)
+    _cli.write_folder(config, rows, seconds, run=asdict(run))
     plot(config.out / "heterogeneity_index.png", rows, config.data or run.data)
     _cli.print_table("rank correlations over clients: mean over runs ± half a 90 % interval", list(map(_shown, rows)))
 
@@ -221,7 +215,7 @@ def rank_correlation(one: Sequence[float] | np.ndarray, other: Sequence[float] |
 
 def plot(file: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
     """Rank correlations and the truth itself over the Dirichlet α."""
-    figure, axes = plt.subplots(1, 4, figsize=(14, 3.8), layout="constrained")
+    figure, axes = _plots.subplots(1, 4, figsize=(14, 3.8))
     names = ("with gradient disparity", "with label distance", "from round to round")
     for one, quantity, name in zip(axes, _QUANTITIES, names, strict=False):
         for i, index in enumerate(dict.fromkeys(row["index"] for row in rows)):
@@ -242,8 +236,7 @@ def plot(file: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
     axes[3].legend(fontsize="xx-small")
     for one in axes:
         one.grid(alpha=0.3)
-    figure.savefig(file, dpi=72)
-    plt.close(figure)
+    _plots.save(figure, file, dpi=72)
 
 
 if __name__ == "__main__":

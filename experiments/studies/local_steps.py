@@ -1,4 +1,4 @@
-"""How the number H of local steps matters (Fig. 3 and 9 of arXiv 2402.05926: more converge faster, 50 can surge).
+"""How the number H of local steps matters (Fig. 3 and 9 of arXiv 2402.05926).
 
 python -m experiments.studies.local_steps
 """

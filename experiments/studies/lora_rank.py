@@ -1,4 +1,4 @@
-"""How the LoRA rank r matters (the paper names ranks 32, 64 and 128 as open; arXiv 2402.05926, Sec. 6); α = 2r.
+"""How the LoRA rank r matters (Sec. 6 of arXiv 2402.05926); α = 2r.
 
 python -m experiments.studies.lora_rank
 """

@@ -1,4 +1,4 @@
-"""How the size of the base model matters (Tab. 8 of arXiv 2402.05926: LLaMA-3B against 7B).
+"""How the size of the base model matters (Tab. 8 of arXiv 2402.05926).
 
 python -m experiments.studies.model_size
 """
@@ -16,15 +16,11 @@ PRESETS = runner.standard_presets(
     precision="paired",
 )
 PRESETS["smoke"] = PRESETS["smoke"]._replace(variants=runner.vary("lora_rank", (2, 3), "tiny, rank {}"))
-PAPER = {
-    "openlm-research/open_llama_3b_v2": "0.94 (GSM8K, round 309)",
-    "openlm-research/open_llama_7b_v2": "1.01 (LLaMA2-7B, GSM8K, round 309)",
-}
 
 
 def main(config: runner.Config) -> None:
     """Runs the study."""
-    runner.run(config, "model_size", PRESETS, title="base model", paper=PAPER)
+    runner.run(config, "model_size", PRESETS, title="base model")
 
 
 if __name__ == "__main__":

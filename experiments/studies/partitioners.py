@@ -1,4 +1,4 @@
-"""How the split of one data set over clients matters (Fig. 6 of arXiv 2402.05926: more heterogeneity, lower loss).
+"""How the split of one data set over clients matters (Fig. 6 of arXiv 2402.05926).
 
 python -m experiments.studies.partitioners
 """

@@ -1,4 +1,4 @@
-"""Which signal should personalise the clients' learning rates (Fig. 4 of arXiv 2402.05926: model-diff is best).
+"""Which signal should personalise the clients' learning rates (Fig. 4 of arXiv 2402.05926).
 
 python -m experiments.studies.personalised_rates
 
@@ -33,7 +33,7 @@ def conclude(outcomes: Sequence[runner.Outcome]) -> list[dict[str, Any]]:
     """A row a strategy, with its mean difference from ``frozen`` and that test's p."""
     frozen = outcomes[0].after
     found = []
-    for row, one in zip(runner.rows(outcomes, {}), outcomes, strict=True):
+    for row, one in zip(runner.rows(outcomes), outcomes, strict=True):
         difference = one.after - frozen
         tested = one.label != "frozen" and np.ptp(difference) > 0
         p = float(np.asarray(stats.ttest_rel(one.after, frozen).pvalue)) if tested else None

@@ -1,4 +1,4 @@
-"""How the perturbation scale μ matters (Fig. 2 and 8 of arXiv 2402.05926: smaller is slightly better).
+"""How the perturbation scale μ matters (Fig. 2 and 8 of arXiv 2402.05926).
 
 python -m experiments.studies.perturbation_scale
 """

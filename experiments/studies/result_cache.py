@@ -19,6 +19,36 @@ Point = Mapping[str, Any]
 """All that decides a measurement's outcome, as JSON would have it."""
 
 
+class ResultCache:
+    """A folder with one file for each measurement, named after all that decides its outcome."""
+
+    def __init__(self, folder: Path):
+        """Makes the folder where it is missing."""
+        if any(path.is_file() for path in (folder, *folder.parents)):
+            raise UserError(f"--out {folder.parent}: there is a file in its way: give a folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+
+    def load(self, point: Point) -> dict[str, Any] | None:
+        """``found`` and ``seconds`` of a measurement; None if it has not been made."""
+        file = self._file(point)
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+    def store(self, point: Point, found: Any, seconds: float) -> None:
+        """Keeps a measurement, which JSON must be able to hold, and the seconds that it took."""
+        write_json(self._file(point), {"point": point, "found": found, "seconds": seconds})
+
+    def _file(self, point: Point) -> Path:
+        name = hashlib.sha256(json.dumps(point, sort_keys=True).encode()).hexdigest()[:20]
+        return self._folder / f"{name}.json"
+
+
+def progress() -> Progress:
+    """A bar that counts finished measurements."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, TimeRemainingColumn())
+
+
 def measure(folder: Path, points: Sequence[Point], work: Callable[[Any], Any]) -> tuple[list[Any], float]:
     """``work(point)`` of each point, in order, and the seconds spent on all of them, in this run or an earlier one.
 
@@ -29,26 +59,21 @@ def measure(folder: Path, points: Sequence[Point], work: Callable[[Any], Any]) -
         points: distinct ones.
         work: returns what JSON can hold.
     """
-    if any(path.is_file() for path in (folder, *folder.parents)):
-        raise UserError(f"--out {folder.parent}: there is a file in its way: give a folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    cache = ResultCache(folder)
     if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
         # Equal programs of different points are compiled once.
         jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     kept = []
-    with Progress(*columns, TimeRemainingColumn()) as bar:
+    with progress() as bar:
         task = bar.add_task("points", total=len(points))
         for point in points:
-            name = hashlib.sha256(json.dumps(point, sort_keys=True).encode()).hexdigest()[:20]
-            file = folder / f"{name}.json"
-            if not file.exists():
+            if cache.load(point) is None:
                 bar.update(task, description=" ".join(str(value) for value in point.values())[:60])
                 begun = time.perf_counter()
                 found = work(point)
-                write_json(file, {"point": point, "found": found, "seconds": time.perf_counter() - begun})
-            kept.append(json.loads(file.read_text(encoding="utf-8")))
+                cache.store(point, found, time.perf_counter() - begun)
+            kept.append(cache.load(point))
             bar.advance(task)
         bar.update(task, description="points")
     return [one["found"] for one in kept], sum(one["seconds"] for one in kept)

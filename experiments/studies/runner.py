@@ -6,28 +6,23 @@ hyper-parameters; ``small`` asks the same question on two CPU cores; ``smoke`` e
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-import matplotlib as mpl
 import numpy as np
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from scipy import stats
 
-from experiments import _cli
-from fedmezo_jax.errors import UserError
+from experiments import _cli, _plots
+from experiments.studies.paper import QUESTIONS
+from experiments.studies.result_cache import ResultCache, progress
 from fedmezo_jax.run.config import RunConfig
 from fedmezo_jax.run.context import RunContext, prepare
 from fedmezo_jax.run.run_folder import write_json
 from fedmezo_jax.run.sweep import Curve, SweepAxes, runs_at_once, shape_of, sweep
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt
 
 PresetName = Literal["small", "paper", "smoke"]
 PAPER = RunConfig(
@@ -180,7 +175,7 @@ def tuned_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     ends = {tuned.best.label: tuned.at_an_end for tuned in tune(outcomes).values()}
     return [
         row | {"best": row["variant"] in ends, "at_an_end_of_the_sweep": ends.get(row["variant"], False)}
-        for row in rows(outcomes, {})
+        for row in rows(outcomes)
     ]
 
 
@@ -191,7 +186,6 @@ def run(
     *,
     title: str,
     conclude: Callable[[Sequence[Outcome]], Sequence[_cli.Row]] | None = None,
-    paper: Mapping[str, str] | None = None,
 ) -> tuple[Path, list[Outcome]]:
     """Runs a study and writes its folder: ``config.json``, ``results.json``, ``curves.json`` and ``NAME.png``.
 
@@ -201,36 +195,36 @@ def run(
         presets: its scales.
         title: of plot and table.
         conclude: makes the table's rows of all outcomes; by default :func:`rows`.
-        paper: what the paper has for a variant, by label.
     """
     begun = time.perf_counter()
     preset = presets[config.preset]
     out = config.out or Path("runs") / f"{name}-{config.preset}"
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file: give a folder")
     changed = {key: getattr(config, key) for key in ("rounds", "model", "data", "data_dir")}
     base = replace(preset.run, **{key: value for key, value in changed.items() if value is not None})
     seeds = range(config.seed, config.seed + (config.seeds or preset.seeds))
     plan = {label: [replace(base, **fields, seed=seed) for seed in seeds] for label, fields in preset.variants.items()}
     curves = _finish([one for runs in plan.values() for one in runs], preset.eval_every, out / "finished")
     outcomes = [Outcome(label, runs[0], [curves[one] for one in runs]) for label, runs in plan.items()]
-    given = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
-    write_json(out / "config.json", given | {"out": str(out), "run": asdict(base)})
     write_json(
         out / "curves.json",
         {"curves": [{"variant": one.label, **curve._asdict()} for one in outcomes for curve in one.curves]},
     )
-    found = conclude(outcomes) if conclude else rows(outcomes, paper or {})
+    found = conclude(outcomes) if conclude else rows(outcomes, QUESTIONS[name].by_variant)
     seconds = time.perf_counter() - begun
-    _cli.write_results(out, found, seconds)
+    _cli.write_folder(replace(config, out=out), found, seconds, run=asdict(base))
     plot(out / f"{name}.png", title, outcomes)
     _cli.print_table(title, found)
     print(f"{out}: config.json, results.json, curves.json, {name}.png ({seconds:.0f} s)")
     return out, outcomes
 
 
-def rows(outcomes: Sequence[Outcome], paper: Mapping[str, str]) -> list[dict[str, Any]]:
-    """A row a variant: mean test loss before and after, and half the width of its 90 % confidence interval."""
+def rows(outcomes: Sequence[Outcome], paper: Mapping[str, str] = MappingProxyType({})) -> list[dict[str, Any]]:
+    """A row a variant: mean test loss before and after, and half the width of its 90 % confidence interval.
+
+    Args:
+        outcomes: of all variants.
+        paper: the paper's figures, by label; with any, the rows have a column for them.
+    """
     return [
         {
             "variant": one.label,
@@ -257,14 +251,13 @@ def half_width(values: np.ndarray, axis: int = 0) -> Any:
 
 def plot(file: Path, title: str, outcomes: Sequence[Outcome]) -> None:
     """Mean test loss over rounds with its 90 % band, a line a variant."""
-    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    figure, axes = _plots.subplots(figsize=(6.4, 4))
     for one in outcomes:
         draw(axes, one.curves[0].rounds, np.array([curve.test_loss for curve in one.curves]), one.label)
     axes.set(xlabel="round", ylabel="test loss (nats a token)", title=title)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    figure.savefig(file, dpi=100)
-    plt.close(figure)
+    _plots.save(figure, file, dpi=100)
 
 
 def draw(axes: Any, x: Sequence[float] | np.ndarray, values: np.ndarray, label: str) -> None:
@@ -277,27 +270,26 @@ def draw(axes: Any, x: Sequence[float] | np.ndarray, values: np.ndarray, label: 
 
 def _finish(runs: Sequence[RunConfig], eval_every: int, folder: Path) -> dict[RunConfig, Curve]:
     """The curves of all runs: those in ``folder`` are read, the others run, as many at once as fit, and kept there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    files = {one: folder / f"{_fingerprint(one, eval_every)}.json" for one in runs}
-    known = {one: Curve(**json.loads(file.read_text())["curve"]) for one, file in files.items() if file.exists()}
+    cache = ResultCache(folder)
+    points = {one: {"run": asdict(one), "eval_every": eval_every} for one in runs}
+    finished = {one: Curve(**kept["found"]) for one, point in points.items() if (kept := cache.load(point))}
     groups: dict[RunConfig, list[RunConfig]] = {}
-    for one in files:
-        if one not in known:
+    for one in points:
+        if one not in finished:
             groups.setdefault(shape_of(one), []).append(one)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn()) as bar:
-        task = bar.add_task("rounds of all runs", total=sum(one.rounds for one in files))
-        bar.advance(task, sum(one.rounds for one in known))
+    with progress() as bar:
+        task = bar.add_task("rounds of all runs", total=sum(one.rounds for one in points))
+        bar.advance(task, sum(one.rounds for one in finished))
         for shape, group in groups.items():
             parts = -(-len(group) // runs_at_once(shape))
             for batch in (group[i::parts] for i in range(parts)):
-                size = len(batch)
-                setups = _prepare(batch)
-                curves = sweep(setups, eval_every, lambda t, size=size: bar.advance(task, size))
+                size, begun = len(batch), time.perf_counter()
+                curves = sweep(_prepare(batch), eval_every, lambda t, size=size: bar.advance(task, size))
+                seconds = (time.perf_counter() - begun) / size
                 for one, curve in zip(batch, curves, strict=True):
-                    write_json(files[one], {"run": asdict(one), "curve": curve._asdict()})
-                    known[one] = curve
-    return known
+                    cache.store(points[one], curve._asdict(), seconds)
+                    finished[one] = curve
+    return finished
 
 
 def _prepare(runs: Sequence[RunConfig]) -> list[RunContext]:
@@ -308,7 +300,3 @@ def _prepare(runs: Sequence[RunConfig]) -> list[RunContext]:
         if key not in shared:
             shared[key] = prepare(key)
     return [shared[replace(one, **dict.fromkeys(SweepAxes._fields, 0.5))]._replace(config=one) for one in runs]
-
-
-def _fingerprint(run: RunConfig, eval_every: int) -> str:
-    return hashlib.sha256(json.dumps([asdict(run), eval_every], sort_keys=True).encode()).hexdigest()[:20]

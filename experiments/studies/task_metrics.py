@@ -2,9 +2,8 @@
 
     python -m experiments.studies.task_metrics --data-dir FOLDER
 
-The paper has 3.41 %, 4.32 % and 4.62 % on GSM8K at rounds 0, 100 and 200 (LLaMA-3B). Its two other metrics need MMLU
-and HumanEval: for files of multiple-choice questions see experiments.evaluate; HumanEval runs generated code and is
-left out.
+The paper's two other metrics need MMLU and HumanEval: for files of multiple-choice questions see experiments.evaluate;
+HumanEval runs generated code and is left out.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ from fedmezo_jax.data.examples import Example
 from fedmezo_jax.data.prompts import prompt_ids
 from fedmezo_jax.evaluation import gsm8k
 from fedmezo_jax.llama.registry import load_tokenizer, resolve
-from fedmezo_jax.run import run_folder
 from fedmezo_jax.run.config import RunConfig
 from fedmezo_jax.run.context import table_of
 from fedmezo_jax.run.job import fine_tune
@@ -104,10 +102,7 @@ def main(config: Config) -> None:
             (run.rounds, result.loss_after, answer(result.lora)),
         )
     ]
-    run_folder.write_json(
-        config.out / "config.json", asdict(config) | {"out": str(config.out), "run": asdict(setup.config)}
-    )
-    _cli.write_results(config.out, rows, time.perf_counter() - start)
+    _cli.write_folder(config, rows, time.perf_counter() - start, run=asdict(setup.config))
     _cli.print_table(f"{run.model} on {run.data}", rows)
 
 

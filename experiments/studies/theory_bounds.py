@@ -6,14 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib as mpl
 import numpy as np
 
+from experiments import _plots
 from fedmezo_jax.run.config import RunConfig
 from fedmezo_jax.theory import constants, spectrum
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt
 
 _BY_CLIENT = ("client_gradients", "noisy", "disparities")
 
@@ -138,7 +135,7 @@ def _line(part: str, quantity: str, value: float, error: float | None = None, re
 
 def plot(file: Path, table: Sequence[dict[str, Any]]) -> None:
     """One step's change of f over η: observed, predicted and bounded."""
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure, axes = _plots.subplots(figsize=(6, 4))
     rows = [row for row in table if row["bound"] is not None]
     rates = [float(row["quantity"].removeprefix("η = ")) for row in rows]
     observed, error = ([row[name] for row in rows] for name in ("value", "error"))
@@ -154,5 +151,4 @@ def plot(file: Path, table: Sequence[dict[str, Any]]) -> None:
     axes.set_yscale("symlog", linthresh=max(np.abs(observed).min(), 1e-6))
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    figure.savefig(file, dpi=90)
-    plt.close(figure)
+    _plots.save(figure, file, dpi=90)

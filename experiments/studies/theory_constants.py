@@ -29,7 +29,6 @@ from fedmezo_jax.data.examples import TokenBatch
 from fedmezo_jax.llama.loss import loss_of, pair_loss_of
 from fedmezo_jax.run.config import RunConfig
 from fedmezo_jax.run.context import RunContext, prepare, unpaired
-from fedmezo_jax.run.run_folder import write_json
 from fedmezo_jax.theory import spectrum
 from fedmezo_jax.theory.heterogeneity import gradients
 
@@ -101,8 +100,7 @@ def main(config: Config) -> None:
     (measured, descent), seconds = measure(config.out / "points", points, _measure)
     found = bounds.conclude(run, measured)
     table = [*found.rows, *bounds.descent_rows(found, preset.rates, descent)]
-    write_json(config.out / "config.json", asdict(config) | {"out": str(config.out), "run": asdict(run)})
-    _cli.write_results(config.out, table, seconds)
+    _cli.write_folder(config, table, seconds, run=asdict(run))
     bounds.plot(config.out / "theory_constants.png", table)
     for part in dict.fromkeys(row["part"] for row in table):
         own = [{key: value for key, value in row.items() if key != "part"} for row in table if row["part"] == part]

@@ -1,7 +1,9 @@
 """The report is one page that a browser shows with all its results, and without a network."""
 
 import base64
+import html
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import sys
 import pytest
 
 from experiments import _cli, report
+from experiments.studies.paper import QUESTIONS
 
 PIXEL = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
@@ -54,6 +57,29 @@ def test_the_page_holds_every_result(results, tmp_path, monkeypatch):
     assert page.count(base64.b64encode(PIXEL).decode()) == 2
     assert "Fig. 3, 9" in page
     assert "http" not in page
+
+
+def text_of(part):
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", part)).split())
+
+
+def test_the_page_opens_with_a_summary_of_the_papers_questions(tmp_path, monkeypatch):
+    steps = [{"variant": f"H = {h}", "loss_after": loss, "band_90": 0.1} for h, loss in ((3, 2.0), (30, 1.5))]
+    for name in ("local_steps", "again"):
+        write(tmp_path / "in" / f"{name}.json", steps, "python -m experiments.studies.local_steps")
+    write(tmp_path / "in" / "b.json", steps, "python -m experiments.studies.batch_size --preset smoke")
+    write(tmp_path / "in" / "c.json", [{"what": "?"}], "python -m experiments.studies.convergence")
+    write(tmp_path / "in" / "d.json", steps, "python -m experiments.studies.shared_directions")
+    assert run(monkeypatch, "--results", tmp_path / "in", "--out", tmp_path / "out") == 0
+    page = (tmp_path / "out" / "report.html").read_text()
+    rows = re.findall(r"<tr>(?:(?!</tr>).)*</tr>", page.split('id="summary"')[1].split("</table>")[0], re.DOTALL)
+    assert page.index('id="summary"') < page.index("<section")
+    assert [text_of(row) for row in rows] == [
+        "question paper here verdict",
+        f"{' '.join(QUESTIONS['convergence'][:2])} see the table -",
+        f"{' '.join(QUESTIONS['local_steps'][:2])} H = 3: 2.000 ± 0.100; H = 30: 1.500 ± 0.100 as in the paper",
+    ]
+    assert 'href="#again"' in rows[2]
 
 
 @pytest.mark.parametrize("folder", ["absent", "empty"])

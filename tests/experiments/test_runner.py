@@ -5,12 +5,13 @@ import json
 import math
 import signal
 import sys
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 
 from experiments import _cli
-from experiments.studies import runner
+from experiments.studies import result_cache, runner
 from fedmezo_jax.run.sweep import Curve
 
 STUDIES = [
@@ -63,6 +64,17 @@ def test_a_study_runs_and_is_not_run_twice(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(runner, "sweep", noted)
     assert run(monkeypatch, *given, "--seeds", 3) == 130
     assert set(asked) == {2}
+
+
+def test_runs_are_kept_by_all_their_settings(tmp_path):
+    kept = result_cache.ResultCache(tmp_path / "finished")
+    curve = Curve([0, 2], [3.0, 2.5], [3.0, 2.6], 0.1)
+    points = {run: {"run": asdict(run), "eval_every": 2} for run in (runner.SMOKE, runner.SMALL)}
+    for run_config, point in points.items():
+        kept.store(point, curve._replace(seconds_per_round=float(run_config.rounds))._asdict(), 1.0)
+    found = runner._finish([runner.SMALL, runner.SMOKE], 2, tmp_path / "finished")
+    assert found == {run: curve._replace(seconds_per_round=float(run.rounds)) for run in points}
+    assert kept.load(points[runner.SMOKE] | {"eval_every": 1}) is None
 
 
 def test_a_confidence_interval_by_hand():
