@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.tree_util import Partial
+from token_data import table
 
 from fedmezo_jax.core import client, federated, mezo, personalization
 from fedmezo_jax.data.batches import round_batches
@@ -20,24 +21,6 @@ from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.lora import init_lora
 from fedmezo_jax.llama.loss import pair_loss_of
 from fedmezo_jax.llama.model import Llama
-
-
-def table(given, seed=0, vocabulary=50):
-    """Rows of the given lengths, about a third of each labels, of random tokens."""
-    draw = np.random.default_rng(seed)
-    width, most = -(-max(given) // 8) * 8, -(-max(given) // 24) * 8
-    rows = TokenBatch(
-        np.zeros((len(given), width), np.int32),
-        *(np.zeros((len(given), most), kind) for kind in (np.int32, np.int32, np.float32)),
-    )
-    for i, length in enumerate(given):
-        count = max(1, length // 3)
-        rows.tokens[i, :length] = draw.integers(1, vocabulary, length)
-        places = np.arange(length - count, length)
-        rows.label_positions[i, :count] = places - 1
-        rows.labels[i, :count] = rows.tokens[i, places]
-        rows.label_weights[i, :count] = 1
-    return rows
 
 
 def least(given, widest, count):

@@ -4,7 +4,7 @@ import sys
 
 import numpy as np
 import pytest
-from test_data_prompt import make_tokenizer
+from token_data import make_tokenizer
 
 from fedmezo_jax.data.encode import encode
 from fedmezo_jax.data.examples import Chat, Example, Message

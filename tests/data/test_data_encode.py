@@ -3,7 +3,7 @@
 import datasets
 import numpy as np
 import pytest
-from test_data_prompt import make_tokenizer
+from token_data import make_tokenizer
 
 from fedmezo_jax.data import encode as module
 from fedmezo_jax.data.encode import encode

@@ -4,30 +4,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from token_data import make_tokenizer
 
 from fedmezo_jax.data.encode import encode
 from fedmezo_jax.data.examples import Example
 from fedmezo_jax.data.prompts import prompt
 from fedmezo_jax.data.synthetic.bundled import bundled
 from fedmezo_jax.errors import UserError
-
-
-def make_tokenizer(begin=False, **tokens):
-    model = Tokenizer(models.BPE())
-    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=600,
-        special_tokens=["<pad>", "<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    model.train_from_iterator([prompt(example) + example.response for example in bundled(0, 200)], trainer)
-    if begin:
-        model.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=model, **{"bos_token": "<s>", "eos_token": "</s>", **tokens})
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import small_run
 from llama2_tokenizer import VOCABULARY, spelled
-from test_data_prompt import make_tokenizer
+from token_data import make_tokenizer
 from tokenizers import processors
 
 from experiments import evaluate, generate

@@ -8,8 +8,7 @@ import jax
 import numpy as np
 import pytest
 import small_run
-from test_data_buckets import table
-from test_data_prompt import make_tokenizer
+from token_data import make_tokenizer, table
 
 from experiments import evaluate
 from fedmezo_jax.data.examples import Example

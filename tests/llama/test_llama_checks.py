@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 import small_run
-from test_data_buckets import table
+from token_data import table
 
 from experiments import evaluate, fedmezo, generate
 from fedmezo_jax.errors import UserError
