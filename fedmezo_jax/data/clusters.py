@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.cluster.vq import kmeans2
 
 from fedmezo_jax.data.seeding import generator
 from fedmezo_jax.errors import UserError
@@ -32,6 +31,8 @@ def clusters(texts: Sequence[str], seed: int, count: int = CLUSTERS) -> list[str
     Raises:
         UserError: there are fewer texts than clusters, or no two texts share a word.
     """
+    from scipy.cluster.vq import kmeans2  # takes a while to import, and few runs need it
+
     if len(texts) < count:
         raise UserError(f"{len(texts)} rows cannot form {count} text clusters: choose another partition")
     words, vectors = _tf_idf(texts)

@@ -44,6 +44,7 @@ def arguments(place, **changed):
         "rounds": 3,
         "local-steps": 2,
         "max-length": 64,
+        "length-buckets": 1,
         "test-rows": 10,
         "targets": "v_proj",
         "precision": "paired",

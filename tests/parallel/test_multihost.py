@@ -37,19 +37,11 @@ def free_port():
 def start(place, out, *arguments, devices=1, environment=None, cwd=None):
     """The main job on a small model, in a process with so many devices."""
     settings = (
-        "--clients 5 --rounds 3 --local-steps 2 --max-length 64 --test-rows 10 --lora-rank 2 --checkpoint-every 2"
+        "--clients 5 --rounds 3 --local-steps 2 --max-length 64 --length-buckets 1 --test-rows 10 --lora-rank 2 "
+        "--targets v_proj --checkpoint-every 2"
     )
     names = ["--model", "model", "--data", str(place / "data.jsonl"), "--out", str(out)]
-    command = [
-        sys.executable,
-        "-m",
-        "experiments.fedmezo",
-        *names,
-        *settings.split(),
-        "--checkpoint-every",
-        "2",
-        *arguments,
-    ]
+    command = [sys.executable, "-m", "experiments.fedmezo", *names, *settings.split(), *arguments]
     variables = {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
@@ -251,8 +243,8 @@ def test_a_stopped_process_ends_the_others_with_one_line(place, stopped):
 def test_an_unhandled_exception_in_one_process_ends_the_others():
     at = f"localhost:{free_port()}"
     program = (
-        "import sys\nfrom fedmezo_jax import processes\nindex = int(sys.argv[1])\n"
-        f"processes.join(f'{at},2,{{index}}', 20)\nprocesses.all_or_none(lambda: 1 / (1 - index))"
+        "import sys\nfrom fedmezo_jax.parallel import multihost\nindex = int(sys.argv[1])\n"
+        f"multihost.join(f'{at},2,{{index}}', 20)\nmultihost.all_or_none(lambda: 1 / (1 - index))"
     )
     variables = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": variables}

@@ -9,6 +9,7 @@ import resource
 import signal
 import sys
 import time
+from multiprocessing import forkserver
 
 import jax
 import numpy as np
@@ -250,7 +251,10 @@ def session(argv, errors=os.devnull, room=None):
 def sessions():
     """Starts processes that have imported everything already: a session is then its own work alone."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_client_failures"])
+    context.set_forkserver_preload([__name__])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # without it the preload fails, and says nothing
+        forkserver.ensure_running()
 
     def begin(*given):
         process = context.Process(target=session, args=given)
