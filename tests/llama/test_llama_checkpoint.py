@@ -205,7 +205,7 @@ import sys
 from pathlib import Path
 import jax
 import numpy as np
-from fedmezo_jax.llama.checkpoint import load_base
+from fedmezo_jax.llama.checkpoints.base_model import load_base
 from fedmezo_jax.llama.config import LlamaConfig
 
 def mebibytes(field):

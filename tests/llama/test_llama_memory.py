@@ -13,7 +13,7 @@ import sys
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from fedmezo_jax.llama.checkpoint import load_base
+from fedmezo_jax.llama.checkpoints.base_model import load_base
 from fedmezo_jax.llama.config import LlamaConfig
 
 mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("data", "model"))
@@ -63,7 +63,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from fedmezo_jax.llama.checkpoint import load_base
+from fedmezo_jax.llama.checkpoints.base_model import load_base
 from fedmezo_jax.llama.config import LlamaConfig
 
 def mebibytes(field):

@@ -189,6 +189,7 @@ class MergedDense(nn.Module):
     bias: bool
     lora_scale: float
     precision: str
+    least_rows: int = 1
 
     @nn.compact
     def __call__(self, x, adapter=None):

@@ -55,6 +55,8 @@ def read_gguf_config(opened: Gguf) -> LlamaConfig:
         for name, value in own.items()
         if _KNOWN.get(name, ()) is None and (isinstance(value, bool) or not isinstance(value, int | float))
     ]
+    if meta.get("split.count", 1) not in (0, 1):
+        unsupported.append(f"one part of {meta['split.count']}; join them with llama.cpp's llama-gguf-split --merge")
     if unsupported:
         raise UserError(f"{file}: not supported: " + "; ".join(unsupported))
     heads, hidden = own.get("attention.head_count"), own.get("embedding_length")
@@ -64,8 +66,6 @@ def read_gguf_config(opened: Gguf) -> LlamaConfig:
     for name in ("attention.value_length", "rope.dimension_count"):
         if own.get(name, head_dim) != head_dim:
             unsupported.append(f"llama.{name} = {own[name]} where a head is {head_dim} wide")
-    if meta.get("split.count", 1) not in (0, 1):
-        unsupported.append(f"one part of {meta['split.count']}; join them with llama.cpp's llama-gguf-split --merge")
     if unsupported:
         raise UserError(f"{file}: not supported: " + "; ".join(unsupported))
     tokens = meta.get("tokenizer.ggml.tokens")
