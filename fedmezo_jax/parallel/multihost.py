@@ -256,7 +256,7 @@ def abort(code: int) -> None:
         return
     _aborting.set()
     with suppress(jax.errors.JaxRuntimeError):
-        client.wait_at_barrier("fedmezo/abort", 3000)
+        client.wait_at_barrier("fedmezo/abort", 10_000)
     if distributed.global_state.process_id == 0:
         time.sleep(0.5)
     os._exit(code)

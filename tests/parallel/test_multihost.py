@@ -159,7 +159,7 @@ def test_a_signal_stops_all_processes_and_is_named(place):
     for process in running:
         process.send_signal(signal.SIGTERM)
     for code, _, err in outcome(*running):
-        assert code == 128 + signal.SIGTERM
+        assert code == 128 + signal.SIGTERM, err
         assert "stopped by SIGTERM; go on with --resume" in err.splitlines()
 
 
