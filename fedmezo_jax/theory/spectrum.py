@@ -3,6 +3,7 @@
 A Lanczos run of k steps from a random sign vector v tells at once: vᵀHv, an unbiased sample of the trace (Hutchinson);
 the ends of the spectrum, from the Ritz values; and the trace of any function of H (stochastic Lanczos quadrature:
 Ubaru, Chen and Saad, SIAM J. Matrix Anal. Appl. 38(4), 2017). d is the number of parameters throughout.
+matfree 0.6 has the same methods, but its Lanczos run is NaN where the Krylov space ends early (H = 0, H = I).
 """
 
 from __future__ import annotations

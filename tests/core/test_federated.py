@@ -77,10 +77,17 @@ def test_rounds_equal_the_papers_loops(strategy, partial, directions, seeds):
     assert np.abs(params["m"] - START["m"]).max() > 0.2  # the loops went somewhere
 
 
+@pytest.fixture(scope="module")
+def in_one_block():
+    """The state and report after three rounds of all clients."""
+    *_, last = run([np.arange(CLIENTS)] * 3, strategy="model-diff")
+    return last
+
+
 @pytest.mark.parametrize("block_size", [1, 2, 4, 5])
-def test_block_size_changes_no_bit(block_size):
+def test_block_size_changes_no_bit(block_size, in_one_block):
     everyone = [np.arange(CLIENTS)] * 3
-    *_, (whole, whole_report) = run(everyone, strategy="model-diff")
+    whole, whole_report = in_one_block
     *_, (blocked, blocked_report) = run(everyone, strategy="model-diff", block_size=block_size)
     chex.assert_trees_all_equal(whole, blocked)
     chex.assert_trees_all_equal(whole_report, blocked_report)

@@ -29,6 +29,7 @@ def base(tmp_path_factory):
         learning_rate=2e-3,
         perturbation_scale=1e-2,  # so that a loss's rounding, which is divided by 2μ, counts for little
         lora_rank=2,
+        targets="v_proj",
     )
 
 

@@ -1,4 +1,7 @@
-"""The tokenizer in a GGUF file's metadata, as a ``PreTrainedTokenizerFast``."""
+"""The tokenizer in a GGUF file's metadata, as a ``PreTrainedTokenizerFast``.
+
+transformers 5 reads these too, but it ignores ``add_bos_token`` and how the file cuts words, and tokenizes differently.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

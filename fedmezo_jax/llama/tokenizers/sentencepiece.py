@@ -1,4 +1,8 @@
-"""sentencepiece's byte-pair tokenizers as fast ones: from ``tokenizer.model``, or from the like parts of a GGUF."""
+"""sentencepiece's byte-pair tokenizers as fast ones: from ``tokenizer.model``, or from the like parts of a GGUF.
+
+transformers 5 reads a ``tokenizer.model`` too, but it puts no ``<s>`` before a text and gives a special token without a
+piece a new id beyond the embedding.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
