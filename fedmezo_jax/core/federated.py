@@ -165,7 +165,8 @@ def federated(
         rates: learning rates of the clients.
         optimizer: the server's, fed with the pseudo-gradient −Σ_i w_i·Δ_i; None means plain averaging.
         block_size: how many clients run at once under ``vmap`` (of each group of a mesh); None means all. Memory grows
-            with it. The result is the same bit for bit wherever the loss is (see :func:`llama.precision.least_rows`).
+            with it. The result is the same bit for bit wherever the loss is; a float32 loss of few rows on a CPU may
+            differ in its last place, where a product of more rows sums in another order.
         seeds: each client draws directions of its own (as in the paper), or all clients of a round draw the same H.
         mesh: devices to spread the clients over, along its axis ``clients``; a cohort's batches then have as many rows
             as its groups can share evenly, those after the P clients being copies; the state lies whole on every
