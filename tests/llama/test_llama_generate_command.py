@@ -57,7 +57,7 @@ def test_the_command_writes_what_it_prints(model, tmp_path, monkeypatch, capsys)
     expected = generate(Llama(config), load_base(model, config), {}, [[letters.index(x) for x in "a b"]], 9)[0]
     assert rows[1]["new_tokens"] == len(expected)
     said = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert (said["prompt"], said["seed"], said["max_new_tokens"]) == (["hello", "a b"], 0, 9)
+    assert (said["prompt"], said["max_new_tokens"]) == (["hello", "a b"], 9)
     # with an adapter, and as an instruction
     save_adapter(tmp_path / "adapter", random_lora(config), rank=3, alpha=6, targets=TARGETS, base_name="x")
     assert run(monkeypatch, *given, "--adapter", tmp_path / "adapter") == 0
@@ -94,5 +94,5 @@ def test_bad_input_is_one_line_and_leaves_nothing(model, tmp_path, monkeypatch, 
 def test_help_names_every_option(monkeypatch, capsys):
     assert run(monkeypatch, "--help") == 0
     printed = capsys.readouterr().out
-    for option in ("--prompt", "--model", "--adapter", "--instruct", "--max-new-tokens", "--seed", "--out"):
+    for option in ("--prompt", "--model", "--adapter", "--instruct", "--max-new-tokens", "--out"):
         assert option in printed
