@@ -38,7 +38,7 @@ def plot_loss(file: Path, loss_before: float, metrics: Sequence[dict[str, Any]],
     measured = [(record["round"], record["test_loss"]) for record in metrics if record["test_loss"] is not None]
     x, y = zip((0, loss_before), *measured, strict=True)
     axes.plot(x, y, "o-", color="C0", label="test")
-    axes.set(xlabel="round", ylabel="loss (nats a token)", title=f"{config.algorithm}: {config.model} on {config.data}")
+    axes.set(xlabel="round", ylabel="loss (nats/token)", title=f"{config.algorithm}: {config.model} on {config.data}")
     axes.grid(alpha=0.3)
     axes.legend()
     save(figure, file, dpi=120)

@@ -145,7 +145,7 @@ def _evaluate(config: Config, start: float) -> None:
     if table and "loss" in config.metrics:
         rows_of_test = TokenBatch(*(leaf[table.test] for leaf in table.rows))
         found = likelihood.mean_loss(*subject[:3], rows_of_test, subject.name)
-        add("loss (nats a token)", found.loss, len(table.test))
+        add("loss (nats/token)", found.loss, len(table.test))
         add("perplexity", found.perplexity, len(table.test))
     if table and "gsm8k" in config.metrics:
         examples = [row for i in table.test if isinstance(row := table.examples[i], Example)]

@@ -39,7 +39,7 @@ img { max-width: 100% } code { background: #f4f4f4; padding: .1rem .3rem; overfl
 .facts { color: #666; font-size: .9rem } nav a { margin-right: .8rem }
 </style></head><body>
 <h1>fedmezo_jax: results</h1>
-<p class="facts">Each by one command. The paper is arXiv 2402.05926. Losses are nats a token.</p>
+<p class="facts">Each by one command. The paper is arXiv 2402.05926. Losses are in nats/token.</p>
 {% if summary %}<table id="summary"><thead><tr><th>question</th><th>paper</th><th>here</th><th>verdict</th></tr></thead>
 <tbody>{% for one in summary %}<tr><td><a href="#{{ one.name }}">{{ one.asked.question }}</a></td>
 <td>{{ one.asked.paper }}</td><td>{{ one.finding.here }}</td><td>{{ one.finding.verdict }}</td></tr>

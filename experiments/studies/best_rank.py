@@ -117,7 +117,7 @@ def plot(file: Path, rows: Sequence[dict[str, Any]], outcomes: Sequence[runner.O
     band = [row["band_90"] or 0 for row in rows]
     axes.errorbar(ranks, after, band, fmt="ko-", capsize=3, label="at the rank's best η, 90 %")
     top = np.max([one.after.mean() for one in outcomes if one.config.learning_rate == rows[0]["best_learning_rate"]])
-    axes.set(xscale="log", xlabel="LoRA rank", ylabel="test loss (nats a token)", ylim=(None, top + 0.3))
+    axes.set(xscale="log", xlabel="LoRA rank", ylabel="test loss (nats/token)", ylim=(None, top + 0.3))
     if any("effective_rank_positive" in row for row in rows):
         other = axes.twinx()
         other.plot(ranks, [row["effective_rank_positive"] for row in rows], "s-", color="0.6", label="tr H₊/‖H₊‖")

@@ -49,7 +49,7 @@ def plot(path: str, chosen: dict[str, runner.Outcome]) -> None:
     for axes, name in zip(panels, ("rounds", "forward passes", "seconds"), strict=True):
         axes.set_xlabel(name)
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel("test loss (nats a token)")
+    panels[0].set_ylabel("test loss (nats/token)")
     panels[0].legend(fontsize="small")
     _plots.save(figure, path, dpi=100)
 

@@ -254,7 +254,7 @@ def plot(file: Path, title: str, outcomes: Sequence[Outcome]) -> None:
     figure, axes = _plots.subplots(figsize=(6.4, 4))
     for one in outcomes:
         draw(axes, one.curves[0].rounds, np.array([curve.test_loss for curve in one.curves]), one.label)
-    axes.set(xlabel="round", ylabel="test loss (nats a token)", title=title)
+    axes.set(xlabel="round", ylabel="test loss (nats/token)", title=title)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     _plots.save(figure, file, dpi=100)

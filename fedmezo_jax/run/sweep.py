@@ -47,7 +47,7 @@ class Curve(NamedTuple):
 
     Attributes:
         rounds: the numbers of rounds after which the test loss was measured, 0 first.
-        test_loss: at those, nats a token.
+        test_loss: at those, nats/token.
         train_loss: mean over clients and steps, of each round.
         seconds_per_round: of the program that ran it, divided by the number of runs in it, compilation left out.
     """

@@ -180,9 +180,9 @@ def test_the_command_measures_loss_and_answers_with_an_adapter(folder, tmp_path,
     settings = {"data": str(data), "fields": "instruction=q,response=a", "prompt_style": "plain", "test_rows": 5}
     plain = run(folder, tmp_path, **settings)
     adapted = run(folder, tmp_path, **settings, adapter=tmp_path / "adapter", metric="loss,gsm8k", max_new_tokens=4)
-    assert plain["loss (nats a token)"][1] == 5
-    assert plain["perplexity"][0] == pytest.approx(math.exp(plain["loss (nats a token)"][0]))
-    assert adapted["loss (nats a token)"][0] != pytest.approx(plain["loss (nats a token)"][0], rel=1e-3)
+    assert plain["loss (nats/token)"][1] == 5
+    assert plain["perplexity"][0] == pytest.approx(math.exp(plain["loss (nats/token)"][0]))
+    assert adapted["loss (nats/token)"][0] != pytest.approx(plain["loss (nats/token)"][0], rel=1e-3)
     lines = [json.loads(line) for line in (tmp_path / "out" / "generations.jsonl").read_text().splitlines()]
     assert len(lines) == 5
     right = [gsm8k.answer(line["generated"]) == gsm8k.answer(line["given"]) for line in lines]
