@@ -24,7 +24,7 @@ Params: TypeAlias = Any
 Distribution: TypeAlias = Literal["gaussian", "rademacher"]
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("key", "scale"), meta_fields=("distribution",))
+@partial(jax.tree_util.register_dataclass, data_fields=("key", "scale"), meta_fields=("distribution", "tangent"))
 @dataclass(frozen=True)
 class Perturbation:
     """The point θ + scale·z(key), described and not yet drawn.
@@ -32,12 +32,15 @@ class Perturbation:
     Attributes:
         key: the PRNG key of the direction z, scalar.
         scale: ±μ in an evaluation, −η·g in an update; float32 scalar.
-        distribution: law of z's entries; both have mean 0 and variance 1.
+        distribution: distribution of z's entries; both have mean 0 and variance 1.
+        tangent: the point is θ itself, and ``scale``, which must be 0, is only there to be differentiated
+            (``jax.jvp``). θ then does not depend on the key, so that many directions share one primal computation.
     """
 
     key: jax.Array
     scale: jax.Array | float
     distribution: Distribution = "gaussian"
+    tangent: bool = False
 
     def __neg__(self) -> Perturbation:
         """The mirrored point θ − scale·z(key)."""
@@ -46,6 +49,8 @@ class Perturbation:
 
 LossFn: TypeAlias = Callable[[Params, Any], jax.Array]
 """``loss(params, batch) -> scalar``."""
+PointLoss: TypeAlias = Callable[[Params, Any, Perturbation], jax.Array]
+"""``point_loss(params, batch, perturbation) -> scalar``, the loss at θ + scale·z: what a tangent asks of a model."""
 PairLoss: TypeAlias = Callable[[Params, Any, Perturbation], tuple[jax.Array, jax.Array]]
 """``pair_loss(params, batch, perturbation) -> (L₊, L₋)``, losses at θ ± scale·z: all that the step asks of a model."""
 
@@ -157,7 +162,31 @@ def _leaf_key(key: jax.Array, path: tuple[Any, ...]) -> jax.Array:
 
 
 def _add(value: jax.Array, key: jax.Array, perturbation: Perturbation) -> jax.Array:
+    if perturbation.tangent:
+        return _with_tangent(
+            perturbation.distribution, value, jnp.float32(perturbation.scale), jax.random.key_data(key)
+        )
     return value + (perturbation.scale * draw(key, value.shape, perturbation.distribution)).astype(value.dtype)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _with_tangent(distribution: Distribution, value: jax.Array, scale: jax.Array, key: jax.Array) -> jax.Array:
+    """``value``, whose derivative with respect to ``scale`` is z. Under ``vmap`` over keys it has no batch axis."""
+    del distribution, scale, key
+    return value
+
+
+@_with_tangent.defjvp
+def _(distribution, primals, tangents):
+    value, _, key = primals
+    value_tangent, scale_tangent, _ = tangents
+    z = draw(jax.random.wrap_key_data(key, impl="threefry2x32"), value.shape, distribution)
+    return value, value_tangent + (scale_tangent * z).astype(value.dtype)
+
+
+def point_loss_of(loss: LossFn) -> PointLoss:
+    """Makes a :data:`PointLoss` of any plain loss by moving the whole tree."""
+    return lambda params, batch, perturbation: loss(shift(params, perturbation), batch)
 
 
 def pair_loss_of(loss: LossFn) -> PairLoss:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from fedmezo_jax.data.buckets import Rows
 from fedmezo_jax.data.examples import TokenBatch
 from fedmezo_jax.data.partition import Partition
 from fedmezo_jax.data.seeding import generator
@@ -83,9 +84,9 @@ def round_picks(
     return picked
 
 
-def take(rows: TokenBatch, picked: np.ndarray) -> TokenBatch:
+def take(rows: Rows, picked: np.ndarray) -> Rows:
     """The picked rows; their leaves have the leading axes of `picked`."""
-    return TokenBatch(*(leaf[picked] for leaf in rows))
+    return type(rows)(*(leaf[picked] for leaf in rows))
 
 
 def round_batches(rows: TokenBatch, *args: Any, **settings: Any) -> TokenBatch:

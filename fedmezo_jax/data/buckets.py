@@ -9,16 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from fedmezo_jax.data.examples import TokenBatch
+from fedmezo_jax.data.examples import HiddenBatch, TokenBatch
 
 _MULTIPLE = 8
+Rows = TypeVar("Rows", TokenBatch, HiddenBatch)
 
 
 class Width(NamedTuple):
@@ -132,10 +133,11 @@ def _switch(among: Widths, rows: TokenBatch, work: Callable[[TokenBatch], Any]):
     return jax.lax.switch(index, [partial(lambda width: work(narrow(rows, width)), width) for width in among])
 
 
-def narrow(rows: TokenBatch, width: Width) -> TokenBatch:
+def narrow(rows: Rows, width: Width) -> Rows:
     """Rows that fit into a width, at that width."""
-    tokens, *labelled = rows
-    return TokenBatch(tokens[..., : width.tokens], *(leaf[..., : width.labels] for leaf in labelled))
+    first, *labelled = rows
+    first = first[..., : width.tokens, :] if isinstance(rows, HiddenBatch) else first[..., : width.tokens]
+    return type(rows)(first, *(leaf[..., : width.labels] for leaf in labelled))
 
 
 @jax.custom_batching.custom_vmap

@@ -67,3 +67,19 @@ class TokenBatch(NamedTuple):
     label_positions: Array
     labels: Array
     label_weights: Array
+
+
+class HiddenBatch(NamedTuple):
+    """A :class:`TokenBatch` whose tokens have passed through the frozen layers below the first trained one.
+
+    Attributes:
+        hidden: float [N, S, D], the residual stream there.
+        label_positions: as in :class:`TokenBatch`, and so are the two others.
+        labels: int32 [N, M].
+        label_weights: float32 [N, M].
+    """
+
+    hidden: Array
+    label_positions: Array
+    labels: Array
+    label_weights: Array

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from fedmezo_jax.llama.config import LlamaConfig
+from fedmezo_jax.llama.lora import spread
 from fedmezo_jax.llama.model import Dense, Llama, Lora, Mlp, RMSNorm, rotary_table, rotate
 from fedmezo_jax.llama.precision import Precision
 
@@ -100,6 +101,7 @@ class Decoder(Llama):
         positions = start[:, None] + jnp.arange(tokens.shape[1])
         rope = tuple(table[positions] for table in rotary_table(self.config, cache.keys.shape[2]))
         x = self.embed_tokens(tokens).astype(jnp.float32)
+        lora = spread(lora, self.trained_layers, self.config.num_hidden_layers)
         (x, cache), _ = self.layers((x, cache), lora, jnp.arange(self.config.num_hidden_layers), positions, rope)
         return self.logits(jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]), cache
 

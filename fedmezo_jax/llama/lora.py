@@ -1,6 +1,7 @@
 """LoRA parameters: y = x W + (alpha/r) (x A) B, with W frozen (arXiv 2106.09685)."""
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -26,25 +27,63 @@ def check_targets(targets: Iterable[str]) -> tuple[str, ...]:
     return tuple(name for name in TARGETS if name in targets)
 
 
-def lora_shapes(config: LlamaConfig, rank: int, targets: Iterable[str]) -> dict[str, dict[str, tuple[int, ...]]]:
-    """The LoRA pytree with shapes for leaves: A [L, in, r] and B [L, r, out] for each target."""
+def lora_shapes(
+    config: LlamaConfig, rank: int, targets: Iterable[str], trained: tuple[int, ...] | None = None
+) -> dict[str, dict[str, tuple[int, ...]]]:
+    """The LoRA pytree with shapes for leaves: A [L, in, r] and B [L, r, out] for each target, L the trained layers."""
     if rank < 1:
         raise UserError(f"the LoRA rank must be at least 1, not {rank}")
-    layers, widths = config.num_hidden_layers, projections(config)
+    count, widths = config.num_hidden_layers if trained is None else len(trained), projections(config)
     return {
-        name: {"A": (layers, widths[name][0], rank), "B": (layers, rank, widths[name][1])}
+        name: {"A": (count, widths[name][0], rank), "B": (count, rank, widths[name][1])}
         for name in check_targets(targets)
     }
 
 
-def init_lora(key: jax.Array, config: LlamaConfig, rank: int, targets: Iterable[str]) -> dict[str, Any]:
+def parse_layers(layers: str, count: int) -> tuple[int, ...]:
+    """The indices that ``--layers`` means in a model of ``count`` layers, ascending.
+
+    ``all``; ``last:K`` and ``first:K``; ``a-b``, both included and counted from 0; ``every:N``, the last layer and each
+    Nth one below it; or several of these, joined by commas.
+
+    Raises:
+        UserError: it is none of these, or names a layer that the model lacks.
+    """
+    chosen: set[int] = set()
+    for part in layers.split(","):
+        kind, _, number = part.strip().partition(":")
+        span = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part.strip())
+        if part.strip() == "all":
+            chosen.update(range(count))
+        elif kind in ("last", "first", "every") and re.fullmatch(r"\d{1,6}", number) and 1 <= int(number) <= count:
+            size = int(number)
+            picked = {"last": range(count - size, count), "first": range(size), "every": range(count - 1, -1, -size)}
+            chosen.update(picked[kind])
+        elif span and int(span[1]) <= int(span[2] or span[1]) < count:
+            chosen.update(range(int(span[1]), int(span[2] or span[1]) + 1))
+        else:
+            raise UserError(
+                f"--layers {layers}: give all, last:K, first:K, every:N or a-b; the model's layers are 0 to {count - 1}"
+            )
+    return tuple(sorted(chosen))
+
+
+def spread(lora: Mapping[str, Any], trained: tuple[int, ...], count: int) -> dict[str, Any]:
+    """The same adapter with an entry for each of ``count`` layers, zero where a layer has none."""
+    rows = jnp.array(trained)
+    return jax.tree.map(lambda leaf: jnp.zeros((count, *leaf.shape[1:]), leaf.dtype).at[rows].set(leaf), lora)
+
+
+def init_lora(
+    key: jax.Array, config: LlamaConfig, rank: int, targets: Iterable[str], trained: tuple[int, ...] | None = None
+) -> dict[str, Any]:
     """Fresh LoRA parameters, float32: A ~ U(-1/sqrt(in), 1/sqrt(in)), as PEFT starts it, and B zero.
 
     Each target's key is ``fold_in(key, i)`` with i its index in ``TARGETS``, so its A does not hang on the others.
     Raises ``UserError`` for a rank below 1 and for targets that ``check_targets`` refuses.
     """
     lora = {}
-    for name, shape in lora_shapes(config, rank, targets).items():
+    for name, shape in lora_shapes(config, rank, targets, trained).items():
         bound = shape["A"][1] ** -0.5
         leaf_key = jax.random.fold_in(key, TARGETS.index(name))
         lora[name] = {

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from fedmezo_jax.core import mezo
-from fedmezo_jax.data.examples import TokenBatch
+from fedmezo_jax.data.examples import HiddenBatch, TokenBatch
 from fedmezo_jax.llama.model import Base, Llama, Lora
 from fedmezo_jax.llama.precision import PAIR
 
@@ -27,6 +27,11 @@ def loss_of(model: Llama, base: Base) -> mezo.LossFn:
     return Partial(partial(_mean_loss, model), base)
 
 
+def point_loss_of(model: Llama, base: Base) -> mezo.PointLoss:
+    """``point_loss(lora, rows, perturbation)``: the loss at θ + scale·z with z drawn layer by layer."""
+    return Partial(partial(_mean_loss, model), base)
+
+
 def pair_loss_of(model: Llama, base: Base) -> mezo.PairLoss:
     """``pair_loss(lora, rows, perturbation)``: the losses at θ ± scale·z with z drawn layer by layer.
 
@@ -36,7 +41,11 @@ def pair_loss_of(model: Llama, base: Base) -> mezo.PairLoss:
 
 
 def loss_sums(
-    model: Llama, base: Base, lora: Lora, rows: TokenBatch, perturbation: mezo.Perturbation | None = None
+    model: Llama,
+    base: Base,
+    lora: Lora,
+    rows: TokenBatch | HiddenBatch,
+    perturbation: mezo.Perturbation | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Summed negative log-likelihood of the labels in nats, and the number of labels, float32 scalars.
 
@@ -44,23 +53,28 @@ def loss_sums(
         model: the decoder.
         base: its frozen weights.
         lora: θ.
-        rows: B examples, leaves ``[B, S]`` and ``[B, M]``.
+        rows: B examples, leaves ``[B, S]`` and ``[B, M]``; with hidden states for tokens, ``[B, S, D]``, the layers
+            below the first trained one are not run.
         perturbation: if given, the loss is taken at θ + scale·z.
     """
     variables = {"params": base}
-    hidden = cast(jax.Array, model.apply(variables, rows.tokens, lora, perturbation, method="hidden"))
+    if isinstance(rows, HiddenBatch):
+        below = rows.hidden.astype(jnp.float32)
+        hidden = cast(jax.Array, model.apply(variables, below, lora, perturbation, method="suffix"))
+    else:
+        hidden = cast(jax.Array, model.apply(variables, rows.tokens, lora, perturbation, method="hidden"))
     at_labels = jnp.take_along_axis(hidden, rows.label_positions[..., None], axis=1)
     flat = at_labels.reshape(-1, hidden.shape[-1])
     losses = cast(jax.Array, model.apply(variables, flat, rows.labels.reshape(-1), method="label_losses"))
     return jnp.sum(losses * rows.label_weights.reshape(-1)), jnp.sum(rows.label_weights)
 
 
-def _mean_loss(model: Llama, base: Base, lora: Lora, rows: TokenBatch, perturbation=None) -> jax.Array:
+def _mean_loss(model: Llama, base: Base, lora: Lora, rows: TokenBatch | HiddenBatch, perturbation=None) -> jax.Array:
     total, count = loss_sums(model, base, lora, rows, perturbation)
     return total / jnp.maximum(count, 1)
 
 
-def _pair_loss(model: Llama, base: Base, lora: Lora, rows: TokenBatch, perturbation: mezo.Perturbation):
+def _pair_loss(model: Llama, base: Base, lora: Lora, rows: TokenBatch | HiddenBatch, perturbation: mezo.Perturbation):
     def at(sign):
         return _mean_loss(model, base, lora, rows, replace(perturbation, scale=sign * perturbation.scale))
 

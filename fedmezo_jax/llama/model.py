@@ -7,6 +7,7 @@ MLP size, V vocabulary, N query heads, K key/value heads, h head width, L layers
 from __future__ import annotations
 
 import math
+from operator import itemgetter
 from typing import Any, ClassVar, TypeAlias
 
 import flax.linen as nn
@@ -154,6 +155,8 @@ class Llama(nn.Module):
         lora_scale: α/r.
         precision: of the products with frozen weights; ``paired`` only under ``vmap`` over a pair.
         least_rows: products with frozen weights are padded to this many rows, see :func:`precision.least_rows`.
+        trained: indices of the layers that have an adapter, ascending; None for all. A LoRA tree's leading axis has
+            one entry for each of them.
         checkpointed: compute a layer's activations a second time when back-propagating, instead of keeping them.
     """
 
@@ -161,6 +164,7 @@ class Llama(nn.Module):
     lora_scale: float = 1.0
     precision: Precision = "float32"
     least_rows: int = 1
+    trained: tuple[int, ...] | None = None
     checkpointed: bool = False
     block: ClassVar[type[nn.Module]] = Block
 
@@ -179,31 +183,73 @@ class Llama(nn.Module):
         if not c.tie_word_embeddings:
             self.lm_head = Dense(c.vocab_size, False, 0.0, self.precision, self.least_rows)
 
+    @property
+    def trained_layers(self) -> tuple[int, ...]:
+        """``trained``, with all layers for None."""
+        return tuple(range(self.config.num_hidden_layers)) if self.trained is None else self.trained
+
     def hidden(self, tokens: jax.Array, lora: Lora, perturbation: Perturbation | None = None) -> jax.Array:
         """Residual stream after the last layer, ``[B, S, D]`` float32, for ``[B, S]`` int32 tokens.
 
         With a perturbation, at LoRA parameters ``lora + scale·z``.
         """
-        x = self.embed_tokens(tokens).astype(jnp.float32)
-        rope = rotary_table(self.config, tokens.shape[1])
-        layers = jnp.arange(self.config.num_hidden_layers)
         if self.is_initializing():
-            return self.layers(x, lora, layers, rope, perturbation)[0]
-        # The same scan, but slicing the weights itself: see in_loop.
+            x, rope = self.embed_tokens(tokens).astype(jnp.float32), rotary_table(self.config, tokens.shape[1])
+            return self.layers(x, lora, jnp.arange(self.config.num_hidden_layers), rope, perturbation)[0]
+        return self.suffix(self.prefix(tokens), lora, perturbation)
+
+    def prefix(self, tokens: jax.Array) -> jax.Array:
+        """Residual stream below the first trained layer, ``[B, S, D]`` float32: the same whatever the LoRA is."""
+        return self._run(self.embed_tokens(tokens).astype(jnp.float32), 0, self.trained_layers[0])
+
+    def suffix(self, x: jax.Array, lora: Lora, perturbation: Perturbation | None = None) -> jax.Array:
+        """Residual stream after the last layer, from that of :meth:`prefix`.
+
+        Of the base's layers only those from the first trained one on are used, and the others may be missing from it.
+        """
+        trained = self.trained_layers
+        start, stop = trained[0], self.config.num_hidden_layers
+        while start < stop:
+            adapted = start in trained
+            end = next((i for i in range(start, stop) if (i in trained) != adapted), stop)
+            if adapted:
+                row = trained.index(start)
+                share = jax.tree.map(itemgetter(slice(row, row + end - start)), lora)
+                x = self._run(x, start, end, share, row, perturbation)
+            else:
+                x = self._run(x, start, end)
+            start = end
+        return x
+
+    def _run(
+        self,
+        x: jax.Array,
+        start: int,
+        stop: int,
+        lora: Lora | None = None,
+        row: int = 0,
+        perturbation: Perturbation | None = None,
+    ) -> jax.Array:
+        """Layers ``start`` to ``stop − 1``; ``lora`` is theirs, from entry ``row`` of the whole LoRA tree on."""
+        if start == stop:
+            return x
+        rope = rotary_table(self.config, x.shape[1])
+        # The scan of setup, but slicing the weights itself: see keep_in_loop.
         stacked = self.variables["params"]["layers"]
+        missing = self.config.num_hidden_layers - jax.tree.leaves(stacked)[0].shape[0]
         block = Block(self.config, self.lora_scale, self.precision, self.least_rows, parent=None)
 
         def one(x, layer_and_lora):
             layer, lora = layer_and_lora
             slices = jax.tree.map(
-                lambda leaf: jax.lax.dynamic_index_in_dim(*keep_in_loop(leaf, layer), 0, False), stacked
+                lambda leaf: jax.lax.dynamic_index_in_dim(*keep_in_loop(leaf, layer - missing), 0, False), stacked
             )
             weights = jax.tree.map(lambda leaf: checkpoint_name(leaf, "weights"), slices)
-            return block.apply({"params": weights}, x, lora, layer, rope, perturbation)
+            return block.apply({"params": weights}, x, lora, layer - start + row, rope, perturbation)
 
         policy = None if self.checkpointed else jax.checkpoint_policies.save_anything_except_these_names("weights")
         one = jax.checkpoint(one, prevent_cse=False, policy=policy)
-        return jax.lax.scan(one, x, (layers, lora))[0]
+        return jax.lax.scan(one, x, (jnp.arange(start, stop), lora or {}))[0]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Final norm and head: ``[..., D]`` to ``[..., V]``, float32."""

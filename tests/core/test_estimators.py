@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fedmezo_jax.core import aggregation, mezo, transforms
-from fedmezo_jax.core.estimators import TwoPoint
+from fedmezo_jax.core.estimators import ForwardGradient, TwoPoint
 
 MU = 1e-2
 ESTIMATORS = {
@@ -15,17 +15,46 @@ ESTIMATORS = {
     "two points along three directions": TwoPoint(mezo.MezoConfig(MU, 3)),
     "two points along signs": TwoPoint(mezo.MezoConfig(MU, 2, "rademacher")),
     "two points with decay": TwoPoint(mezo.MezoConfig(MU, weight_decay=0.1)),
+    "a tangent": ForwardGradient(mezo.MezoConfig()),
+    "tangents along four directions": ForwardGradient(mezo.MezoConfig(directions=4)),
+    "tangents along signs with decay": ForwardGradient(mezo.MezoConfig(MU, 2, "rademacher", 0.1)),
 }
+
+
+def loss_of(name):
+    """What makes of a plain loss the one that the estimator of this name takes."""
+    return mezo.point_loss_of if isinstance(ESTIMATORS[name], ForwardGradient) else mezo.pair_loss_of
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_seeds_and_scalars_alone_reconstruct_the_client_bit_for_bit(name):
-    estimator_contract.check_reconstruction(ESTIMATORS[name], mezo.pair_loss_of)
+    estimator_contract.check_reconstruction(ESTIMATORS[name], loss_of(name))
 
 
 @pytest.mark.parametrize("name", [name for name in ESTIMATORS if "decay" not in name])
 def test_the_mean_move_is_the_gradient(name):
-    estimator_contract.check_unbiased(ESTIMATORS[name], mezo.pair_loss_of)
+    estimator_contract.check_unbiased(ESTIMATORS[name], loss_of(name))
+
+
+def test_tangents_are_exact_and_share_one_evaluation_of_the_loss():
+    """⟨∇L, z⟩ with z taken from the update, for all directions at once; the primal is traced once, without an axis."""
+    evaluated = []
+
+    def counted(params, batch):
+        evaluated.append(params["w"].shape)
+        return estimator_contract.quadratic(params, batch)
+
+    estimator, key = ForwardGradient(mezo.MezoConfig(directions=5)), estimator_contract.KEY
+    start, target = estimator_contract.START, estimator_contract.TARGETS[0]
+    found = estimator.estimate(mezo.point_loss_of(counted), start, target, key)
+    gradient = {"w": estimator_contract.CURVATURE * (start["w"] - target), "m": start["m"]}
+    zeros = jax.tree.map(np.zeros_like, start)
+    for k in range(5):
+        z = estimator.apply(zeros, key, -np.eye(5, dtype=np.float32)[k], 0.0)
+        expected = sum(np.vdot(gradient[name], z[name]) for name in gradient)
+        np.testing.assert_allclose(found.projected_gradients[k], expected, rtol=1e-5)
+    np.testing.assert_allclose(found.loss, estimator_contract.quadratic(start, target), rtol=1e-6)
+    assert evaluated == [start["w"].shape]
 
 
 def test_a_local_step_is_the_step_of_the_paper():

@@ -222,7 +222,10 @@ def test_a_million_target_names_are_looked_up_once(saved):
         {"alpha_pattern": {"q_proj": 8}},
         {"modules_to_save": ["lm_head"]},
         {"fan_in_fan_out": True},
-        {"layers_to_transform": [0]},
+        {"layers_to_transform": [CONFIG.num_hidden_layers]},
+        {"layers_to_transform": [0, 0]},
+        {"layers_to_transform": [True]},
+        {"layers_to_transform": -1},
         {"lora_bias": True},
         {"trainable_token_indices": [3]},
         {"init_lora_weights": "pissa"},
@@ -253,6 +256,21 @@ def test_what_is_not_plain_lora_is_refused_by_name(saved, changed):
     (field,) = changed
     assert field in str(caught.value)
     assert str(saved / "adapter_config.json") in str(caught.value)
+
+
+@pytest.mark.parametrize(("target_modules", "layers_pattern"), [("q_proj", "layers"), (["q_proj"], "h")])
+def test_layers_that_peft_would_choose_otherwise_are_refused(saved, target_modules, layers_pattern):
+    change(saved, target_modules=target_modules, layers_to_transform=[0], layers_pattern=layers_pattern)
+    with pytest.raises(UserError, match="layers_"):
+        load_adapter(saved, CONFIG)
+
+
+def test_an_adapter_of_some_layers_goes_out_and_in(tmp_path):
+    lora = jax.tree.map(lambda leaf: leaf[1:], random_lora(4, ("q_proj",)))
+    save_adapter(tmp_path, lora, rank=4, alpha=8, targets=("q_proj",), base_name="x", trained=(1,))
+    adapter = load_adapter(tmp_path, CONFIG)
+    assert adapter.trained == (1,)
+    jax.tree.map(np.testing.assert_array_equal, adapter.lora, lora)
 
 
 def test_all_unsupported_fields_are_told_at_once(saved):

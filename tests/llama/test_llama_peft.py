@@ -37,6 +37,8 @@ PEFT_OPTIONS = {
     "expression": {"r": 2, "lora_alpha": 6, "target_modules": r".*\.(self_attn|mlp)\.(k|o|gate|down)_proj"},
     "all": {"r": 5, "lora_alpha": 7, "target_modules": "all-linear"},
     "rank-stabilised": {"r": 4, "lora_alpha": 6, "target_modules": ["up_proj", "o_proj"], "use_rslora": True},
+    "some layers": {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"], "layers_to_transform": [1]},
+    "one layer, all projections": {"r": 2, "lora_alpha": 6, "target_modules": list(TARGETS), "layers_to_transform": 0},
     "with dropout": {"r": 4, "lora_alpha": 6, "target_modules": ["v_proj"], "lora_dropout": 0.5},
 }
 
@@ -65,13 +67,14 @@ def test_peft_s_adapters_give_peft_s_logits(tmp_path, options, stored):
         theirs, plain = model(torch.from_numpy(tokens)).logits.numpy(), None
         with model.disable_adapter():
             plain = model(torch.from_numpy(tokens)).logits.numpy()
-    llama = Llama(CONFIG, adapter.alpha / adapter.rank)
+    llama = Llama(CONFIG, adapter.alpha / adapter.rank, trained=adapter.trained)
     base = load_base(tmp_path / "base", CONFIG)
     ours = jax.jit(llama.apply)({"params": base}, tokens, adapter.lora)
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
     assert np.abs(theirs - plain).max() > 1e-2
     # and out again, exactly, and in at PEFT once more
-    settings = {"rank": adapter.rank, "alpha": adapter.alpha, "targets": adapter.targets, "base_name": "x"}
+    settings = {"rank": adapter.rank, "alpha": adapter.alpha, "targets": adapter.targets, "trained": adapter.trained}
+    settings["base_name"] = "x"
     save_adapter(tmp_path / "again", adapter.lora, **settings)
     back = load_adapter(tmp_path / "again", CONFIG)
     jax.tree.map(np.testing.assert_array_equal, back.lora, adapter.lora)

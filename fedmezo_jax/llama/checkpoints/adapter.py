@@ -22,7 +22,10 @@ from fedmezo_jax.llama.lora import TARGETS, check_targets, lora_shapes
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
-_READ = {"peft_type", "r", "lora_alpha", "target_modules", "use_rslora", "init_lora_weights", "task_type", "bias"}
+_READ = {
+    *("peft_type", "r", "lora_alpha", "target_modules", "use_rslora", "init_lora_weights", "task_type", "bias"),
+    *("layers_to_transform", "layers_pattern"),
+}
 # Fields that leave the logits alone whatever they hold. Any other field must be inactive: null, false or empty.
 _HARMLESS = {
     "auto_mapping",
@@ -48,19 +51,31 @@ class Adapter(NamedTuple):
     rank: int
     alpha: float  # for a rank-stabilised adapter, PEFT's lora_alpha times sqrt(rank), so that alpha/rank is its scale
     targets: tuple[str, ...]  # in canonical order
+    trained: tuple[int, ...] | None  # the layers that have one, ascending; None for all
 
 
 def save_adapter(
-    folder: str | PathLike, lora: Mapping[str, Any], *, rank: int, alpha: float, targets: Iterable[str], base_name: str
+    folder: str | PathLike,
+    lora: Mapping[str, Any],
+    *,
+    rank: int,
+    alpha: float,
+    targets: Iterable[str],
+    base_name: str,
+    trained: tuple[int, ...] | None = None,
 ) -> None:
-    """Write a LoRA pytree as a folder that Hugging Face PEFT loads onto the model ``base_name``."""
+    """Write a LoRA pytree as a folder that Hugging Face PEFT loads onto the model ``base_name``.
+
+    With ``trained``, the layers that have an adapter, the folder's ``layers_to_transform`` names them.
+    """
     tensors = {}
     for name in (targets := check_targets(targets)):
         for half in "AB":
             leaf = np.asarray(lora[name][half], np.float32)
-            for layer, matrix in enumerate(leaf):
+            for layer, matrix in zip(range(len(leaf)) if trained is None else trained, leaf, strict=True):
                 tensors[_key(layer, name, half)] = matrix.T
-    config = {
+    some = {} if trained is None else {"layers_to_transform": list(trained)}
+    config = some | {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,
@@ -85,7 +100,7 @@ def load_adapter(folder: str | PathLike, config: LlamaConfig) -> Adapter:
     other PEFT types, ...), or all tensors that are missing, unexpected or of another shape.
     """
     folder = Path(folder)
-    rank, alpha, targets = _read_config(folder / _CONFIG, config)
+    rank, alpha, targets, trained = _read_config(folder / _CONFIG, config)
     weights = folder / _WEIGHTS
     if not weights.is_file():
         pickled = (
@@ -94,12 +109,13 @@ def load_adapter(folder: str | PathLike, config: LlamaConfig) -> Adapter:
         raise UserError(
             f"{weights}: is not there{pickled}; save the adapter with PEFT's save_pretrained as safetensors"
         )
-    shapes = lora_shapes(config, rank, targets)
+    shapes = lora_shapes(config, rank, targets, trained)
+    layers = range(config.num_hidden_layers) if trained is None else trained
     expected = {
         _key(layer, name, half): shape[half][:0:-1]
         for name, shape in shapes.items()
         for half in "AB"
-        for layer in range(config.num_hidden_layers)
+        for layer in layers
     }
     found = read_header(weights)
     if problems := mismatches(expected, found):
@@ -109,20 +125,20 @@ def load_adapter(folder: str | PathLike, config: LlamaConfig) -> Adapter:
         lora[name] = {}
         for half in "AB":
             leaf = np.empty(shape[half], np.float32)
-            for layer in range(config.num_hidden_layers):
-                leaf[layer] = found[_key(layer, name, half)].read().T
+            for row, layer in enumerate(layers):
+                leaf[row] = found[_key(layer, name, half)].read().T
             if not np.isfinite(leaf).all():
                 raise UserError(f"{weights}: lora_{half} of {name} is not finite; the run that made it had diverged")
             lora[name][half] = jnp.asarray(leaf)
-    return Adapter(lora, rank, alpha, targets)
+    return Adapter(lora, rank, alpha, targets, trained)
 
 
 def _key(layer: int, name: str, half: str) -> str:
     return f"base_model.model.model.layers.{layer}.{block_of(name)}.{name}.lora_{half}.weight"
 
 
-def _read_config(path: Path, config: LlamaConfig) -> tuple[int, float, tuple[str, ...]]:
-    """Rank, alpha such that alpha/rank is the scale, and targets."""
+def _read_config(path: Path, config: LlamaConfig) -> tuple[int, float, tuple[str, ...], tuple[int, ...] | None]:
+    """Rank, alpha such that alpha/rank is the scale, targets, and the layers that have an adapter (None for all)."""
     raw = read_json_object(path)
     problems = []
     rank, alpha, modules = raw.get("r"), raw.get("lora_alpha"), raw.get("target_modules")
@@ -147,6 +163,11 @@ def _read_config(path: Path, config: LlamaConfig) -> tuple[int, float, tuple[str
         targets = _read_targets(modules, config)
     except UserError as error:
         problems.append(f"target_modules: {error}")
+    trained = None
+    try:
+        trained = _read_layers(raw, config.num_hidden_layers)
+    except UserError as error:
+        problems.append(str(error))
     for field in sorted(raw.keys() - _READ - _HARMLESS):
         if raw[field] not in (None, False, [], {}):
             problems.append(f"{shorten(field)} = {shorten(json.dumps(raw[field]))} is not supported")
@@ -154,7 +175,24 @@ def _read_config(path: Path, config: LlamaConfig) -> tuple[int, float, tuple[str
         raise UserError(f"{path}: " + "; ".join(problems))
     assert isinstance(rank, int)  # as checked above
     assert isinstance(alpha, int | float)
-    return rank, float(alpha) * math.sqrt(rank) if raw.get("use_rslora") else float(alpha), targets
+    scaled = float(alpha) * math.sqrt(rank) if raw.get("use_rslora") else float(alpha)
+    return rank, scaled, targets, trained
+
+
+def _read_layers(raw: Mapping[str, Any], count: int) -> tuple[int, ...] | None:
+    """The layers of PEFT's ``layers_to_transform``, a number or a list; None where it says nothing."""
+    layers = raw.get("layers_to_transform")
+    if layers is None or layers == []:
+        return None
+    if raw.get("layers_pattern") not in (None, "layers", [], ["layers"]):
+        raise UserError(f"layers_pattern {_shown(raw['layers_pattern'])} is not the name of LLaMA's layers")
+    layers = layers if isinstance(layers, list) else [layers]
+    fit = all(type(layer) is int and 0 <= layer < count for layer in layers)
+    if not fit or len(set(layers)) < len(layers):
+        raise UserError(f"layers_to_transform {_shown(layers)} must be distinct numbers from 0 to {count - 1}")
+    if isinstance(raw.get("target_modules"), str):
+        raise UserError("layers_to_transform needs target_modules to be a list of names")
+    return tuple(sorted(layers))
 
 
 def _read_targets(modules: Any, config: LlamaConfig) -> tuple[str, ...]:
