@@ -2,10 +2,10 @@
 
     python -m experiments.evaluate --adapter runs/fedmezo/adapter
     python -m experiments.evaluate --model smollm2-135m --data gsm8k --data-dir FOLDER --metric loss,gsm8k
-    python -m experiments.evaluate --model smollm2-135m --data mmlu.jsonl --metric choice --test-rows 0
+    python -m experiments.evaluate --model smollm2-135m --data mmlu.jsonl --metric choice --test-examples 0
 
-The rows are those that a run with the same data options, --max-length, --test-rows and --seed holds out. --test-rows 0
-takes all rows, for a file that is a test set as a whole.
+The rows are those that a run with the same data options, --max-length, --test-examples and --seed holds out.
+--test-examples 0 takes all rows, for a file that is a test set as a whole.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 from rich.progress import track
 
 from experiments import _cli
-from fedmezo_jax.data.encode import LongRows, encode
+from fedmezo_jax.data.encode import Overlong, encode
 from fedmezo_jax.data.examples import Example, TokenBatch
 from fedmezo_jax.data.partition import hold_out
 from fedmezo_jax.data.prompts import Style, prompt_ids
@@ -66,9 +66,9 @@ class Config:
     """prompt around an instruction: alpaca, plain, question-answer or chat"""
     max_length: int = 160
     """most tokens in a row (of loss and gsm8k)"""
-    long_rows: LongRows = "drop"
-    """whether rows of more tokens are left out or cut at their end"""
-    test_rows: int = 64
+    overlong: Overlong = "skip"
+    """whether longer rows are left out or truncated"""
+    test_examples: int = 64
     """rows to measure on, held out as in a run; 0 takes all rows"""
     max_new_tokens: int = 256
     """most tokens of a generated answer"""
@@ -83,8 +83,8 @@ class Config:
         """Refuses what no evaluation can have."""
         if unknown := [name for name in self.metrics if name not in METRICS]:
             raise UserError(f"--metric: unknown {', '.join(map(repr, unknown))}; choose from {','.join(METRICS)}")
-        if self.test_rows < 0 or self.max_new_tokens < 1:
-            raise UserError("--test-rows must be at least 0 and --max-new-tokens at least 1")
+        if self.test_examples < 0 or self.max_new_tokens < 1:
+            raise UserError("--test-examples must be at least 0 and --max-new-tokens at least 1")
 
     @property
     def metrics(self) -> list[str]:
@@ -191,8 +191,8 @@ def generator(subject: LoadedModel, max_new_tokens: int) -> Callable[[list[list[
 
 def _questions(config: Config) -> list[choice.Question]:
     found = [choice.question(record) for record in load_records(config.data, data_dir=config.data_dir)]
-    if config.test_rows in range(1, len(found)):
-        picked = hold_out(len(found), config.test_rows, config.seed, [one.category for one in found])[1]
+    if config.test_examples in range(1, len(found)):
+        picked = hold_out(len(found), config.test_examples, config.seed, [one.category for one in found])[1]
         found = [found[i] for i in picked]
     return found
 
@@ -202,7 +202,7 @@ def _encoded(config: Config, asked: list[choice.Question], tokenizer: Any, llama
     examples = [example for one in asked for example in choice.candidates(one)]
     room = llama.max_position_embeddings
     encoded = encode(examples, tokenizer, room, style=config.prompt_style, source=f"--data {config.data}")
-    if encoded.dropped:
+    if encoded.skipped:
         raise UserError(
             f"--data {config.data}: a question with its choices is longer than the model's {room} tokens: leave it out"
         )

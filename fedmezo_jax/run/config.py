@@ -11,10 +11,9 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from fedmezo_jax.core.federated import Seeds
 from fedmezo_jax.core.mezo import Distribution
 from fedmezo_jax.core.personalization import Strategy
-from fedmezo_jax.data.encode import LongRows
+from fedmezo_jax.data.encode import Overlong
 from fedmezo_jax.data.prompts import Style
 from fedmezo_jax.data.records import parse_fields
 from fedmezo_jax.data.table import PartitionKind
@@ -59,13 +58,13 @@ class RunConfig:
     """rows a local step"""
     max_length: int = 160
     """most tokens in a row"""
-    long_rows: LongRows = "drop"
-    """whether rows of more tokens are left out or cut at their end; both are counted"""
+    overlong: Overlong = "skip"
+    """whether longer rows are left out or truncated; both are counted"""
     length_buckets: int = 4
     """most row widths that steps run at, where that saves a fifth of the tokens or more, which would be padding; then
     rows of like length share a step. 1 pads all rows to the longest"""
-    test_rows: int = 64
-    """rows held out to measure the test loss"""
+    test_examples: int = 64
+    """examples held out to measure the test loss"""
     algorithm: Literal["fedmezo", "fedavg"] = "fedmezo"
     """zeroth-order local steps, or back-propagated ones"""
     learning_rate: float = 1e-3
@@ -98,9 +97,9 @@ class RunConfig:
     uplink: Literal["coefficients", "lora"] | None = None
     """what a client sends: its projected gradients, from which the server reconstructs its update, or its LoRA; by
     default the former, and the LoRA with fedavg, which has none"""
-    seeds: Seeds = "per-client"
-    """whether each client of a round draws directions of its own (the paper) or all draw the same, so that the server
-    averages scalars"""
+    directions_shared: bool = False
+    """all clients of a round draw the same directions, so that the server averages scalars; by default each client
+    draws its own (the paper)"""
     dropout: float = 0.0
     """probability that a participant drops out of a round (simulated)"""
     deadline: float | None = None
@@ -108,7 +107,7 @@ class RunConfig:
     log-normal)"""
     attempts: int = 3
     """how often a round is tried, with new participants, if all of its clients fail"""
-    on_surge: Literal["warn", "clip", "rollback"] = "warn"
+    on_divergence: Literal["warn", "clip", "rollback"] = "warn"
     """when a round's loss explodes: say so and go on; or clip projected gradients of five times the usual size; or go
     back to before the round that led there, at half the learning rates"""
     precision: Precision | None = None
@@ -124,7 +123,7 @@ class RunConfig:
                 self._require(name, _fits(getattr(self, name), hint), f"one of {', '.join(choices)}")
         whole = (
             *("clients", "rounds", "local_steps", "batch_size"),
-            *("directions", "lora_rank", "test_rows", "length_buckets", "attempts"),
+            *("directions", "lora_rank", "test_examples", "length_buckets", "attempts"),
         )
         for name in whole:
             self._require(name, getattr(self, name) >= 1, "at least 1")
@@ -146,22 +145,24 @@ class RunConfig:
         if self.algorithm == "fedavg":
             for name, refused, instead in (
                 ("uplink", "coefficients", "lora"),
-                ("seeds", "shared", "per-client"),
-                ("on_surge", "clip", "warn or rollback"),
+                ("on_divergence", "clip", "warn or rollback"),
             ):
                 rule = f"{instead} with --algorithm fedavg, whose steps are no scalars"
                 self._require(name, getattr(self, name) != refused, rule)
-        if self.seeds == "shared" and self.uplink == "lora":
+        if self.directions_shared and self.algorithm == "fedavg":
+            raise UserError("--directions-shared: --algorithm fedavg draws no directions: leave it out")
+        if self.directions_shared and self.uplink == "lora":
             raise UserError(
-                "--uplink lora: with --seeds shared the server averages coefficients: give --uplink coefficients"
+                "--uplink lora: with --directions-shared the server averages coefficients: give --uplink coefficients"
             )
-        if self.on_surge == "clip" and self.uplink == "lora" and self.algorithm == "fedmezo":
+        if self.on_divergence == "clip" and self.uplink == "lora" and self.algorithm == "fedmezo":
             raise UserError(
-                "--on-surge clip bounds coefficients, which --uplink lora does not send: give --uplink coefficients"
+                "--on-divergence clip bounds coefficients, which --uplink lora does not send: "
+                "give --uplink coefficients"
             )
-        if self.seeds == "shared" and self.weight_decay:
+        if self.directions_shared and self.weight_decay:
             raise UserError(
-                "--weight-decay shrinks each client's θ by its own rate: give --seeds per-client, or no decay"
+                "--weight-decay shrinks each client's θ by its own rate: leave out --directions-shared or the decay"
             )
 
     def _require(self, name: str, holds: bool, rule: str) -> None:

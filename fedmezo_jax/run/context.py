@@ -47,11 +47,11 @@ class RunContext(NamedTuple):
         base: its frozen weights, on the device.
         lora: θ at the start.
         train: training rows.
-        test: test rows.
+        test: test examples.
         parts: for each client the indices of its rows in ``train``.
         categories: category of each training row, or what stands for it where the partition goes by something else.
-        dropped: rows left out because they are longer than ``max_length``.
-        cut: rows that lost their end for it.
+        skipped: rows left out because they are longer than ``max_length``.
+        truncated: rows that lost their end for it.
         widths: at which steps run.
         mesh: the devices it is spread over; None for one.
     """
@@ -64,8 +64,8 @@ class RunContext(NamedTuple):
     test: TokenBatch
     parts: list[np.ndarray]
     categories: list[str]
-    dropped: int
-    cut: int
+    skipped: int
+    truncated: int
     widths: Widths
     mesh: Mesh | None
 
@@ -136,7 +136,7 @@ def prepare(config: RunConfig, mesh: Mesh | None = None) -> RunContext:
     model = Llama(llama, config.lora_alpha / config.lora_rank, config.precision)
     among = widths(train, config.length_buckets)
     lora = sharding.replicate(mesh, start(config, llama))
-    counted = (table.dropped, table.cut)
+    counted = (table.skipped, table.truncated)
     return RunContext(config, model, base, lora, train, test, parts, categories, *counted, among, mesh)
 
 
@@ -149,8 +149,8 @@ def table_of(config: Any, tokenizer: Any) -> Table:
         fields=config.fields,
         style=config.prompt_style,
         max_length=config.max_length,
-        long_rows=config.long_rows,
-        test_rows=config.test_rows,
+        overlong=config.overlong,
+        test_examples=config.test_examples,
         seed=config.seed,
         cache=cache_folder() / "tokens",
     )
@@ -187,7 +187,9 @@ def algorithm(
     else:
         work = client.sgd_client(local_optimizer(config))
     rates = personalization.RateConfig(config.learning_rate, config.personalize, config.personalize_scale)
-    return federated.federated(work, rates, server_optimizer(config), block_size, config.seeds, mesh, least_width)
+    return federated.federated(
+        work, rates, server_optimizer(config), block_size, config.directions_shared, mesh, least_width
+    )
 
 
 def local_optimizer(config: RunConfig) -> Callable[[Any], optax.GradientTransformation]:
@@ -210,7 +212,7 @@ def unpaired(model: Llama) -> Llama:
 
 
 def evaluator(setup: RunContext) -> Callable[[mezo.Params], float]:
-    """``test_loss(lora)``: mean cross-entropy over the label tokens of all test rows, in nats."""
+    """``test_loss(lora)``: mean cross-entropy over the label tokens of all test examples, in nats."""
     model, count = unpaired(setup.model), len(setup.test.tokens)
     size = min(count, max(1, TOKENS_AT_ONCE // setup.test.tokens.shape[1]))
     fill = -count % size  # copies of the first row without weight, so that all batches have one shape

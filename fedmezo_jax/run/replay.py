@@ -146,7 +146,7 @@ def reconstruct(
     """Rebuilds θ from a ledger, round by round with the programs that the run used.
 
     On one backend and one version of JAX the result is the run's, bit for bit. On another, Gaussian directions may
-    differ in their last place; Rademacher directions along shared seeds leave nothing that could round differently
+    differ in their last place; Rademacher directions with shared directions leave nothing that could round differently
     except the server's own optimizer.
 
     Args:
