@@ -78,7 +78,7 @@ def main(config: Config) -> None:
         )
     setup = result.context
     tokenizer = load_tokenizer(resolve(run.model))
-    table = table_of(run, tokenizer)
+    table = table_of(run, run.seed, tokenizer)
     asked = [one for i in table.test if isinstance(one := table.examples[i], Example)]
     prompts = prompt_ids(asked, tokenizer, run.prompt_style)
 

@@ -33,6 +33,7 @@ from fedmezo_jax.llama.precision import Precision, default_precision, least_clie
 from fedmezo_jax.llama.registry import cache_folder, load_tokenizer, resolve
 from fedmezo_jax.parallel import sharding
 from fedmezo_jax.run.config import RunConfig
+from fedmezo_jax.run.config_parts import DataConfig, LocalConfig, ServerConfig
 
 TOKENS_AT_ONCE = 8192
 """Clients run at once so long as their batches hold no more tokens than this; further ones follow in blocks."""
@@ -124,7 +125,7 @@ def prepare(config: RunConfig, mesh: Mesh | None = None) -> RunContext:
             f"--max-length {config.max_length}: the model takes {llama.max_position_embeddings} tokens at most"
         )
     tokenizer = load_tokenizer(folder)
-    table = table_of(config, tokenizer)
+    table = table_of(config, config.seed, tokenizer)
     check_tokens(table.rows, llama, folder)
     train, test = (TokenBatch(*(leaf[picked] for leaf in table.rows)) for picked in (table.train, table.test))
     trained = [table.examples[i] for i in table.train]
@@ -140,8 +141,8 @@ def prepare(config: RunConfig, mesh: Mesh | None = None) -> RunContext:
     return RunContext(config, model, base, lora, train, test, parts, categories, *counted, among, mesh)
 
 
-def table_of(config: Any, tokenizer: Any) -> Table:
-    """The rows that a configuration's data options mean, those of :class:`RunConfig`, tokenised and split."""
+def table_of(config: DataConfig, seed: int, tokenizer: Any) -> Table:
+    """The rows that these options mean, tokenised, and split by the seed (which also generates ``bundled``)."""
     return tabulate(
         config.data,
         tokenizer,
@@ -151,7 +152,7 @@ def table_of(config: Any, tokenizer: Any) -> Table:
         max_length=config.max_length,
         overlong=config.overlong,
         test_examples=config.test_examples,
-        seed=config.seed,
+        seed=seed,
         cache=cache_folder() / "tokens",
     )
 
@@ -192,14 +193,14 @@ def algorithm(
     )
 
 
-def local_optimizer(config: RunConfig) -> Callable[[Any], optax.GradientTransformation]:
+def local_optimizer(config: LocalConfig) -> Callable[[Any], optax.GradientTransformation]:
     """The optimizer of back-propagated local steps, made of a learning rate."""
     if config.local_optimizer == "adam":
         return partial(optax.adamw, weight_decay=config.weight_decay)
     return lambda rate: optax.chain(optax.add_decayed_weights(config.weight_decay), optax.sgd(rate))
 
 
-def server_optimizer(config: RunConfig) -> optax.GradientTransformation:
+def server_optimizer(config: ServerConfig) -> optax.GradientTransformation:
     """The server's, fed with the pseudo-gradient."""
     if config.server_optimizer == "adam":
         return optax.adam(config.server_learning_rate)

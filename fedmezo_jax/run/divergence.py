@@ -13,6 +13,7 @@ from jax.tree_util import Partial
 from fedmezo_jax.core import mezo
 from fedmezo_jax.core.federated import RoundReport
 from fedmezo_jax.run.config import RunConfig
+from fedmezo_jax.run.config_parts import LocalConfig
 
 MEMORY = 10
 """Recent rounds that decide what is typical."""
@@ -184,7 +185,7 @@ def growth(report: RoundReport, counted: np.ndarray) -> float | None:
     return float(np.sqrt(np.mean(last**2) / np.mean(first**2)))
 
 
-def warnings(probe: Probe, config: RunConfig, trained: int) -> list[str]:
+def warnings(probe: Probe, config: LocalConfig, trained: int) -> list[str]:
     """What there is to warn of before the first round."""
     if config.learning_rate <= probe.largest_rate:
         return []

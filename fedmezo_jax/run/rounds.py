@@ -20,6 +20,7 @@ from fedmezo_jax.errors import UserError
 from fedmezo_jax.run import client_failures, divergence, messages
 from fedmezo_jax.run.acceptance import Expected, Message, Received, receive
 from fedmezo_jax.run.config import RunConfig
+from fedmezo_jax.run.config_parts import FaultConfig, LocalConfig
 from fedmezo_jax.run.ledger import Entry
 
 
@@ -56,7 +57,7 @@ Work: TypeAlias = Callable[[int, float], Answers]
 """``work(attempt, limit) -> Answers``: the clients' half of a round; ``limit`` bounds |g|."""
 
 
-def begin(state: federated.FederatedState, config: RunConfig) -> Progress:
+def begin(state: federated.FederatedState, config: FaultConfig) -> Progress:
     """Progress before the first round."""
     before = (state.params, state.optimizer) if config.on_divergence == "rollback" else None
     return Progress(state, before, jnp.float32(1))
@@ -258,7 +259,7 @@ def conclude(
     return jax.block_until_ready(advance(round, progress, entry, report, key, each)), report, traffic
 
 
-def notices(config: RunConfig, record: dict[str, Any], trained: int) -> list[str]:
+def notices(config: LocalConfig, record: dict[str, Any], trained: int) -> list[str]:
     """What of a round's record the user should be told."""
     said = [
         f"round {record['round']}: client {event['client']} {event['why']}: left out"
