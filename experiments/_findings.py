@@ -92,7 +92,7 @@ def _model_size(rows: Rows) -> Finding:
 def _divergence(rows: Rows) -> Finding:
     rounds: dict[float, list[float]] = {}
     for row in rows:
-        rounds.setdefault(row["learning_rate"], []).append(row["first_surge"] or inf)
+        rounds.setdefault(row["learning_rate"], []).append(row["first_divergence"] or inf)
     middle = [sorted(each)[len(each) // 2] for _, each in sorted(rounds.items())]
     here = "; ".join(
         f"η = {rate:g}: {', '.join('never' if t == inf else f'{t:.0f}' for t in each)}"

@@ -2,10 +2,10 @@
 
     python -m experiments.evaluate --adapter runs/fedmezo/adapter
     python -m experiments.evaluate --model smollm2-135m --data gsm8k --data-dir FOLDER --metric loss,gsm8k
-    python -m experiments.evaluate --model smollm2-135m --data mmlu.jsonl --metric choice --test-rows 0
+    python -m experiments.evaluate --model smollm2-135m --data mmlu.jsonl --metric choice --test-examples 0
 
-The rows are those that a run with the same data options, --max-length, --test-rows and --seed holds out. --test-rows 0
-takes all rows, for a file that is a test set as a whole.
+The rows are those that a run with the same data options, --max-length, --test-examples and --seed holds out.
+--test-examples 0 takes all rows, for a file that is a test set as a whole.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ import numpy as np
 from rich.progress import track
 
 from experiments import _cli
-from fedmezo_jax.data.encode import LongRows, encode
+from fedmezo_jax.data.encode import encode
 from fedmezo_jax.data.examples import Example, TokenBatch
 from fedmezo_jax.data.partition import hold_out
-from fedmezo_jax.data.prompts import Style, prompt_ids
+from fedmezo_jax.data.prompts import prompt_ids
 from fedmezo_jax.data.sources import load_records
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.evaluation import choice, gsm8k, likelihood
@@ -38,6 +38,7 @@ from fedmezo_jax.llama.generate import generate
 from fedmezo_jax.llama.model import Base, Llama, Lora
 from fedmezo_jax.llama.registry import load_tokenizer, resolve
 from fedmezo_jax.out_folder import out_folder
+from fedmezo_jax.run.config_parts import DataConfig, ModelConfig
 from fedmezo_jax.run.context import check_tokens, table_of
 
 ROWS_AT_ONCE = 16
@@ -46,34 +47,20 @@ METRICS = ("loss", "gsm8k", "choice")
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(DataConfig, ModelConfig):
     """Model, data and metrics."""
 
-    model: str = "tiny"
-    """tiny, smollm2-135m, a model folder or a hub id owner/name"""
-    adapter: Path | None = None
-    """folder of a LoRA adapter, as PEFT or the main job writes it"""
-    data: str = "bundled"
-    """as for the main job; for choice a file or hub id with question, choices and answer"""
-    data_dir: str | None = None
-    """folder with local copies of the data sets; without it they come from the hub"""
-    fields: str = ""
-    """names of the fields, e.g. instruction=question,response=answer,category=topic"""
-    metric: str = "loss"
-    """what to measure, of loss,gsm8k,choice: test loss and perplexity; exact match of generated answers; accuracy of
-    the likeliest choice"""
-    prompt_style: Style = "alpaca"
-    """prompt around an instruction: alpaca, plain, question-answer or chat"""
-    max_length: int = 160
-    """most tokens in a row (of loss and gsm8k)"""
-    long_rows: LongRows = "drop"
-    """whether rows of more tokens are left out or cut at their end"""
-    test_rows: int = 64
-    """rows to measure on, held out as in a run; 0 takes all rows"""
-    max_new_tokens: int = 256
-    """most tokens of a generated answer"""
     precision: Literal["float32", "bfloat16"] = "float32"
     """of the products with frozen weights"""
+    test_examples: int = 64
+    """examples to measure on, held out as in a run; 0 takes all"""
+    adapter: Path | None = None
+    """folder of a LoRA adapter, as PEFT or the main job writes it"""
+    metric: str = "loss"
+    """what to measure, of loss,gsm8k,choice: test loss and perplexity; exact match of generated answers; accuracy of
+    the likeliest choice, whose --data has question, choices and answer, and on which --max-length has no effect"""
+    max_new_tokens: int = 256
+    """most tokens of a generated answer"""
     seed: int = 0
     """seed of the split, and of the bundled data"""
     out: Path = Path("runs/evaluate")
@@ -81,10 +68,11 @@ class Config:
 
     def __post_init__(self):
         """Refuses what no evaluation can have."""
+        super().__post_init__()
         if unknown := [name for name in self.metrics if name not in METRICS]:
             raise UserError(f"--metric: unknown {', '.join(map(repr, unknown))}; choose from {','.join(METRICS)}")
-        if self.test_rows < 0 or self.max_new_tokens < 1:
-            raise UserError("--test-rows must be at least 0 and --max-new-tokens at least 1")
+        if self.test_examples < 0 or self.max_new_tokens < 1:
+            raise UserError("--test-examples must be at least 0 and --max-new-tokens at least 1")
 
     @property
     def metrics(self) -> list[str]:
@@ -124,7 +112,7 @@ def _evaluate(config: Config, start: float) -> None:
     llama, tokenizer = LlamaConfig.from_json(folder), load_tokenizer(folder)
     adapter = None if config.adapter is None else load_adapter(config.adapter, llama)
     scale, lora = (1.0, {}) if adapter is None else (adapter.alpha / adapter.rank, adapter.lora)
-    table = table_of(config, tokenizer) if set(config.metrics) - {"choice"} else None
+    table = table_of(config, config.seed, tokenizer) if set(config.metrics) - {"choice"} else None
     if table:
         check_tokens(table.rows, llama, folder)
     asked = _questions(config) if "choice" in config.metrics else []
@@ -191,8 +179,8 @@ def generator(subject: LoadedModel, max_new_tokens: int) -> Callable[[list[list[
 
 def _questions(config: Config) -> list[choice.Question]:
     found = [choice.question(record) for record in load_records(config.data, data_dir=config.data_dir)]
-    if config.test_rows in range(1, len(found)):
-        picked = hold_out(len(found), config.test_rows, config.seed, [one.category for one in found])[1]
+    if config.test_examples in range(1, len(found)):
+        picked = hold_out(len(found), config.test_examples, config.seed, [one.category for one in found])[1]
         found = [found[i] for i in picked]
     return found
 
@@ -202,7 +190,7 @@ def _encoded(config: Config, asked: list[choice.Question], tokenizer: Any, llama
     examples = [example for one in asked for example in choice.candidates(one)]
     room = llama.max_position_embeddings
     encoded = encode(examples, tokenizer, room, style=config.prompt_style, source=f"--data {config.data}")
-    if encoded.dropped:
+    if encoded.skipped:
         raise UserError(
             f"--data {config.data}: a question with its choices is longer than the model's {room} tokens: leave it out"
         )

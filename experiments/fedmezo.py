@@ -39,7 +39,7 @@ from fedmezo_jax.run.job import fine_tune
 from fedmezo_jax.run.loop import RunResult
 from fedmezo_jax.run.messages import lora_message
 
-OPTIONS = ("resume", "mesh", "checkpoint_every", "eval_every", "guard")
+OPTIONS = ("resume", "mesh", "checkpoint_every", "eval_every", "check_rate")
 """What :func:`fine_tune` takes as it is given."""
 
 
@@ -68,7 +68,7 @@ class Config:
     """rounds between checkpoints"""
     eval_every: int = 5
     """rounds between measurements of the test loss"""
-    guard: bool = True
+    check_rate: bool = True
     """measure before the first round whether the learning rate is too large (144 forward passes; not in bfloat16, whose
     losses have no curvature to show)"""
 
@@ -173,9 +173,10 @@ def describe(setup: RunContext) -> None:
         f"{config.algorithm}: {config.model} ({llama.num_hidden_layers} layers of {llama.hidden_size}), "
         f"{divergence.count(setup.lora):,} LoRA parameters at rank {config.lora_rank} on {config.targets}"
     )
-    dropped = f", {setup.dropped} too long for {config.max_length} tokens left out" if setup.dropped else ""
-    cut = f", {setup.cut} cut to {config.max_length} tokens" if setup.cut else ""
-    print(f"{config.data}: {len(setup.train.tokens)} training and {len(setup.test.tokens)} test rows{dropped}{cut}")
+    skipped = f", {setup.skipped} too long for {config.max_length} tokens left out" if setup.skipped else ""
+    truncated = f", {setup.truncated} truncated to {config.max_length} tokens" if setup.truncated else ""
+    train, test = len(setup.train.tokens), len(setup.test.tokens)
+    print(f"{config.data}: {train} training and {test} test examples{skipped}{truncated}")
     if config.algorithm == "fedavg":
         print("no run.ledger: back-propagated steps are no scalars that could rebuild the run")
     held, wide = lengths(setup.train).mean(), setup.train.tokens.shape[1]

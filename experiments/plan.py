@@ -19,7 +19,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # shapes are compiled, nothing is
 from rich.progress import track
 
 from experiments import _cli
-from fedmezo_jax.core.federated import Seeds
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.lora import check_targets
 from fedmezo_jax.llama.precision import Precision
@@ -55,7 +54,7 @@ class Config:
     """projections with an adapter"""
     precision: Precision = "paired"
     """of the products with frozen weights"""
-    seeds: Seeds = "per-client"
+    directions_shared: bool = False
     """whether clients draw directions of their own or share them"""
     out: Path = Path("runs/plan")
     """folder for config.json and results.json"""
@@ -75,7 +74,7 @@ def main(config: Config) -> None:
     llama = named_shape(config.model)
     targets = tuple(name.strip() for name in config.targets.split(","))
     sizes = (config.clients, config.local_steps, config.batch_size, config.length, config.rank)
-    planned = cost_model.RoundSpec(llama, *sizes, targets, config.precision, config.seeds)
+    planned = cost_model.RoundSpec(llama, *sizes, targets, config.precision, config.directions_shared)
     shapes = cost_model.meshes(len(target.devices), llama)
     if config.mesh:
         mesh = parse_mesh(config.mesh, target.devices)

@@ -102,7 +102,7 @@ def config(place):
         rounds=3,
         local_steps=2,
         max_length=64,
-        test_rows=10,
+        test_examples=10,
         length_buckets=1,
         targets="v_proj",
         precision="float32",
@@ -119,7 +119,7 @@ def finished(place, config):
         place / "python",
         on_start=lambda context: calls.append(context.config.seed),
         on_round=lambda record: calls.append(record["round"]),
-        guard=False,
+        check_rate=False,
     )
     return place / "python", result, calls
 
@@ -141,7 +141,7 @@ def adapter_files(folder):
 def test_the_function_and_the_command_with_its_config_make_the_same_run(place, config, finished, monkeypatch):
     folder, result, calls = finished
     assert calls == [5, 1, 2, 3]
-    assert command(monkeypatch, "--config", folder / "config.json", "--out", place / "command", "--no-guard") == 0
+    assert command(monkeypatch, "--config", folder / "config.json", "--out", place / "command", "--no-check-rate") == 0
     for name in ("run.ledger", "config.json"):
         assert (place / "command" / name).read_bytes() == (folder / name).read_bytes()
     assert adapter_files(place / "command") == adapter_files(folder)

@@ -49,7 +49,7 @@ class Config:
     """rounds of the smallest number timed before and after each other round"""
     seed: int = 0
     """of weights and rows"""
-    out: Path = Path("runs/bench_scale")
+    out: Path = Path("runs/scale")
     """folder for config.json and results.json"""
 
 

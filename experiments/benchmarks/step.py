@@ -53,7 +53,7 @@ class Config:
     """rounds timed, after one that compiles; the others' runs come in between"""
     seed: int = 0
     """of weights and rows"""
-    out: Path = Path("runs/bench_step")
+    out: Path = Path("runs/step")
     """folder for config.json and results.json"""
 
 

@@ -22,7 +22,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # shapes are compiled, nothing is
 from rich.progress import track
 
 from experiments import _cli, _plots
-from fedmezo_jax.core.federated import Seeds
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.precision import Precision
 from fedmezo_jax.llama.shapes import named_shape
@@ -50,7 +49,7 @@ class Config:
     """tokens a row, half of them labels"""
     rank: int = 128
     """LoRA rank"""
-    seeds: Seeds = "per-client"
+    directions_shared: bool = False
     """whether clients draw directions of their own or share them"""
     out: Path = Path("runs/weak_scaling")
     """folder for config.json, results.json and weak_scaling.png"""
@@ -77,7 +76,7 @@ def main(config: Config) -> None:
         clients = count * config.clients_per_device
         sizes = (clients, config.local_steps, 1, config.length, config.rank)
         for precision in PRECISIONS:
-            planned = cost_model.RoundSpec(llama, *sizes, ("q_proj", "v_proj"), precision, config.seeds)
+            planned = cost_model.RoundSpec(llama, *sizes, ("q_proj", "v_proj"), precision, config.directions_shared)
             found = cost_model.compile_round(planned, target, (count, 1), config.clients_per_device)
             rows.append(
                 {

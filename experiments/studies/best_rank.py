@@ -24,7 +24,7 @@ from fedmezo_jax.errors import UserError
 
 
 def _variants(ranks: Sequence[int], products: Sequence[float]) -> dict[str, dict[str, Any]]:
-    """Each rank at rates of these products η·r: the rates at which runs surge fall about as 1/r."""
+    """Each rank at rates of these products η·r: the rates at which runs diverge fall about as 1/r."""
     return {
         f"r = {rank}, η = {product / rank:g}": {
             "lora_rank": rank,

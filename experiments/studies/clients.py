@@ -14,7 +14,7 @@ PRESETS = runner.standard_presets(
     runner.vary("clients", (2, 4, 8, 16), "N = {}"),
     runner.vary("clients", (3, 5, 9, 20, 40), "N = {}"),
     paper=replace(runner.PAPER, data="alpaca", learning_rate=1e-5),
-    seeds=2,
+    num_seeds=2,
 )
 
 

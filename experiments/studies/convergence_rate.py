@@ -38,13 +38,13 @@ class Preset(NamedTuple):
     Attributes:
         run: the base of all runs: its N, H, T and η.
         values: of N, H and T, by the run's field; one of them is varied at a time.
-        seeds: runs of each.
+        num_seeds: runs of each.
         looks: how often a run's ‖∇f‖² is measured.
     """
 
     run: RunConfig
     values: dict[str, tuple[int, ...]]
-    seeds: int
+    num_seeds: int
     looks: int
 
 
@@ -60,7 +60,7 @@ PRESETS = {
         runner.PAPER, {"clients": (3, 5, 9, 20), "local_steps": (10, 30, 50), "rounds": (125, 250, 500)}, 3, 10
     ),
     "smoke": Preset(
-        replace(_SMALL.run, clients=2, local_steps=1, rounds=2, batch_size=1, lora_rank=2, test_rows=8),
+        replace(_SMALL.run, clients=2, local_steps=1, rounds=2, batch_size=1, lora_rank=2, test_examples=8),
         {"rounds": (1, 2, 3)},
         1,
         1,
@@ -86,7 +86,7 @@ def main(config: Config) -> None:
     """Runs, prints the tables and writes the folder."""
     preset = PRESETS[config.preset]
     base = replace(preset.run, data_dir=config.data_dir)
-    seeds = range(config.seed, config.seed + preset.seeds)
+    seeds = range(config.seed, config.seed + preset.num_seeds)
     runs = {
         name: [replace(_scaled(base, name, value), seed=seed) for value in values for seed in seeds]
         for name, values in preset.values.items()

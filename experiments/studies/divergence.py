@@ -1,4 +1,4 @@
-"""Where the learning rate is too large: the loss at multiples of the usual rate, and what the guard says before.
+"""Where the learning rate is too large: the loss at multiples of the usual rate, and the warnings before.
 
     python -m experiments.studies.divergence
 
@@ -39,20 +39,20 @@ class Config(runner.Config):
 
     factors: str = "1,3,5,10"
     """multiples of the preset's learning rate"""
-    on_surge: Literal["warn", "clip", "rollback"] = "warn"
+    on_divergence: Literal["warn", "clip", "rollback"] = "warn"
     """what the run does when its loss explodes"""
 
 
 def main(config: Config) -> None:
     """Runs every rate and seed, prints the table, draws the curves."""
     factors = _factors(config.factors)
-    run, seeds = PRESETS[config.preset]
-    changed = {name: getattr(config, name) for name in ("rounds", "model", "data", "data_dir", "on_surge")}
+    run, num_seeds = PRESETS[config.preset]
+    changed = {name: getattr(config, name) for name in ("rounds", "model", "data", "data_dir", "on_divergence")}
     base = replace(run, **{name: value for name, value in changed.items() if value is not None})
-    out = config.out or Path("runs") / f"surge-{config.preset}"
+    out = config.out or Path("runs") / f"divergence-{config.preset}"
     runs = [
         replace(base, seed=seed, learning_rate=base.learning_rate * factor)
-        for seed in range(config.seed, config.seed + (config.seeds or seeds))
+        for seed in range(config.seed, config.seed + (config.num_seeds or num_seeds))
         for factor in factors
     ]
     outcomes, seconds = result_cache.measure(out / "points", [asdict(one) for one in runs], _outcome)
@@ -62,13 +62,13 @@ def main(config: Config) -> None:
     curves = np.array([outcome["train_loss"] for outcome in outcomes], np.float64).reshape(
         -1, len(factors), base.rounds
     )
-    plot(out / "surge.png", base, factors, curves)
-    _cli.print_table(f"{base.model} on {base.data}, --on-surge {base.on_surge}", rows)
+    plot(out / "divergence.png", base, factors, curves)
+    _cli.print_table(f"{base.model} on {base.data}, --on-divergence {base.on_divergence}", rows)
 
 
 @lru_cache(maxsize=1)
 def _probe(run: RunConfig) -> divergence.Probe:
-    """The guard's measurements before the first round, which all rates of one seed share."""
+    """The learning-rate check's measurements before the first round, which all rates of one seed share."""
     return probe_start(prepare(run))
 
 
@@ -82,11 +82,11 @@ def _outcome(point: dict[str, Any]) -> dict[str, Any]:
             folder,
             checkpoint_every=run.rounds,
             eval_every=run.rounds,
-            guard=False,
+            check_rate=False,
             notify=lambda line: None,
         )
     trained = divergence.count(result.lora)
-    surged = [record["round"] for record in result.metrics if record["surge"]]
+    diverged = [record["round"] for record in result.metrics if record["diverged"]]
     warned = [record["round"] for record in result.metrics if (record["gradient_growth"] or 0) > divergence.GROWTH]
     first_warning = 0 if divergence.warnings(probe, run, trained) else warned[0] if warned else None
     row = {
@@ -94,8 +94,8 @@ def _outcome(point: dict[str, Any]) -> dict[str, Any]:
         "seed": run.seed,
         "step_length": divergence.step_length(run.learning_rate, probe.noisy_gradient**0.5, trained),
         "first_warning": first_warning,
-        "first_surge": surged[0] if surged else None,
-        "surges": len(surged),
+        "first_divergence": diverged[0] if diverged else None,
+        "divergences": len(diverged),
         "loss_before": result.loss_before,
         "loss_after": result.loss_after,
     }

@@ -46,14 +46,14 @@ class Preset(NamedTuple):
     Attributes:
         run: what all its runs share.
         alphas: Dirichlet concentrations.
-        seeds: runs of each.
+        num_seeds: runs of each.
         truth_rows: rows of a client on which its gradient is taken, a multiple of four.
         truth_rounds: before which rounds the gradients are taken.
     """
 
     run: RunConfig
     alphas: tuple[float, ...]
-    seeds: int
+    num_seeds: int
     truth_rows: int
     truth_rounds: tuple[int, ...]
 
@@ -75,7 +75,7 @@ PRESETS = {
         (0, 50, 99),
     ),
     "smoke": Preset(
-        replace(_SMALL.run, clients=4, rounds=6, local_steps=1, batch_size=1, lora_rank=2, test_rows=8),
+        replace(_SMALL.run, clients=4, rounds=6, local_steps=1, batch_size=1, lora_rank=2, test_examples=8),
         (0.1, 100.0),
         2,
         4,
@@ -105,7 +105,7 @@ def main(config: Config) -> None:
     preset = PRESETS[config.preset]
     changed = {name: value for name in ("data", "data_dir") if (value := getattr(config, name)) is not None}
     run = replace(preset.run, **changed, personalize="model-diff", personalize_scale=0.0)  # measured and not used
-    seeds = range(config.seed, config.seed + preset.seeds)
+    seeds = range(config.seed, config.seed + preset.num_seeds)
     runs = [replace(run, dirichlet_alpha=alpha, seed=seed) for alpha in preset.alphas for seed in seeds]
     points = [{**asdict(one), "truth_rows": preset.truth_rows, "truth_rounds": preset.truth_rounds} for one in runs]
     found, seconds = measure(config.out / "points", points, _trajectory)
@@ -133,7 +133,7 @@ def _trajectory(point: dict[str, Any]) -> dict[str, Any]:
     config = RunConfig(**{name: value for name, value in point.items() if name in names})
     setup = prepare(config)
     (init, round), loss = build(setup)
-    shared, _ = build(setup._replace(config=replace(config, seeds="shared")))
+    shared, _ = build(setup._replace(config=replace(config, directions_shared=True)))
     plain, key = loss_of(unpaired(setup.model), setup.base), run_key(config.seed)
     everyone, ones = np.arange(config.clients, dtype=np.int32), np.ones(config.clients, np.float32)
     state = init(setup.lora, config.clients)

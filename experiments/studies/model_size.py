@@ -11,7 +11,7 @@ from experiments.studies import runner
 PRESETS = runner.standard_presets(
     runner.vary("model", ("tiny", "smollm2-135m"), "{}"),
     runner.vary("model", ("openlm-research/open_llama_3b_v2", "openlm-research/open_llama_7b_v2"), "{}"),
-    seeds=2,
+    num_seeds=2,
     rounds=4,
     precision="paired",
 )

@@ -44,7 +44,7 @@ PAPER = RunConfig(
 """The paper's setting (Sec. 4.1, arXiv 2402.05926) on GSM8K; it ran in fp16, where ``paired`` is exact enough."""
 SMALL = RunConfig(clients=4, rounds=20, learning_rate=5e-4, length_buckets=1, precision="float32")
 """A question in minutes on two CPU cores: the shipped model, bundled tasks dealt by Dirichlet shares."""
-SMOKE = replace(SMALL, clients=2, rounds=2, local_steps=2, test_rows=8, lora_rank=2)
+SMOKE = replace(SMALL, clients=2, rounds=2, local_steps=2, test_examples=8, lora_rank=2)
 
 
 _RATE = ", η = "  # between a method's label and a learning rate, in the labels of variants
@@ -57,13 +57,13 @@ class Preset(NamedTuple):
 
     Attributes:
         run: what all its runs share.
-        seeds: how many seeds each variant is run with.
+        num_seeds: how many seeds each variant is run with.
         eval_every: rounds between measurements of the test loss.
         variants: what is compared.
     """
 
     run: RunConfig
-    seeds: int
+    num_seeds: int
     eval_every: int
     variants: Variants
 
@@ -76,7 +76,7 @@ class Config:
     """small: minutes on two CPU cores; paper: the paper's model, data and hyper-parameters; smoke: seconds"""
     seed: int = 0
     """the first seed"""
-    seeds: int | None = None
+    num_seeds: int | None = None
     """number of seeds; by default the preset's"""
     rounds: int | None = None
     """communication rounds; by default the preset's"""
@@ -126,12 +126,12 @@ def standard_presets(
     paper_variants: Variants | None = None,
     *,
     paper: RunConfig = PAPER,
-    seeds: int = 3,
+    num_seeds: int = 3,
     **small: Any,
 ) -> dict[PresetName, Preset]:
     """The usual presets; ``small`` changes fields of :data:`SMALL`, and ``smoke`` runs the variants of ``small``."""
     return {
-        "small": Preset(replace(SMALL, **small), seeds, 2, variants),
+        "small": Preset(replace(SMALL, **small), num_seeds, 2, variants),
         "paper": Preset(paper, 3, 10, paper_variants or variants),
         "smoke": Preset(SMOKE, 2, 1, variants),
     }
@@ -201,7 +201,7 @@ def run(
     out = config.out or Path("runs") / f"{name}-{config.preset}"
     changed = {key: getattr(config, key) for key in ("rounds", "model", "data", "data_dir")}
     base = replace(preset.run, **{key: value for key, value in changed.items() if value is not None})
-    seeds = range(config.seed, config.seed + (config.seeds or preset.seeds))
+    seeds = range(config.seed, config.seed + (config.num_seeds or preset.num_seeds))
     plan = {label: [replace(base, **fields, seed=seed) for seed in seeds] for label, fields in preset.variants.items()}
     curves = _finish([one for runs in plan.values() for one in runs], preset.eval_every, out / "finished")
     outcomes = [Outcome(label, runs[0], [curves[one] for one in runs]) for label, runs in plan.items()]

@@ -11,7 +11,8 @@ from __future__ import annotations
 from experiments import _cli
 from experiments.studies import runner
 
-PRESETS = runner.standard_presets(runner.vary("seeds", ("per-client", "shared"), "{}"), seeds=5)
+VARIANTS = {"per-client": {"directions_shared": False}, "shared": {"directions_shared": True}}
+PRESETS = runner.standard_presets(VARIANTS, num_seeds=5)
 
 
 def main(config: runner.Config) -> None:

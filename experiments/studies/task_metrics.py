@@ -63,7 +63,7 @@ def main(config: Config) -> None:
     """Answers, trains, answers again."""
     start = time.perf_counter()
     run, count, tokens = PRESETS[config.preset]
-    run = replace(run, seed=config.seed, data_dir=config.data_dir, test_rows=count)
+    run = replace(run, seed=config.seed, data_dir=config.data_dir, test_examples=count)
     with Progress() as bar:
         task = bar.add_task("rounds", total=run.rounds)
         result = fine_tune(
@@ -72,13 +72,13 @@ def main(config: Config) -> None:
             resume=True,
             checkpoint_every=1,
             eval_every=run.rounds,
-            guard=False,
+            check_rate=False,
             on_round=lambda _: bar.advance(task),
             notify=partial(bar.console.print, soft_wrap=True, markup=False, highlight=False),
         )
     setup = result.context
     tokenizer = load_tokenizer(resolve(run.model))
-    table = table_of(run, tokenizer)
+    table = table_of(run, run.seed, tokenizer)
     asked = [one for i in table.test if isinstance(one := table.examples[i], Example)]
     prompts = prompt_ids(asked, tokenizer, run.prompt_style)
 

@@ -67,7 +67,7 @@ PRESETS = {
         replace(runner.PAPER, data="dolly", partition="meta"), 5, 100, 16, 16, (1e-6, 3e-6, 1e-5, 3e-5, 1e-4), 512
     ),
     "smoke": Preset(
-        replace(_SMALL.run, clients=2, local_steps=1, rounds=2, batch_size=1, lora_rank=2, test_rows=8),
+        replace(_SMALL.run, clients=2, local_steps=1, rounds=2, batch_size=1, lora_rank=2, test_examples=8),
         *(2, 2, 2, 2, (1e-3, 1e-2), 4),
     ),
 }

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,6 @@ from fedmezo_jax.core.mezo import Params
 
 CLIENTS = "clients"
 """The mesh axis along which clients are spread."""
-Seeds: TypeAlias = Literal["per-client", "shared"]
 
 
 class FederatedState(NamedTuple):
@@ -94,7 +93,7 @@ class Round:
         apply_combined: ``apply_combined(state, coefficients, key) -> FederatedState``: what the server does from these
             alone; the signals stay as they are. A client that is sent them follows the server so.
         upload: ``upload(state, id, report, i, key) -> θ_i`` of participant i of the report, whose id is given.
-        seeds: whether clients share their directions.
+        directions_shared: whether all clients of a round draw the same directions.
     """
 
     work: Callable[..., RoundReport]
@@ -102,7 +101,7 @@ class Round:
     combine: Callable[[np.ndarray, RoundReport], np.ndarray]
     apply_combined: Callable[..., FederatedState]
     upload: Callable[..., Params]
-    seeds: Seeds
+    directions_shared: bool
 
     def __call__(
         self, state: FederatedState, loss: Any, cohort: Cohort, key: jax.Array
@@ -149,7 +148,7 @@ def federated(
     rates: personalization.RateConfig,
     optimizer: optax.GradientTransformation | None = None,
     block_size: int | None = None,
-    seeds: Seeds = "per-client",
+    directions_shared: bool = False,
     mesh: Mesh | None = None,
     least_width: int = 1,
     aggregator: aggregation.Aggregator | None = None,
@@ -167,7 +166,8 @@ def federated(
         block_size: how many clients run at once under ``vmap`` (of each group of a mesh); None means all. Memory grows
             with it. The result is the same bit for bit wherever the loss is; a float32 loss of few rows on a CPU may
             differ in its last place, where a product of more rows sums in another order.
-        seeds: each client draws directions of its own (as in the paper), or all clients of a round draw the same H.
+        directions_shared: whether all clients of a round draw the same H·n directions; by default each client draws its
+            own (as in the paper).
         mesh: devices to spread the clients over, along its axis ``clients``; a cohort's batches then have as many rows
             as its groups can share evenly, those after the P clients being copies; the state lies whole on every
             device. Of a round's work its groups tell each other scalars alone (with back-propagation, the clients'
@@ -194,12 +194,12 @@ def federated(
         rate = personalization.learning_rates(rates, state.signals, rates_key)[ids]
         rate = rate if damping is None else rate * damping
         transforms = () if transform is None else (transform,)
-        axes = (None, None, 0, None if seeds == "shared" else 0, 0, *(None for _ in transforms))
+        axes = (None, None, 0, None if directions_shared else 0, 0, *(None for _ in transforms))
 
         def run_block(block):
             batches, ids, rate = block
             keys = random.shared_key(key, state.round)
-            if seeds == "per-client":
+            if not directions_shared:
                 keys = jax.vmap(random.client_key, in_axes=(None, None, 0))(key, state.round, ids)
             done = jax.vmap(work, in_axes=axes)(loss, state.params, batches, keys, rate, *transforms)
             return done.losses, done.projected_gradients, None if work.reconstruct else done.params
@@ -220,7 +220,7 @@ def federated(
 
     def reconstruct(state, id, coefficients, rate, key) -> Params:
         assert reconstructed is not None  # back-propagated work brings its parameters
-        ours = common_key(key, state.round) if seeds == "shared" else own_key(key, state.round, np.int32(id))
+        ours = common_key(key, state.round) if directions_shared else own_key(key, state.round, np.int32(id))
         return reconstructed(state.params, ours, np.asarray(coefficients, np.float32), np.float32(rate))
 
     def upload(state: FederatedState, id: int, report: RoundReport, i: int, key: jax.Array) -> Params:
@@ -261,7 +261,7 @@ def federated(
                     deltas.extend([_difference(theirs, state.params)] if by_drift else [])
                     yield theirs
 
-        if seeds == "shared" and uploads is None and report.params is None:
+        if directions_shared and uploads is None and report.params is None:
             moved = apply_combined(state, combine(weights, report), key)
             deque(counted() if by_drift else (), 0)
         else:
@@ -274,7 +274,7 @@ def federated(
         return moved._replace(signals=observe(state.signals, ids, losses, drift if deltas else None, share > 0))
 
     move, observe = jax.jit(partial(aggregation.apply_mean_update, optimizer)), jax.jit(personalization.observe)
-    return Federated(init, Round(run, apply, combine, apply_combined, upload, seeds))
+    return Federated(init, Round(run, apply, combine, apply_combined, upload, directions_shared))
 
 
 @jax.jit

@@ -27,7 +27,7 @@ from fedmezo_jax.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-LongRows: TypeAlias = Literal["drop", "cut"]
+Overlong: TypeAlias = Literal["skip", "truncate"]
 
 _MULTIPLE = 8
 _FORMAT = 1  # of the cached tokens: raise it when the same text is to give other tokens
@@ -39,14 +39,14 @@ class Encoded(NamedTuple):
     Attributes:
         rows: the rows that are kept.
         kept: int64 [N], the index of each row's example, ascending.
-        dropped: number of examples left out, for being too long or, where long ones are cut, for having no label left.
-        cut: number of rows that lost their end.
+        skipped: number of examples left out: too long or, where those are truncated, without a label left.
+        truncated: number of rows that lost their end.
     """
 
     rows: TokenBatch
     kept: np.ndarray
-    dropped: int
-    cut: int
+    skipped: int
+    truncated: int
 
 
 def encode(
@@ -55,7 +55,7 @@ def encode(
     max_length: int,
     *,
     style: Style = "alpaca",
-    long_rows: LongRows = "drop",
+    overlong: Overlong = "skip",
     cache: Path | None = None,
     source: str = "the data",
 ) -> Encoded:
@@ -77,13 +77,13 @@ def encode(
         tokenizer: a fast tokenizer with an end token.
         max_length: most tokens in a row.
         style: how an instruction becomes a prompt.
-        long_rows: a row of more than `max_length` tokens is dropped, or cut at its end so long as a label is left.
+        overlong: a row of more than `max_length` tokens is skipped, or truncated if a label is left.
         cache: folder in which the tokens are kept under a hash of all that decides them; None keeps them nowhere.
         source: what error messages call the examples.
 
     Returns:
         N <= n rows with S the longest row and M the largest number of labels, each rounded up to a multiple of 8
-        (S at most to `max_length`), the examples they come from, and how many were dropped and cut.
+        (S at most to `max_length`), the examples they come from, and how many were skipped and truncated.
 
     Raises:
         UserError: the tokenizer has no end token, a chat does not fit its template, or no row fits.
@@ -92,16 +92,16 @@ def encode(
     if end is None:
         raise UserError("the tokenizer names no end token (eos_token), which must close every response")
     table = _tokens(examples, tokenizer, style, cache, source) if examples else []
-    kept, tokens, labels, cut, shortest = [], [], [], 0, None
+    kept, tokens, labels, truncated, shortest = [], [], [], 0, None
     for i, (row, labelled) in enumerate(table):
         length = len(row)
         shortest = length if shortest is None else min(length, shortest)
-        if length > max_length and long_rows == "drop":
+        if length > max_length and overlong == "skip":
             continue
         places = labelled[: np.searchsorted(labelled, max_length)]
         if not len(places):
             continue
-        cut += length > max_length
+        truncated += length > max_length
         kept.append(i)
         tokens.append(row[: places[-1] + 1])
         labels.append(places)
@@ -127,7 +127,7 @@ def encode(
         rows.labels[i, : len(places)] = row[places]
         rows.label_positions[i, : len(places)] = places - 1
         rows.label_weights[i, : len(places)] = 1
-    return Encoded(rows, np.array(kept, np.int64), len(examples) - len(kept), int(cut))
+    return Encoded(rows, np.array(kept, np.int64), len(examples) - len(kept), int(truncated))
 
 
 def _tokens(

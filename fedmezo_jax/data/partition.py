@@ -145,23 +145,23 @@ def heterogeneity(parts: Partition, categories: Sequence[str]) -> float:
 
 
 def hold_out(
-    n: int, test_rows: int, seed: int, categories: Sequence[str] | None = None
+    n: int, test_examples: int, seed: int, categories: Sequence[str] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Splits range(n) into sorted train and test indices, `test_rows` of them for the test.
+    """Splits range(n) into sorted train and test indices, `test_examples` of them for the test.
 
-    With `categories` [n] each category gives its share of test rows to within one row: the rows are put in random
-    order, lined up by category, and the test rows are taken at even distances.
+    With `categories` [n] each category gives its share of test examples to within one row: the rows are put in random
+    order, lined up by category, and the test examples are taken at even distances.
 
     Raises:
         UserError: no test row is asked for, or no row would be left for training.
     """
-    if not 1 <= test_rows < n:
-        raise UserError(f"{test_rows} test rows of {n}: choose at least 1 and leave at least one row for training")
+    if not 1 <= test_examples < n:
+        raise UserError(f"{test_examples} test examples of {n}: choose at least 1 and leave at least one for training")
     order = generator(seed, "hold out").permutation(n)
     if categories is not None:
         order = order[np.argsort(np.asarray(categories)[order], kind="stable")]
     picked = np.zeros(n, bool)
-    picked[order[(2 * np.arange(test_rows) + 1) * n // (2 * test_rows)]] = True
+    picked[order[(2 * np.arange(test_examples) + 1) * n // (2 * test_examples)]] = True
     return np.flatnonzero(~picked), np.flatnonzero(picked)
 
 

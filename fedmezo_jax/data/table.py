@@ -11,7 +11,7 @@ import numpy as np
 
 from fedmezo_jax.data import partition
 from fedmezo_jax.data.clusters import clusters
-from fedmezo_jax.data.encode import LongRows, encode
+from fedmezo_jax.data.encode import Overlong, encode
 from fedmezo_jax.data.examples import Chat, Example, TokenBatch
 from fedmezo_jax.data.partition import Partition
 from fedmezo_jax.data.prompts import Style
@@ -33,16 +33,16 @@ class Table(NamedTuple):
         rows: all rows.
         train: indices of the training rows, ascending.
         test: indices of the held-out rows, ascending.
-        dropped: number of examples left out for their length.
-        cut: number of rows that lost their end.
+        skipped: number of examples left out for their length.
+        truncated: number of rows that lost their end.
     """
 
     examples: list[Example] | list[Chat]
     rows: TokenBatch
     train: np.ndarray
     test: np.ndarray
-    dropped: int
-    cut: int
+    skipped: int
+    truncated: int
 
 
 def tabulate(
@@ -53,8 +53,8 @@ def tabulate(
     fields: str,
     style: Style,
     max_length: int,
-    long_rows: LongRows,
-    test_rows: int,
+    overlong: Overlong,
+    test_examples: int,
     seed: int,
     cache: Path | None = None,
 ) -> Table:
@@ -67,8 +67,8 @@ def tabulate(
         fields: a field map as on the command line, or "".
         style: style of the prompt.
         max_length: most tokens in a row.
-        long_rows: what becomes of longer ones.
-        test_rows: rows held out, their share of each category; 0 for all rows.
+        overlong: whether longer ones are skipped or truncated.
+        test_examples: examples held out, their share of each category; 0 for all rows.
         seed: seed of generated data and of the split.
         cache: folder for tokens kept from one run to the next.
 
@@ -77,15 +77,15 @@ def tabulate(
     """
     examples = load(name, data_dir=data_dir, fields=parse_fields(fields), seed=seed)
     encoded = encode(
-        examples, tokenizer, max_length, style=style, long_rows=long_rows, cache=cache, source=f"--data {name}"
+        examples, tokenizer, max_length, style=style, overlong=overlong, cache=cache, source=f"--data {name}"
     )
     kept = [examples[i] for i in encoded.kept]
-    if test_rows:
+    if test_examples:
         with data_named(name):
-            train, test = partition.hold_out(len(kept), test_rows, seed, [example.category for example in kept])
+            train, test = partition.hold_out(len(kept), test_examples, seed, [example.category for example in kept])
     else:
         train, test = np.arange(0), np.arange(len(kept))
-    return Table(kept, encoded.rows, train, test, encoded.dropped, encoded.cut)  # pyright: ignore[reportArgumentType]
+    return Table(kept, encoded.rows, train, test, encoded.skipped, encoded.truncated)  # pyright: ignore[reportArgumentType]
 
 
 @contextmanager

@@ -68,7 +68,7 @@ class RoundSpec(NamedTuple):
         rank: of the LoRA.
         targets: projections with an adapter.
         precision: of the products with frozen weights.
-        seeds: whose directions.
+        directions_shared: whether all clients draw the same directions.
     """
 
     config: LlamaConfig
@@ -79,7 +79,7 @@ class RoundSpec(NamedTuple):
     rank: int
     targets: tuple[str, ...]
     precision: Precision
-    seeds: federated.Seeds
+    directions_shared: bool
 
 
 class Compiled(NamedTuple):
@@ -131,7 +131,7 @@ def lower(planned: RoundSpec, mesh: Mesh, at_once: int) -> Any:
     whole = partial(jax.tree.map, lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere))
     lora = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, jnp.float32), shapes, is_leaf=lambda x: isinstance(x, tuple))
     work = client.mezo_client(mezo.MezoConfig())
-    settings = (work, personalization.RateConfig(1e-5), None, at_once, planned.seeds)
+    settings = (work, personalization.RateConfig(1e-5), None, at_once, planned.directions_shared)
     state = whole(jax.eval_shape(lambda lora: federated.federated(*settings).init(lora, planned.clients), lora))
     held = (sharding.pad_to_groups(mesh, planned.clients), planned.local_steps, planned.batch_size)
     labels = (*held, max(1, planned.length // 2))

@@ -33,6 +33,7 @@ from fedmezo_jax.llama.precision import Precision, default_precision, least_clie
 from fedmezo_jax.llama.registry import cache_folder, load_tokenizer, resolve
 from fedmezo_jax.parallel import sharding
 from fedmezo_jax.run.config import RunConfig
+from fedmezo_jax.run.config_parts import DataConfig, LocalConfig, ServerConfig
 
 TOKENS_AT_ONCE = 8192
 """Clients run at once so long as their batches hold no more tokens than this; further ones follow in blocks."""
@@ -47,11 +48,11 @@ class RunContext(NamedTuple):
         base: its frozen weights, on the device.
         lora: θ at the start.
         train: training rows.
-        test: test rows.
+        test: test examples.
         parts: for each client the indices of its rows in ``train``.
         categories: category of each training row, or what stands for it where the partition goes by something else.
-        dropped: rows left out because they are longer than ``max_length``.
-        cut: rows that lost their end for it.
+        skipped: rows left out because they are longer than ``max_length``.
+        truncated: rows that lost their end for it.
         widths: at which steps run.
         mesh: the devices it is spread over; None for one.
     """
@@ -64,8 +65,8 @@ class RunContext(NamedTuple):
     test: TokenBatch
     parts: list[np.ndarray]
     categories: list[str]
-    dropped: int
-    cut: int
+    skipped: int
+    truncated: int
     widths: Widths
     mesh: Mesh | None
 
@@ -124,7 +125,7 @@ def prepare(config: RunConfig, mesh: Mesh | None = None) -> RunContext:
             f"--max-length {config.max_length}: the model takes {llama.max_position_embeddings} tokens at most"
         )
     tokenizer = load_tokenizer(folder)
-    table = table_of(config, tokenizer)
+    table = table_of(config, config.seed, tokenizer)
     check_tokens(table.rows, llama, folder)
     train, test = (TokenBatch(*(leaf[picked] for leaf in table.rows)) for picked in (table.train, table.test))
     trained = [table.examples[i] for i in table.train]
@@ -136,12 +137,12 @@ def prepare(config: RunConfig, mesh: Mesh | None = None) -> RunContext:
     model = Llama(llama, config.lora_alpha / config.lora_rank, config.precision)
     among = widths(train, config.length_buckets)
     lora = sharding.replicate(mesh, start(config, llama))
-    counted = (table.dropped, table.cut)
+    counted = (table.skipped, table.truncated)
     return RunContext(config, model, base, lora, train, test, parts, categories, *counted, among, mesh)
 
 
-def table_of(config: Any, tokenizer: Any) -> Table:
-    """The rows that a configuration's data options mean, those of :class:`RunConfig`, tokenised and split."""
+def table_of(config: DataConfig, seed: int, tokenizer: Any) -> Table:
+    """The rows that these options mean, tokenised, and split by the seed (which also generates ``bundled``)."""
     return tabulate(
         config.data,
         tokenizer,
@@ -149,9 +150,9 @@ def table_of(config: Any, tokenizer: Any) -> Table:
         fields=config.fields,
         style=config.prompt_style,
         max_length=config.max_length,
-        long_rows=config.long_rows,
-        test_rows=config.test_rows,
-        seed=config.seed,
+        overlong=config.overlong,
+        test_examples=config.test_examples,
+        seed=seed,
         cache=cache_folder() / "tokens",
     )
 
@@ -187,17 +188,19 @@ def algorithm(
     else:
         work = client.sgd_client(local_optimizer(config))
     rates = personalization.RateConfig(config.learning_rate, config.personalize, config.personalize_scale)
-    return federated.federated(work, rates, server_optimizer(config), block_size, config.seeds, mesh, least_width)
+    return federated.federated(
+        work, rates, server_optimizer(config), block_size, config.directions_shared, mesh, least_width
+    )
 
 
-def local_optimizer(config: RunConfig) -> Callable[[Any], optax.GradientTransformation]:
+def local_optimizer(config: LocalConfig) -> Callable[[Any], optax.GradientTransformation]:
     """The optimizer of back-propagated local steps, made of a learning rate."""
     if config.local_optimizer == "adam":
         return partial(optax.adamw, weight_decay=config.weight_decay)
     return lambda rate: optax.chain(optax.add_decayed_weights(config.weight_decay), optax.sgd(rate))
 
 
-def server_optimizer(config: RunConfig) -> optax.GradientTransformation:
+def server_optimizer(config: ServerConfig) -> optax.GradientTransformation:
     """The server's, fed with the pseudo-gradient."""
     if config.server_optimizer == "adam":
         return optax.adam(config.server_learning_rate)
@@ -210,7 +213,7 @@ def unpaired(model: Llama) -> Llama:
 
 
 def evaluator(setup: RunContext) -> Callable[[mezo.Params], float]:
-    """``test_loss(lora)``: mean cross-entropy over the label tokens of all test rows, in nats."""
+    """``test_loss(lora)``: mean cross-entropy over the label tokens of all test examples, in nats."""
     model, count = unpaired(setup.model), len(setup.test.tokens)
     size = min(count, max(1, TOKENS_AT_ONCE // setup.test.tokens.shape[1]))
     fill = -count % size  # copies of the first row without weight, so that all batches have one shape

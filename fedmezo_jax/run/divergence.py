@@ -1,4 +1,4 @@
-"""The guard over a run: what counts as a surge, what announces one, and how large a projected gradient may be."""
+"""When a run diverges, what announces it, and how large a projected gradient may be."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from jax.tree_util import Partial
 from fedmezo_jax.core import mezo
 from fedmezo_jax.core.federated import RoundReport
 from fedmezo_jax.run.config import RunConfig
+from fedmezo_jax.run.config_parts import LocalConfig
 
 MEMORY = 10
-"""Rounds that the gauge looks back."""
-SURGE = 1.5
-"""A round's mean loss this many times the usual one is a surge."""
+"""Recent rounds that decide what is typical."""
+DIVERGED_ABOVE = 1.5
+"""A round's mean loss this many times the typical one has diverged."""
 CLIP = 5.0
 """Projected gradients are g ~ N(0, ‖∇F‖²) along Gaussian directions: one beyond five standard deviations is no draw."""
 
 GROWTH, ENOUGH = 2.5, 8
-"""Growth of projected gradients over a round's local steps that announces a surge, from that many of them at least."""
+"""Growth of projected gradients over a round's local steps that announces divergence; fewer of them are not judged."""
 
 
-class Gauge(NamedTuple):
-    """What is usual, measured over the last rounds that were kept.
+class Typical(NamedTuple):
+    """What recent rounds measured, of those that were kept.
 
     Attributes:
         loss: median of their training losses (:func:`median_loss`); before there are any, the test loss of the base
@@ -42,25 +43,23 @@ class Gauge(NamedTuple):
         """Largest projected gradient that is not clipped."""
         return CLIP * self.gradient
 
-    def surged(self, losses: np.ndarray) -> bool:
+    def diverged(self, losses: np.ndarray) -> bool:
         """Whether the ``[P, H]`` losses of a round have exploded, those of half of its clients or more."""
-        return bool(len(losses)) and not median_loss(losses) <= SURGE * self.loss
+        return bool(len(losses)) and not median_loss(losses) <= DIVERGED_ABOVE * self.loss
 
 
 def kept(record: Mapping[str, Any]) -> bool:
-    """Whether a round, by its record in ``metrics.jsonl``, counts as usual."""
-    return not (record["surge"] or record["rolled_back"])
+    """Whether a round, by its record in ``metrics.jsonl``, counts as typical."""
+    return not (record["diverged"] or record["rolled_back"])
 
 
-def gauge(loss_before: float, recent: Collection[Mapping[str, Any]]) -> Gauge:
-    """The gauge after the last :data:`MEMORY` rounds that were kept, by their records."""
+def typical(loss_before: float, recent: Collection[Mapping[str, Any]]) -> Typical:
+    """What the last :data:`MEMORY` rounds that were kept measured, by their records."""
     if not recent:
-        return Gauge(loss_before, np.inf)
-    # Records of earlier versions have the means alone.
-    losses = [record.get("median_loss", record["train_loss"]) for record in recent]
-    gradients = [record.get("median_gradient", record["projected_gradient"]) for record in recent]
-    gradients = [gradient for gradient in gradients if gradient is not None]
-    return Gauge(float(np.median(losses)), float(np.median(gradients)) if gradients else np.inf)
+        return Typical(loss_before, np.inf)
+    losses = [record["median_loss"] for record in recent]
+    gradients = [record["median_gradient"] for record in recent if record["median_gradient"] is not None]
+    return Typical(float(np.median(losses)), float(np.median(gradients)) if gradients else np.inf)
 
 
 def median_loss(losses: np.ndarray) -> float:
@@ -186,14 +185,14 @@ def growth(report: RoundReport, counted: np.ndarray) -> float | None:
     return float(np.sqrt(np.mean(last**2) / np.mean(first**2)))
 
 
-def warnings(probe: Probe, config: RunConfig, trained: int) -> list[str]:
+def warnings(probe: Probe, config: LocalConfig, trained: int) -> list[str]:
     """What there is to warn of before the first round."""
     if config.learning_rate <= probe.largest_rate:
         return []
     step = step_length(config.learning_rate, probe.noisy_gradient**0.5, trained)
     return [
         f"--learning-rate {config.learning_rate:g} is above {probe.largest_rate:.2g}, beyond which a local step is "
-        f"expected to raise the loss (it moves θ by η·|g|·√d = {step:.2g}): a surge is likely"
+        f"expected to raise the loss (it moves θ by η·|g|·√d = {step:.2g}): the loss is likely to diverge"
     ]
 
 

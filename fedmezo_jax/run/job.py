@@ -36,7 +36,7 @@ def fine_tune(
     mesh: str | None = None,
     checkpoint_every: int = 5,
     eval_every: int = 5,
-    guard: bool = True,
+    check_rate: bool = True,
     on_start: Callable[[RunContext], None] = lambda context: None,
     on_round: Callable[[dict[str, Any]], None] = lambda record: None,
     notify: Callable[[str], None] = to_stderr,
@@ -54,7 +54,7 @@ def fine_tune(
         mesh: devices along each axis, e.g. ``clients=4,model=2``; by default all devices go to the clients.
         checkpoint_every: rounds between checkpoints.
         eval_every: rounds between measurements of the test loss.
-        guard: measure before the first round whether the learning rate is too large (144 forward passes).
+        check_rate: measure before the first round whether the learning rate is too large (144 forward passes).
         on_start: called with what the run works with, when all is loaded and before the first round.
         on_round: called with each round's record in ``metrics.jsonl``, those of earlier sessions first.
         notify: called with each line that the user should read.
@@ -67,7 +67,7 @@ def fine_tune(
     with ExitStack() as held:
         held.enter_context(multihost.report_peer_failure())
         held.enter_context(run_folder.guarded(folder))
-        options = {"out": out, "resume": resume, "mesh": mesh, "guard": guard}
+        options = {"out": out, "resume": resume, "mesh": mesh, "check_rate": check_rate}
         options |= {"checkpoint_every": checkpoint_every, "eval_every": eval_every}
         environment = versions() | {"devices a process": jax.local_device_count()}
         multihost.check_same_config(asdict(config) | options | environment)
@@ -78,7 +78,7 @@ def fine_tune(
         context, loss_before = _open(config, folder, resume, mesh, held, notify)
         begun = multihost.all_or_none((folder / "metrics.jsonl").exists)
         on_start(context)
-        for warning in warnings(context, guard and not begun):
+        for warning in warnings(context, check_rate and not begun):
             notify(f"warning: {warning}")
         return train(
             context,
@@ -121,8 +121,8 @@ def _open(
     return context, loss_before
 
 
-def warnings(context: RunContext, guard: bool) -> Iterator[str]:
-    """What is likely to go wrong: too coarse a precision; with ``guard``, which measures it, too large a learning rate.
+def warnings(context: RunContext, check_rate: bool) -> Iterator[str]:
+    """What is likely to go wrong: too coarse a precision and, measured with ``check_rate``, too large a learning rate.
 
     There is nothing to measure in bfloat16, whose losses show no curvature.
     """
@@ -135,5 +135,5 @@ def warnings(context: RunContext, guard: bool) -> Iterator[str]:
             f"at --precision {precision}, --perturbation-scale {config.perturbation_scale:g} the projected gradient is "
             f"likely off by {size}: choose paired or float32, or measure it with experiments.benchmarks.precision"
         )
-    if guard and precision != "bfloat16":
+    if check_rate and precision != "bfloat16":
         yield from divergence.warnings(probe_start(context), config, divergence.count(context.lora))

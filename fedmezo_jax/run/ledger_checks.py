@@ -69,9 +69,9 @@ def _fault(entry: Entry, index: int, config: RunConfig, damping: float) -> str |
         return f"it is of attempt {entry.attempt + 1} of {config.attempts}"
     if not np.array_equal(entry.ids, _participants(entry, entry.attempt, config)):
         return "its clients are not those that its seed draws"
-    if entry.rolled_back and config.on_surge != "rollback":
-        return "it is rolled back, and on_surge is not rollback"
-    if entry.clipped > (config.participants * config.local_steps if config.on_surge == "clip" else 0):
+    if entry.rolled_back and config.on_divergence != "rollback":
+        return "it is rolled back, and on_divergence is not rollback"
+    if entry.clipped > (config.participants * config.local_steps if config.on_divergence == "clip" else 0):
         return f"it has {entry.clipped} clipped steps"
     return _failed_fault(entry, config) or _number_fault(entry, config, damping)
 
@@ -112,7 +112,7 @@ def _number_fault(entry: Entry, config: RunConfig, damping: float) -> str | None
     slack = _ROUNDING * middle + np.finfo(np.float32).tiny
     if not np.all(np.abs(np.asarray(entry.learning_rates, np.float64) - middle) <= spread * middle + slack):
         return f"a learning rate is not within {spread:g} of {middle:g}"
-    limit = math.inf if config.on_surge == "clip" else None
+    limit = math.inf if config.on_divergence == "clip" else None
     for id, weight, rate, message in zip(
         map(int, entry.ids), entry.weights, entry.learning_rates, entry.updates, strict=True
     ):

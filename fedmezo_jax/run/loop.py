@@ -93,8 +93,8 @@ def train(
     def work_of(progress: rounds.Progress, t: int) -> rounds.Work:
         def work(attempt: int, limit: float) -> rounds.Answers:
             current, _, _ = cohort(t, attempt)
-            transform = transforms.clip(np.float32(limit)) if config.on_surge == "clip" else None
-            damping = progress.damping if config.on_surge == "rollback" else None
+            transform = transforms.clip(np.float32(limit)) if config.on_divergence == "clip" else None
+            damping = progress.damping if config.on_divergence == "rollback" else None
             with clock:
                 report = round.work(progress.state, loss, current, key, transform, damping)
                 if t + 1 < config.rounds:
@@ -117,15 +117,15 @@ def train(
         start = time.perf_counter()
         for t in range(first, config.rounds):
             last = t + 1 == config.rounds
-            gauge = divergence.gauge(loss_before, recent)
+            typical = divergence.typical(loss_before, recent)
             (entry, chain), uploads = next(journal.known, (None, None)), None
             if entry is None:
-                entry, uploads = rounds.run_round(config, t, sizes, gauge, work_of(progress, t), setup.lora)
+                entry, uploads = rounds.run_round(config, t, sizes, typical, work_of(progress, t), setup.lora)
                 chain = journal.append(entry)
             with clock:
                 progress, report, traffic = rounds.conclude(config, round, progress, entry, uploads, key)
                 measured = test_loss(progress.state.params) if last or (t + 1) % eval_every == 0 else None
-            record = rounds.metrics_of(config, entry, report, traffic, gauge)
+            record = rounds.metrics_of(config, entry, report, traffic, typical)
             spent = [cohort(t, attempt)[1:] for attempt in range(entry.attempt + 1)]
             held, tokens = map(sum, zip(*spent, strict=True))
             now = time.perf_counter()
@@ -177,7 +177,7 @@ class Stopwatch:
 
 
 PROBE_DIRECTIONS, PROBE_BATCHES, PROBE_SCALE = 8, 8, 1e-2
-"""Of the learning-rate guard. Its μ is large enough for a second difference of float32 losses."""
+"""Of the learning-rate check. Its μ is large enough for a second difference of float32 losses."""
 
 
 def probe_start(setup: RunContext) -> divergence.Probe:

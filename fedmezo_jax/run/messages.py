@@ -7,8 +7,8 @@ sent by    to          message                                when              
 server     a client    its learning rate                      before its local work       pack_start
 client     server      its projected gradients and losses     ``--uplink coefficients``   pack_update
 client     server      its LoRA θ_i and losses                ``--uplink lora``           pack_lora_update
-server     everyone    their gradients, rates and weights     ``--seeds per-client``      pack_outcome
-server     everyone    the mean coefficients                  ``--seeds shared``          pack_mean
+server     everyone    their gradients, rates and weights     own directions              pack_outcome
+server     everyone    the mean coefficients                  ``--directions-shared``     pack_mean
 server     a client    the LoRA θ                             ``--uplink lora``           lora_message
 
 Whatever a message holds, reading it gives a value of the right types and shapes or raises ``UserError``, and allocates

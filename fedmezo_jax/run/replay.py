@@ -22,6 +22,7 @@ from fedmezo_jax.llama.lora import lora_shapes
 from fedmezo_jax.llama.registry import resolve, resolve_local
 from fedmezo_jax.run import ledger, ledger_checks, rounds
 from fedmezo_jax.run.config import RunConfig
+from fedmezo_jax.run.config_parts import LoraConfig, ModelConfig
 from fedmezo_jax.run.context import algorithm, start, stored_type
 
 
@@ -114,7 +115,7 @@ def _verify(file: Path, model: str | None, notify: Callable[[str], None]) -> Ver
     return VerifiedLedger(file, header, config, llama, last.index, last.end)
 
 
-def _base(file: Path, config: RunConfig, model: str | None) -> Path:
+def _base(file: Path, config: ModelConfig, model: str | None) -> Path:
     """The folder of the base model. A ledger alone does not make this machine fetch anything."""
     if model is not None:
         return resolve(model)
@@ -127,7 +128,7 @@ def _base(file: Path, config: RunConfig, model: str | None) -> Path:
     return folder
 
 
-def _check_rank(config: RunConfig, llama: LlamaConfig, file: Path) -> None:
+def _check_rank(config: LoraConfig, llama: LlamaConfig, file: Path) -> None:
     """Refuses an adapter that is larger than its base and than a gigabyte, before there is room made for it."""
     shapes = lora_shapes(llama, config.lora_rank, config.target_names)
     size = sum(math.prod(shape) for half in shapes.values() for shape in half.values())
@@ -146,7 +147,7 @@ def reconstruct(
     """Rebuilds θ from a ledger, round by round with the programs that the run used.
 
     On one backend and one version of JAX the result is the run's, bit for bit. On another, Gaussian directions may
-    differ in their last place; Rademacher directions along shared seeds leave nothing that could round differently
+    differ in their last place; Rademacher directions with shared directions leave nothing that could round differently
     except the server's own optimizer.
 
     Args:

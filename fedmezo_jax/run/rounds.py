@@ -20,6 +20,7 @@ from fedmezo_jax.errors import UserError
 from fedmezo_jax.run import client_failures, divergence, messages
 from fedmezo_jax.run.acceptance import Expected, Message, Received, receive
 from fedmezo_jax.run.config import RunConfig
+from fedmezo_jax.run.config_parts import FaultConfig, LocalConfig
 from fedmezo_jax.run.ledger import Entry
 
 
@@ -56,9 +57,9 @@ Work: TypeAlias = Callable[[int, float], Answers]
 """``work(attempt, limit) -> Answers``: the clients' half of a round; ``limit`` bounds |g|."""
 
 
-def begin(state: federated.FederatedState, config: RunConfig) -> Progress:
+def begin(state: federated.FederatedState, config: FaultConfig) -> Progress:
     """Progress before the first round."""
-    before = (state.params, state.optimizer) if config.on_surge == "rollback" else None
+    before = (state.params, state.optimizer) if config.on_divergence == "rollback" else None
     return Progress(state, before, jnp.float32(1))
 
 
@@ -73,7 +74,7 @@ def advance(
     """The server's half of a round, or its undoing."""
     state = progress.state
     if entry.rolled_back:
-        assert progress.before is not None  # as RunConfig.on_surge says
+        assert progress.before is not None  # as RunConfig.on_divergence says
         params, optimizer = progress.before
         state = state._replace(params=params, optimizer=optimizer, round=state.round + 1)
         return progress._replace(state=state, damping=progress.damping / 2)
@@ -118,7 +119,7 @@ def run_round(
     config: RunConfig,
     t: int,
     sizes: np.ndarray,
-    gauge: divergence.Gauge,
+    typical: divergence.Typical,
     work: Work,
     like: Params,
 ) -> tuple[Entry, list[Params | None]]:
@@ -128,7 +129,7 @@ def run_round(
         config: the run's.
         t: number of the round.
         sizes: ``[N]`` rows of each client.
-        gauge: what earlier rounds measured.
+        typical: what earlier rounds measured.
         work: the clients' half of the round.
         like: a tree with the structure and shapes of θ.
 
@@ -141,8 +142,8 @@ def run_round(
     failed: list[tuple[int, int, str]] = []
     for attempt in range(config.attempts):
         away = client_failures.absent(config.seed, t, attempt, config.clients, config.dropout, config.deadline)
-        clip = config.on_surge == "clip"
-        limit = gauge.limit if clip else np.inf
+        clip = config.on_divergence == "clip"
+        limit = typical.limit if clip else np.inf
         ids, rates, arrived = work(attempt, limit)
         received = []
         for message, id, rate in zip(arrived, map(int, ids), rates, strict=True):
@@ -160,7 +161,7 @@ def run_round(
         if clip:
             here = np.array([update is not None for update in updates])
             entry = entry._replace(clipped=divergence.count_clipped(report, here, limit))
-        if config.on_surge == "rollback" and gauge.surged(known_losses(entry, report)):
+        if config.on_divergence == "rollback" and typical.diverged(known_losses(entry, report)):
             entry = entry._replace(rolled_back=True)
         if weights.any() or entry.rolled_back:
             return entry, [answer.params for answer in received]
@@ -209,7 +210,7 @@ def scalar_traffic(config: RunConfig, round: federated.Round, entry: Entry, repo
     if entry.rolled_back:
         return Traffic(up, begin)
     counted = entry.weights > 0
-    if config.seeds == "shared":
+    if config.directions_shared:
         size = len(messages.pack_mean(entry.round, round.combine(entry.weights, report)))
         return Traffic(up, [first + size for first in begin], size * (config.clients - len(entry.ids)))
     gradients = np.asarray(report.projected_gradients)[counted].reshape(int(counted.sum()), -1)
@@ -258,22 +259,26 @@ def conclude(
     return jax.block_until_ready(advance(round, progress, entry, report, key, each)), report, traffic
 
 
-def notices(config: RunConfig, record: dict[str, Any], trained: int) -> list[str]:
+def notices(config: LocalConfig, record: dict[str, Any], trained: int) -> list[str]:
     """What of a round's record the user should be told."""
     said = [
         f"round {record['round']}: client {event['client']} {event['why']}: left out"
         for event in record["failed"]
         if event["why"] not in (client_failures.DROPPED, client_failures.LATE)
     ]
-    if record["surge"] or record["rolled_back"]:
-        then = "rolled back, learning rates halved" if record["rolled_back"] else "lower --learning-rate, or --on-surge"
+    if record["diverged"] or record["rolled_back"]:
+        then = (
+            "rolled back, learning rates halved"
+            if record["rolled_back"]
+            else "lower --learning-rate, or --on-divergence"
+        )
         said.append(f"round {record['round']}: the loss has exploded ({record['train_loss']}): {then}")
     elif (record["gradient_growth"] or 0) > divergence.GROWTH:
         rate = max(record["learning_rates"])
         walk = divergence.step_length(rate, record["projected_gradient"], trained, config.local_steps)
         said.append(
             f"round {record['round']}: projected gradients grew {record['gradient_growth']:.1f}-fold over the local "
-            f"steps, which move θ by η·|g|·√(d·H) = {walk:.2g}: a surge is near, lower --learning-rate"
+            f"steps, which move θ by η·|g|·√(d·H) = {walk:.2g}: the loss is about to diverge, lower --learning-rate"
         )
     if record["clipped"]:
         said.append(f"round {record['round']}: {record['clipped']} steps were clipped")
@@ -281,7 +286,7 @@ def notices(config: RunConfig, record: dict[str, Any], trained: int) -> list[str
 
 
 def metrics_of(
-    config: RunConfig, entry: Entry, report: federated.RoundReport, traffic: Traffic, gauge: divergence.Gauge
+    config: RunConfig, entry: Entry, report: federated.RoundReport, traffic: Traffic, typical: divergence.Typical
 ) -> dict[str, Any]:
     """What a round's record in ``metrics.jsonl`` takes from its entry."""
     heard, losses = entry.weights > 0, known_losses(entry, report)
@@ -297,7 +302,7 @@ def metrics_of(
         "median_gradient": divergence.median_gradient(report, heard),
         "gradient_growth": divergence.growth(report, heard),
         "failed": [{"attempt": attempt + 1, "client": id, "why": why} for attempt, id, why in entry.failed],
-        "surge": gauge.surged(losses),
+        "diverged": typical.diverged(losses),
         "clipped": entry.clipped,
         "rolled_back": entry.rolled_back,
         "uplink_bytes": sum(traffic.up),

@@ -72,7 +72,7 @@ def check_supported(config: RunConfig) -> None:
     for option, value, needed in (
         ("dropout", config.dropout, 0.0),
         ("deadline", config.deadline, None),
-        ("on_surge", config.on_surge, "warn"),
+        ("on_divergence", config.on_divergence, "warn"),
         ("length_buckets", config.length_buckets, 1),
     ):
         if value != needed:
@@ -164,7 +164,7 @@ def _round(config: RunConfig, knobs: SweepAxes, states, loss, cohorts: federated
         rates = personalization.RateConfig(knobs.learning_rate, config.personalize, knobs.personalize_scale)
         rates_key = jax.random.fold_in(jax.random.fold_in(key, random.RATES), state.round)
         rate = personalization.learning_rates(rates, state.signals, rates_key)[ids]
-        if config.seeds == "shared":
+        if config.directions_shared:
             work_keys = jnp.stack([random.shared_key(key, state.round)] * config.participants)
         else:
             work_keys = jax.vmap(random.client_key, in_axes=(None, None, 0))(key, state.round, ids)
@@ -182,7 +182,7 @@ def _round(config: RunConfig, knobs: SweepAxes, states, loss, cohorts: federated
 
 
 def _test_losses(model: Llama, base: Base, loras: mezo.Params, rows: TokenBatch) -> jax.Array:
-    """``[R]`` mean cross-entropy over each run's test rows."""
+    """``[R]`` mean cross-entropy over each run's test examples."""
 
     def one(lora_and_rows):
         total, labels = loss_sums(model, base, *lora_and_rows)

@@ -41,9 +41,9 @@ def cohort(t, ids, weights=None):
     return federated.Cohort(jnp.asarray(ids), jnp.asarray(weights[ids]), jnp.asarray(TARGETS[t][ids]))
 
 
-def make(strategy="frozen", block_size=None, directions=1, optimizer=None, scale=0.5, seeds="per-client", decay=0.0):
+def make(strategy="frozen", block_size=None, directions=1, optimizer=None, scale=0.5, shared=False, decay=0.0):
     work = client.mezo_client(mezo.MezoConfig(MU, directions, weight_decay=decay))
-    return federated.federated(work, personalization.RateConfig(RATE, strategy, scale), optimizer, block_size, seeds)
+    return federated.federated(work, personalization.RateConfig(RATE, strategy, scale), optimizer, block_size, shared)
 
 
 def run(cohorts, *, weights=None, **options):
@@ -56,20 +56,18 @@ def run(cohorts, *, weights=None, **options):
 
 
 @pytest.mark.parametrize("strategy", ["frozen", "round-wise", "five-round", "model-diff"])
-@pytest.mark.parametrize(
-    ("partial", "directions", "seeds"), [(False, 1, "per-client"), (True, 3, "per-client"), (True, 1, "shared")]
-)
-def test_rounds_equal_the_papers_loops(strategy, partial, directions, seeds):
+@pytest.mark.parametrize(("partial", "directions", "shared"), [(False, 1, False), (True, 3, False), (True, 1, True)])
+def test_rounds_equal_the_papers_loops(strategy, partial, directions, shared):
     cohorts = [np.arange(CLIENTS)] * 8
     if partial:
         cohorts = [aggregation.sample_participants(1, t, CLIENTS, 4) for t in range(8)]
     weights = np.array([1, 2, 3, 4, 5, 6], np.float32)
     start = {name: leaf.astype(np.float64) for name, leaf in START.items()}
     expected = paper_loop.fedmezo(
-        loss, start, TARGETS, cohorts, weights, run_key(), RATE, strategy, 0.5, MU, directions, seeds == "shared"
+        loss, start, TARGETS, cohorts, weights, run_key(), RATE, strategy, 0.5, MU, directions, shared
     )
     for (state, report), (params, rates) in zip(
-        run(cohorts, strategy=strategy, weights=weights, directions=directions, seeds=seeds), expected, strict=True
+        run(cohorts, strategy=strategy, weights=weights, directions=directions, shared=shared), expected, strict=True
     ):
         for name in START:
             np.testing.assert_allclose(state.params[name], params[name], atol=5e-4)
@@ -167,10 +165,10 @@ def test_a_server_that_is_sent_parameters_gets_the_bits_of_one_that_is_sent_scal
 WORD = messages.Update(0, 0, 1, np.zeros((1, 1), np.float32), np.zeros(1, np.float32))
 
 
-@pytest.mark.parametrize("seeds", ["per-client", "shared"])
-def test_a_client_that_hears_only_the_broadcast_has_the_servers_parameters(seeds):
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_client_that_hears_only_the_broadcast_has_the_servers_parameters(shared):
     """It makes every round again from the messages, its own coefficients put in; the server's momentum, too."""
-    fed = make(strategy="random", directions=2, optimizer=optax.sgd(0.7, 0.9), seeds=seeds)
+    fed = make(strategy="random", directions=2, optimizer=optax.sgd(0.7, 0.9), shared=shared)
     theirs = ours = fed.init(jax.tree.map(jnp.asarray, START), CLIENTS)
     for t in range(3):
         ids = aggregation.sample_participants(0, t, CLIENTS, 4)
@@ -179,7 +177,7 @@ def test_a_client_that_hears_only_the_broadcast_has_the_servers_parameters(seeds
         ours = fed.round.apply(ours, ids, weights, report, run_key())
         heard, me = ids[weights > 0], int(ids[0])
         sent, rates = report.projected_gradients[weights > 0].reshape(3, -1), report.learning_rates[weights > 0]
-        if seeds == "shared":
+        if shared:
             _, mean = messages.unpack_mean(messages.pack_mean(t, fed.round.combine(weights, report)))
             theirs = fed.round.apply_combined(theirs, mean.reshape(STEPS, 2), run_key())
         else:
@@ -195,11 +193,11 @@ def test_a_client_that_hears_only_the_broadcast_has_the_servers_parameters(seeds
 
 def test_shared_directions_move_everyone_along_the_same_lines():
     """Its round moves θ inside the span of its H directions; with own directions it does not."""
-    for seeds, rank in (("shared", STEPS), ("per-client", CLIENTS * STEPS)):
-        *_, (state, report) = run([np.arange(CLIENTS)], seeds=seeds)
+    for shared, rank in ((True, STEPS), (False, CLIENTS * STEPS)):
+        *_, (state, report) = run([np.arange(CLIENTS)], shared=shared)
         move = np.concatenate([np.ravel(state.params[name] - START[name]) for name in START])
         keys = [random.shared_key(run_key(), 0)]
-        if seeds == "per-client":
+        if not shared:
             keys = [random.client_key(run_key(), 0, i) for i in range(CLIENTS)]
         zs = [
             paper_loop.direction(jax.random.fold_in(jax.random.fold_in(key, h), 0), START)
@@ -209,17 +207,15 @@ def test_shared_directions_move_everyone_along_the_same_lines():
         basis = np.stack([np.concatenate([z[name].ravel() for name in START]) for z in zs], axis=1)
         coefficients = np.linalg.lstsq(basis, move, rcond=None)[0]
         gradients = RATE * np.asarray(report.projected_gradients)
-        mean = np.mean(gradients, axis=0) if seeds == "shared" else gradients / CLIENTS
+        mean = np.mean(gradients, axis=0) if shared else gradients / CLIENTS
         assert basis.shape[1] == rank
         np.testing.assert_allclose(coefficients, -mean.ravel(), atol=2e-6)
 
 
-@pytest.mark.parametrize(
-    ("strategy", "seeds"), [("frozen", "shared"), ("model-diff", "per-client"), ("round-wise", "per-client")]
-)
-def test_a_client_with_nan_is_left_out_as_if_it_were_not_there(strategy, seeds):
+@pytest.mark.parametrize(("strategy", "shared"), [("frozen", True), ("model-diff", False), ("round-wise", False)])
+def test_a_client_with_nan_is_left_out_as_if_it_were_not_there(strategy, shared):
     pair_loss = Partial(mezo.pair_loss_of(lambda p, b: jnp.where(b[0, 0] > 1e6, jnp.nan, loss(p, b))))
-    fed, weights = make(strategy=strategy, seeds=seeds), np.array([1, 2, 3, 4, 5, 6], np.float32)
+    fed, weights = make(strategy=strategy, shared=shared), np.array([1, 2, 3, 4, 5, 6], np.float32)
     ill, well = (fed.init(jax.tree.map(jnp.asarray, START), CLIENTS) for _ in range(2))
     for t in range(3):
         whole = cohort(t, np.arange(CLIENTS), weights)

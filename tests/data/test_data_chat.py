@@ -80,7 +80,7 @@ def test_an_opening_turn_of_the_assistant_is_not_learnt():
     only = Chat(chat.messages[:1], "")
     encoded = encode([only, chat], tokenizer, 500)
     assert tokenizer.decode(encoded.rows.labels[0, : int(encoded.rows.label_weights.sum())]) == "a, b<|im_end|>"
-    assert (encoded.kept.tolist(), encoded.dropped) == ([1], 1)
+    assert (encoded.kept.tolist(), encoded.skipped) == ([1], 1)
     with pytest.raises(UserError, match="no row has anything to learn"):
         encode([only], tokenizer, 500)
 

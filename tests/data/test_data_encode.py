@@ -23,19 +23,19 @@ def equal(one, other):
     return all(np.array_equal(a, b) for a, b in zip((*one.rows, *one[1:]), (*other.rows, *other[1:]), strict=True))
 
 
-def test_long_rows_are_cut_so_long_as_a_label_is_left_and_counted(tokenizer):
+def test_overlong_examples_are_truncated_if_a_label_is_left_and_counted(tokenizer):
     examples = [
         Example("Hi.", "", "Ho.", ""),
         Example("Hi.", "", "Ho. " * 200, ""),
         Example("Hi. " * 200, "", "Ho.", ""),
     ]
     whole = encode(examples, tokenizer, 5000)
-    assert (whole.dropped, whole.cut) == (0, 0)
+    assert (whole.skipped, whole.truncated) == (0, 0)
     first = int(whole.rows.label_positions[1, 0])  # the last token of the prompt, and so of room without a label
     for room, cut in ((first + 60, 1), (first + 2, 2)):
-        encoded = encode(examples, tokenizer, room, long_rows="cut")
+        encoded = encode(examples, tokenizer, room, overlong="truncate")
         assert encoded.kept.tolist() == [0, 1]
-        assert (encoded.dropped, encoded.cut) == (1, cut)
+        assert (encoded.skipped, encoded.truncated) == (1, cut)
         assert encoded.rows.tokens.shape[1] <= room
         labels = int(encoded.rows.label_weights[1].sum())
         assert labels == room - first - 1
@@ -43,7 +43,7 @@ def test_long_rows_are_cut_so_long_as_a_label_is_left_and_counted(tokenizer):
         assert encoded.rows.labels[1, :labels].tolist() == whole.rows.labels[1, :labels].tolist()
     assert encode(examples, tokenizer, first + 60).kept.tolist() == [0]
     with pytest.raises(UserError, match=rf"no row fits into {first + 1} tokens"):
-        encode(examples[1:], tokenizer, first + 1, long_rows="cut")
+        encode(examples[1:], tokenizer, first + 1, overlong="truncate")
 
 
 def test_every_row_has_a_label_whatever_the_cut(tokenizer):
@@ -54,9 +54,9 @@ def test_every_row_has_a_label_whatever_the_cut(tokenizer):
         for n in range(1, 30)
     ]
     for room in range(8, 60):
-        encoded = encode(chats, tokenizer, room, long_rows="cut")
+        encoded = encode(chats, tokenizer, room, overlong="truncate")
         assert (encoded.rows.label_weights.sum(axis=1) >= 1).all()
-        assert len(encoded.kept) + encoded.dropped == len(chats)
+        assert len(encoded.kept) + encoded.skipped == len(chats)
         assert encoded.rows.label_positions.max() + 2 <= room
 
 
@@ -68,9 +68,9 @@ def test_tokens_are_kept_by_content_and_tokenizer(tokenizer, tmp_path, monkeypat
     first = encode(examples, tokenizer, 500, cache=tmp_path)
     assert len(calls) == 1
     assert equal(encode(examples, tokenizer, 500, cache=tmp_path), first)
-    short = encode(examples, tokenizer, 80, long_rows="cut", cache=tmp_path)  # the same tokens, cut otherwise
+    short = encode(examples, tokenizer, 80, overlong="truncate", cache=tmp_path)  # the same tokens, cut otherwise
     assert len(calls) == 1
-    assert equal(short, encode(examples, tokenizer, 80, long_rows="cut"))
+    assert equal(short, encode(examples, tokenizer, 80, overlong="truncate"))
     calls.clear()
     changed = [examples[0]._replace(response=examples[0].response + "!"), *examples[1:]]
     others = {

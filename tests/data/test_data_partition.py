@@ -29,7 +29,7 @@ def rows_and_clients(draw):
     return categories, draw(st.integers(1, len(categories)))
 
 
-def splitters(categories, clients, alpha, seed):
+def partitions(categories, clients, alpha, seed):
     return {
         "iid": iid(len(categories), clients, seed),
         "dirichlet": dirichlet(categories, clients, alpha, seed),
@@ -40,9 +40,9 @@ def splitters(categories, clients, alpha, seed):
 
 
 @given(rows_and_clients(), alphas, seeds)
-def test_every_splitter_gives_every_row_to_exactly_one_client_and_leaves_no_client_empty(case, alpha, seed):
+def test_every_partitioner_gives_every_row_to_exactly_one_client_and_leaves_no_client_empty(case, alpha, seed):
     categories, clients = case
-    for parts in splitters(categories, clients, alpha, seed).values():
+    for parts in partitions(categories, clients, alpha, seed).values():
         assert len(parts) == clients
         assert all(len(part) > 0 for part in parts)
         assert all((np.diff(part) > 0).all() and np.issubdtype(part.dtype, np.integer) for part in parts)
@@ -50,8 +50,8 @@ def test_every_splitter_gives_every_row_to_exactly_one_client_and_leaves_no_clie
 
 
 @given(rows_and_clients(), alphas, seeds)
-def test_every_splitter_is_a_function_of_its_arguments(case, alpha, seed):
-    first, second = (splitters(*case, alpha, seed) for _ in range(2))
+def test_every_partitioner_is_a_function_of_its_arguments(case, alpha, seed):
+    first, second = (partitions(*case, alpha, seed) for _ in range(2))
     for name in first:
         assert [part.tolist() for part in first[name]] == [part.tolist() for part in second[name]]
 
@@ -59,7 +59,7 @@ def test_every_splitter_is_a_function_of_its_arguments(case, alpha, seed):
 def test_the_seed_matters():
     categories = list("abcdefgh") * 20
     for name in ("iid", "dirichlet", "meta", "quantity", "length"):
-        drawn = {str([part.tolist() for part in splitters(categories, 4, 0.5, seed)[name]]) for seed in range(8)}
+        drawn = {str([part.tolist() for part in partitions(categories, 4, 0.5, seed)[name]]) for seed in range(8)}
         assert len(drawn) > 4
 
 
@@ -212,15 +212,15 @@ def test_heterogeneity_by_hand():
     st.booleans(),
 )
 def test_hold_out_splits_exactly_and_by_category_to_within_one_row(case, seed, stratified):
-    categories, test_rows = case
-    train, test = hold_out(len(categories), test_rows, seed, categories if stratified else None)
-    assert len(test) == test_rows
+    categories, test_examples = case
+    train, test = hold_out(len(categories), test_examples, seed, categories if stratified else None)
+    assert len(test) == test_examples
     assert sorted([*train, *test]) == list(range(len(categories)))
     assert (np.diff(train) > 0).all()
     assert (np.diff(test) > 0).all()
     if stratified:
         for category in set(categories):
-            due = test_rows * categories.count(category) / len(categories)
+            due = test_examples * categories.count(category) / len(categories)
             assert abs(sum(categories[row] == category for row in test) - due) < 1 + 1e-9
 
 
@@ -244,8 +244,8 @@ def test_hold_out_draws_other_rows_with_another_seed():
         (lambda: dirichlet(["a"] * 9, 2, float("nan"), 0), "must be a positive number, not nan"),
         (lambda: dirichlet(["a"] * 9, 2, float("inf"), 0), "must be a positive number, not inf"),
         (lambda: iid(9, 2, -1), "seed must be 0 or larger, not -1"),
-        (lambda: hold_out(9, 9, 0), "9 test rows of 9"),
-        (lambda: hold_out(9, 0, 0), "0 test rows of 9"),
+        (lambda: hold_out(9, 9, 0), "9 test examples of 9"),
+        (lambda: hold_out(9, 0, 0), "0 test examples of 9"),
     ],
 )
 def test_bad_input_gets_one_clear_line(call, words):

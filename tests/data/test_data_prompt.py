@@ -51,7 +51,7 @@ def check(encoded, examples, tokenizer, start=""):
 def test_labels_are_the_response_and_the_end_token(tokenizer):
     examples = bundled(1, 100)
     encoded = encode(examples, tokenizer, 500)
-    assert encoded.dropped == 0
+    assert encoded.skipped == 0
     assert encoded.kept.tolist() == list(range(100))
     check(encoded, examples, tokenizer)
 
@@ -97,7 +97,7 @@ def test_rows_that_are_too_long_are_dropped_whole(tokenizer):
     short, long = Example("Hi.", "", "Ho.", ""), Example("Hi.", "", "Ho. " * 200, "")
     examples = [long, short, long, short, short]
     encoded = encode(examples, tokenizer, 150)
-    assert encoded.dropped == 2
+    assert encoded.skipped == 2
     assert encoded.kept.tolist() == [1, 3, 4]
     check(encoded, examples, tokenizer)
     assert encoded.rows.labels.shape[1] <= 16  # the dropped responses widen nothing

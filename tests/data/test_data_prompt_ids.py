@@ -106,7 +106,7 @@ def test_the_commands_give_the_model_the_ids_of_training(tmp_path, monkeypatch, 
     usual = {"model": str(folder), "out": tmp_path / "out"}
     generate.main(generate.Config(prompt=(NAME.instruction,), instruct=True, **usual))
     generate.main(generate.Config(prompt=(prompt(NAME),), **usual))
-    evaluate.main(evaluate.Config(data=str(data), metric="gsm8k", test_rows=0, max_length=300, **usual))
+    evaluate.main(evaluate.Config(data=str(data), metric="gsm8k", test_examples=0, max_length=300, **usual))
     assert given == [[1, *spelled(f" {prompt(NAME)}")]] * 3
 
 

@@ -31,7 +31,7 @@ def test_a_file_without_a_row_of_the_named_set_is_named(tmp_path):
     ("settings", "row", "words"),
     [
         ({"max_length": 8}, GOOD, "no row fits into 8 tokens"),
-        ({"test_rows": 3}, GOOD, "3 test rows of 3"),
+        ({"test_examples": 3}, GOOD, "3 test examples of 3"),
         ({}, {"messages": TURNS[1:]}, "no row has anything to learn"),
         ({}, {"messages": [{"role": "user", "content": "refused"}, *TURNS]}, "chat 0 (counted from 0): "),
     ],
@@ -43,7 +43,14 @@ def test_rows_that_make_no_table_are_named_with_their_file(tmp_path, settings, r
         "{{ m['content'] }}{% endfor %}"
     )
     path = write(tmp_path, "d.jsonl", lines(row, row, row))
-    usual = {"data_dir": None, "fields": "", "style": "alpaca", "max_length": 500, "long_rows": "drop", "test_rows": 1}
+    usual = {
+        "data_dir": None,
+        "fields": "",
+        "style": "alpaca",
+        "max_length": 500,
+        "overlong": "skip",
+        "test_examples": 1,
+    }
     message = error_of(lambda: tabulate(str(path), tokenizer, **usual | settings, seed=0))
     assert message.startswith(f"--data {path}: ")
     assert words in message

@@ -177,7 +177,7 @@ def test_the_command_measures_loss_and_answers_with_an_adapter(folder, tmp_path,
     save_adapter(tmp_path / "adapter", lora, rank=2, alpha=8.0, targets=("q_proj", "v_proj"), base_name="small")
     data = tmp_path / "d.jsonl"
     data.write_text("".join(json.dumps({"q": f"red {i}", "a": f"The answer is {i}"}) + "\n" for i in range(20)))
-    settings = {"data": str(data), "fields": "instruction=q,response=a", "prompt_style": "plain", "test_rows": 5}
+    settings = {"data": str(data), "fields": "instruction=q,response=a", "prompt_style": "plain", "test_examples": 5}
     plain = run(folder, tmp_path, **settings)
     adapted = run(folder, tmp_path, **settings, adapter=tmp_path / "adapter", metric="loss,gsm8k", max_new_tokens=4)
     assert plain["loss (nats/token)"][1] == 5
@@ -188,7 +188,7 @@ def test_the_command_measures_loss_and_answers_with_an_adapter(folder, tmp_path,
     right = [gsm8k.answer(line["generated"]) == gsm8k.answer(line["given"]) for line in lines]
     assert adapted["gsm8k exact match"] == (sum(right) / 5, 5)
     assert "gsm8k exact match" in capsys.readouterr().out
-    assert run(folder, tmp_path, **{**settings, "test_rows": 0})["perplexity"][1] == 20
+    assert run(folder, tmp_path, **{**settings, "test_examples": 0})["perplexity"][1] == 20
 
 
 def test_the_command_measures_multiple_choice(tmp_path):
@@ -210,7 +210,7 @@ def test_the_command_measures_multiple_choice(tmp_path):
     data = tmp_path / "d.json"
     rows = [{"question": f"q{i}", "choices": ["a", "b", "c"], "answer": i % 3} for i in range(12)]
     data.write_text(json.dumps({"data": rows}, indent=1))
-    found = run(folder, tmp_path, data=str(data), metric="choice", prompt_style="plain", test_rows=0)
+    found = run(folder, tmp_path, data=str(data), metric="choice", prompt_style="plain", test_examples=0)
     assert found["choice by chance"] == (pytest.approx(1 / 3), 12)
     # By hand: the next token after each prompt, restricted to the three letters and the end token after it.
     forward = jax.jit(lambda tokens: jax.nn.log_softmax(model.apply({"params": base}, tokens, {})))
@@ -244,7 +244,7 @@ def test_generated_texts_come_back_in_the_order_of_their_prompts(folder, monkeyp
     ("settings", "words"),
     [
         ({"metric": "loss,bleu"}, "--metric: unknown 'bleu'; choose from loss,gsm8k,choice"),
-        ({"test_rows": -1}, "--test-rows must be at least 0"),
+        ({"test_examples": -1}, "--test-examples must be at least 0"),
     ],
 )
 def test_a_setting_that_makes_no_sense_is_refused(settings, words):

@@ -1,5 +1,6 @@
 """The main job's command line: what a run leaves behind, and that bad input costs one line and leaves nothing."""
 
+import itertools
 import json
 import os
 import signal
@@ -45,12 +46,13 @@ def arguments(place, **changed):
         "local-steps": 2,
         "max-length": 64,
         "length-buckets": 1,
-        "test-rows": 10,
+        "test-examples": 10,
         "targets": "v_proj",
         "precision": "paired",
         "checkpoint-every": 2,
     }
-    return [*(part for name, value in (given | changed).items() for part in (f"--{name}", str(value))), "--no-guard"]
+    options = [(f"--{name}", *([] if value is None else [str(value)])) for name, value in (given | changed).items()]
+    return [*itertools.chain(*options), "--no-check-rate"]
 
 
 def command(argv, monkeypatch):
@@ -196,7 +198,7 @@ BAD = {
     "no data folder": ({"data": "gsm8k", "data-dir": "{place}/empty"}, "gsm8k"),
     "no categories": ({"data": "{place}/plain.jsonl"}, "no categories"),
     "more clients than rows": ({"clients": 189}, "189 clients but only 188 rows"),
-    "no training rows": ({"test-rows": 198}, "198 test rows of 198"),
+    "no training rows": ({"test-examples": 198}, "198 test examples of 198"),
     "no row fits": ({"max-length": 8}, "--max-length"),
     "longer than the model": ({"max-length": 65}, "--max-length 65: the model takes 64"),
     "rank 0": ({"lora-rank": 0}, "--lora-rank must be at least 1, not 0"),
@@ -215,10 +217,16 @@ BAD = {
         {"algorithm": "fedavg", "uplink": "coefficients"},
         "--uplink must be lora with --algorithm fed",
     ),
-    "seeds of fedavg": ({"algorithm": "fedavg", "seeds": "shared"}, "--seeds must be per-client with --algorithm fed"),
-    "clipped parameters": ({"on-surge": "clip", "uplink": "lora"}, "--on-surge clip bounds coefficients"),
-    "parameters of shared seeds": ({"seeds": "shared", "uplink": "lora"}, "--uplink lora: with --seeds shared"),
-    "decay of shared seeds": ({"seeds": "shared", "weight-decay": 0.1}, "--weight-decay"),
+    "shared directions of fedavg": (
+        {"algorithm": "fedavg", "directions-shared": None},
+        "--directions-shared: --algorithm fed",
+    ),
+    "clipped parameters": ({"on-divergence": "clip", "uplink": "lora"}, "--on-divergence clip bounds coefficients"),
+    "parameters of shared directions": (
+        {"directions-shared": None, "uplink": "lora"},
+        "--uplink lora: with --directions-shared",
+    ),
+    "decay of shared directions": ({"directions-shared": None, "weight-decay": 0.1}, "--weight-decay"),
     "no rounds": ({"rounds": 0}, "--rounds must be at least 1"),
     "negative seed": ({"seed": -1}, "--seed"),
     "no checkpoint": ({"checkpoint-every": 0}, "--checkpoint-every must be at least 1"),
@@ -250,7 +258,7 @@ def faulty(place):
 @pytest.mark.parametrize("fault", BAD)
 def test_bad_input_costs_one_line_and_leaves_nothing(fault, faulty, monkeypatch, capsys):
     changed, named = BAD[fault]
-    changed = {name: str(value).format(place=faulty) for name, value in changed.items()}
+    changed = {name: value and str(value).format(place=faulty) for name, value in changed.items()}
     monkeypatch.chdir(faulty)
     before = contents(faulty), sorted(faulty.rglob("*"))
     assert command(arguments(faulty, **{"out": faulty / "new" / fault} | changed), monkeypatch) == 2

@@ -11,7 +11,7 @@ from experiments.studies import divergence
 
 
 def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["surge", *map(str, arguments)])
+    monkeypatch.setattr(sys, "argv", ["divergence", *map(str, arguments)])
     try:
         _cli.run(divergence.main, divergence.Config, divergence.__doc__)
     except SystemExit as stop:
@@ -25,10 +25,10 @@ def test_every_rate_runs_with_every_seed_and_is_not_run_twice(tmp_path, monkeypa
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     rates = [(row["learning_rate"], row["seed"]) for row in results["rows"]]
     assert rates == [(pytest.approx(rate), seed) for rate in (5e-4, 0.5) for seed in (0, 1)]
-    # At a thousand times the usual rate the first step throws θ away: the guard says so, and the loss explodes.
+    # At a thousand times the usual rate the first step throws θ away: there is a warning, and the loss explodes.
     assert [row["first_warning"] for row in results["rows"]] == [None, None, 0, 0]
-    assert [row["first_surge"] is None for row in results["rows"]] == [True, True, False, False]
-    assert (tmp_path / "out" / "surge.png").read_bytes()[:4] == b"\x89PNG"
+    assert [row["first_divergence"] is None for row in results["rows"]] == [True, True, False, False]
+    assert (tmp_path / "out" / "divergence.png").read_bytes()[:4] == b"\x89PNG"
     asked = []
 
     def noted(config, *rest, **options):
@@ -38,7 +38,7 @@ def test_every_rate_runs_with_every_seed_and_is_not_run_twice(tmp_path, monkeypa
     monkeypatch.setattr(divergence, "fine_tune", noted)
     assert run(monkeypatch, *given) == 0
     assert json.loads((tmp_path / "out" / "results.json").read_text())["rows"] == results["rows"]
-    assert run(monkeypatch, *given, "--seeds", 3) == 130
+    assert run(monkeypatch, *given, "--num-seeds", 3) == 130
     assert asked == [2]
 
 

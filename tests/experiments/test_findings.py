@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 
 import pytest
-from test_readme_figures import STORED_AS
 
 from experiments import _findings
 from experiments._findings import AGREES, DIFFERS, NO_DIFFERENCE, NOT_COMPARABLE, OPEN, finding
@@ -51,7 +50,7 @@ def test_models_of_the_paper_are_compared():
 
 
 def divergences(*rounds):
-    return [{"learning_rate": 0.1 * (i + 1), "first_surge": t} for i, each in enumerate(rounds) for t in each]
+    return [{"learning_rate": 0.1 * (i + 1), "first_divergence": t} for i, each in enumerate(rounds) for t in each]
 
 
 @pytest.mark.parametrize(
@@ -87,7 +86,7 @@ def test_every_question_of_the_paper_has_a_rule():
 
 
 def test_the_verdicts_on_the_stored_results():
-    stored = STORED_AS | {"memory": "memory_a100"}
+    stored = {"memory": "memory_a100"}
     verdicts = {
         name: verdict(
             name, json.loads((ROOT / f"experiments/results/{stored.get(name, name)}.json").read_text())["rows"]

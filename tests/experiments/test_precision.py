@@ -19,7 +19,7 @@ def test_errors_are_measured_against_the_derivative(tmp_path, monkeypatch, capsy
     small_run.write_data(tmp_path / "data.jsonl", 60)
     monkeypatch.setenv("FEDMEZO_CACHE", str(tmp_path / "cache"))
     arguments = ["--model", tmp_path / "model", "--data", tmp_path / "data.jsonl", "--max-length", 64]
-    arguments += ["--scales", "1e-3,1e-2", "--probes", 4, "--out", tmp_path / "out", "--test-rows", 4]
+    arguments += ["--scales", "1e-3,1e-2", "--probes", 4, "--out", tmp_path / "out", "--test-examples", 4]
     monkeypatch.setattr(sys, "argv", ["precision", *map(str, arguments)])
     _cli.run(experiment.main, experiment.Config, experiment.__doc__)
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
@@ -68,6 +68,6 @@ def test_the_default_looks_at_the_cpu(monkeypatch, tmp_path, text, has):
 @pytest.mark.parametrize(("scale", "size"), [(4e-7, "250%"), (1e-8, "more than 1000%"), (1e-60, "more than 1000%")])
 def test_the_warning_is_a_line_that_can_be_read(scale, size):
     run = SimpleNamespace(algorithm="fedmezo", perturbation_scale=scale)
-    (line,) = job.warnings(SimpleNamespace(config=run, model=SimpleNamespace(precision="float32")), guard=False)
+    (line,) = job.warnings(SimpleNamespace(config=run, model=SimpleNamespace(precision="float32")), check_rate=False)
     assert f"is likely off by {size}: choose" in line
     assert len(line) < 250

@@ -13,12 +13,10 @@ README, STUDIES, SCALING, PERFORMANCE, INDEX = (
     (ROOT / name).read_text(encoding="utf-8")
     for name in ("README.md", "docs/results.md", "docs/scaling.md", "docs/performance.md", "experiments/README.md")
 )
-STORED_AS = {"divergence": "surge", "partitioners": "splitters", "step": "bench_step", "scale": "bench_scale"}
-"""Module → name of its results file, where the two differ."""
 
 
 def stored(name):
-    file = ROOT / "experiments" / "results" / f"{STORED_AS.get(name, name)}.json"
+    file = ROOT / "experiments" / "results" / f"{name}.json"
     return json.loads(file.read_text(encoding="utf-8"))
 
 
@@ -58,12 +56,12 @@ def divergence(rows):
     """For each rate the seeds' first rounds of divergence; how often a warning came before one, and where none came."""
     first = {}
     for row in rows:
-        first.setdefault(row["learning_rate"], []).append(row["first_surge"])
-    calm = [row for row in rows if row["first_surge"] is None]
+        first.setdefault(row["learning_rate"], []).append(row["first_divergence"])
+    calm = [row for row in rows if row["first_divergence"] is None]
     early = [
-        row["first_warning"] is not None and row["first_warning"] < row["first_surge"]
+        row["first_warning"] is not None and row["first_warning"] < row["first_divergence"]
         for row in rows
-        if row["first_surge"] is not None
+        if row["first_divergence"] is not None
     ]
     return [
         *(f"{_rate(rate)}: {', '.join('none' if t is None else str(t) for t in each)}" for rate, each in first.items()),

@@ -23,7 +23,7 @@ STUDIES = [
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_study_s_paper_preset_is_the_paper_s(name):
     paper = importlib.import_module(f"experiments.studies.{name}").PRESETS["paper"]
-    assert (paper.run.rounds, paper.run.lora_rank, paper.run.lora_alpha, paper.seeds) == (500, 128, 256.0, 3)
+    assert (paper.run.rounds, paper.run.lora_rank, paper.run.lora_alpha, paper.num_seeds) == (500, 128, 256.0, 3)
     assert paper.run.model == "openlm-research/open_llama_3b_v2"
     assert len(paper.variants) > 1
 
@@ -62,7 +62,7 @@ def test_a_study_runs_and_is_not_run_twice(tmp_path, monkeypatch, capsys):
         raise _cli.StoppedError(signal.SIGINT)
 
     monkeypatch.setattr(runner, "sweep", noted)
-    assert run(monkeypatch, *given, "--seeds", 3) == 130
+    assert run(monkeypatch, *given, "--num-seeds", 3) == 130
     assert set(asked) == {2}
 
 

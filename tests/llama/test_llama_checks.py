@@ -73,7 +73,7 @@ def questions(tmp_path):
 def commands(place, questions, out):
     """Each command that reads a model, on one that has something wrong with it."""
     usual = {"model": str(place), "out": out}
-    measured = usual | {"max_length": 64, "prompt_style": "plain", "test_rows": 0}
+    measured = usual | {"max_length": 64, "prompt_style": "plain", "test_examples": 0}
     return {
         "generate": lambda: generate.main(generate.Config(prompt=("red cat dog",), max_new_tokens=3, **usual)),
         "choice": lambda: evaluate.main(evaluate.Config(metric="choice", data=questions, **measured)),
@@ -109,8 +109,8 @@ def test_outputs_that_overflow_are_an_error_that_names_model_and_tensor(overflow
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("guard", [True, False])
-def test_a_run_ends_before_its_first_round_and_leaves_nothing(overflows, tmp_path, guard):
+@pytest.mark.parametrize("check_rate", [True, False])
+def test_a_run_ends_before_its_first_round_and_leaves_nothing(overflows, tmp_path, check_rate):
     """The learning rate's probe, which would blame the learning rate, is not asked."""
     run = RunConfig(
         model=str(overflows),
@@ -120,12 +120,12 @@ def test_a_run_ends_before_its_first_round_and_leaves_nothing(overflows, tmp_pat
         local_steps=1,
         batch_size=2,
         max_length=64,
-        test_rows=4,
+        test_examples=4,
     )
     with pytest.raises(
         UserError, match=r"overflows: the losses are not finite, .* 1e\+19 in model.layers.1.mlp.up_proj"
     ):
-        fedmezo.main(fedmezo.Config(run, out=tmp_path / "out", guard=guard))
+        fedmezo.main(fedmezo.Config(run, out=tmp_path / "out", check_rate=check_rate))
     assert not (tmp_path / "out").exists()
 
 

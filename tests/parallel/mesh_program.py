@@ -22,7 +22,7 @@ CLIENTS, STEPS, BATCH, LENGTH, LABELS = 6, 3, 2, 16, 8
 MESHES = ["clients=8,model=1", "clients=4,model=2", "clients=2,model=4", "clients=1,model=8"]
 
 
-def program(tied: bool, seeds: federated.Seeds, meshes: list[str]):
+def program(tied: bool, directions_shared: bool, meshes: list[str]):
     config = LlamaConfig(
         vocab_size=200,
         hidden_size=64,
@@ -62,7 +62,7 @@ def program(tied: bool, seeds: federated.Seeds, meshes: list[str]):
         )
         lora = sharding.replicate(mesh, start)
         work = client.mezo_client(mezo.MezoConfig(perturbation_scale=0.05))
-        init, step = federated.federated(work, personalization.RateConfig(1e-6), None, 2, seeds, mesh)
+        init, step = federated.federated(work, personalization.RateConfig(1e-6), None, 2, directions_shared, mesh)
         state = init(lora, CLIENTS)
         asked = []
 
@@ -102,4 +102,4 @@ def program(tied: bool, seeds: federated.Seeds, meshes: list[str]):
 
 
 if __name__ == "__main__":
-    print(json.dumps(program(sys.argv[1] == "tied", sys.argv[2], sys.argv[3:])))
+    print(json.dumps(program(sys.argv[1] == "tied", sys.argv[2] == "shared", sys.argv[3:])))

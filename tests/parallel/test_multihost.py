@@ -37,7 +37,7 @@ def free_port():
 def start(place, out, *arguments, devices=1, environment=None, cwd=None):
     """The main job on a small model, in a process with so many devices."""
     settings = (
-        "--clients 5 --rounds 3 --local-steps 2 --max-length 64 --length-buckets 1 --test-rows 10 --lora-rank 2 "
+        "--clients 5 --rounds 3 --local-steps 2 --max-length 64 --length-buckets 1 --test-examples 10 --lora-rank 2 "
         "--targets v_proj --checkpoint-every 2"
     )
     names = ["--model", "model", "--data", str(place / "data.jsonl"), "--out", str(out)]
@@ -226,7 +226,7 @@ def test_a_port_in_use_is_refused(place, launcher):
 @pytest.mark.parametrize("stopped", [0, 1])
 def test_a_stopped_process_ends_the_others_with_one_line(place, stopped):
     out = place / f"stopped-{stopped}"
-    running = both(place, out, "--process-timeout", "20", "--rounds", "100000", "--no-guard")
+    running = both(place, out, "--process-timeout", "20", "--rounds", "100000", "--no-check-rate")
     await_round(out, running)
     running[stopped].send_signal(signal.SIGSTOP)
     try:

@@ -23,7 +23,7 @@ SMALL = LlamaConfig(
     num_key_value_heads=2,
     max_position_embeddings=64,
 )
-ROUND = cost_model.RoundSpec(SMALL, 4, 3, 1, 16, 2, ("q_proj",), "float32", "per-client")
+ROUND = cost_model.RoundSpec(SMALL, 4, 3, 1, 16, 2, ("q_proj",), "float32", False)
 
 
 def test_operations_by_hand():
@@ -37,7 +37,7 @@ def test_operations_by_hand():
 
 def test_a_big_model_s_operations_are_two_for_each_weight_and_token():
     config = SHAPES["llama-7b"]
-    planned = cost_model.RoundSpec(config, 1, 1, 1, 128, 1, (), "paired", "shared")
+    planned = cost_model.RoundSpec(config, 1, 1, 1, 128, 1, (), "paired", True)
     weights = cost_model.weight_bytes(planned) / 2
     assert weights == pytest.approx(6.74e9, rel=0.001)
     assert cost_model.operations(planned) == pytest.approx(2 * 128 * 2 * weights, rel=0.05)
@@ -121,7 +121,7 @@ def test_the_scaling_command_draws(here, tmp_path, monkeypatch):
     assert (tmp_path / "out" / "weak_scaling.png").read_bytes()[:4] == b"\x89PNG"
     paired, plain = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
     assert (paired["precision"], plain["precision"]) == ("paired", "bfloat16")
-    planned = cost_model.RoundSpec(SMALL, 1, 30, 1, 16, 2, ("q_proj", "v_proj"), "paired", "per-client")
+    planned = cost_model.RoundSpec(SMALL, 1, 30, 1, 16, 2, ("q_proj", "v_proj"), "paired", False)
     for row in (paired, plain):
         expected = cost_model.compile_round(planned._replace(precision=row["precision"]), hardware.host(), (1, 1), 1)
         assert row["peak_bytes_per_device"] == expected.peak

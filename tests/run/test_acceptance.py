@@ -124,7 +124,7 @@ def config(tmp_path_factory):
     place = tmp_path_factory.mktemp("acceptance")
     small_run.write_model(place / "model")
     small_run.write_data(place / "data.jsonl")
-    given = {"clients": 4, "rounds": 3, "local_steps": 2, "max_length": 64, "test_rows": 10, "length_buckets": 1}
+    given = {"clients": 4, "rounds": 3, "local_steps": 2, "max_length": 64, "test_examples": 10, "length_buckets": 1}
     files = {"model": str(place / "model"), "data": str(place / "data.jsonl")}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEDMEZO_CACHE", str(place / "cache"))
@@ -182,7 +182,7 @@ def test_a_round_goes_on_without_the_liar_as_if_it_had_not_been_there(name, conf
 
 def test_a_liar_is_bounded_where_steps_are_clipped_and_a_replay_agrees(config, tmp_path, monkeypatch):
     """It ignores the limit that it is given; honest clients far within theirs keep their bits."""
-    config = dataclasses.replace(config, on_surge="clip")
+    config = dataclasses.replace(config, on_divergence="clip")
     honest, _, nothing = start(tmp_path / "honest", config)
     assert nothing == []
     boast = lambda m: altered(m, projected_gradients=lambda c: c * np.float32(1e6))  # noqa: E731
@@ -200,11 +200,11 @@ def test_a_liar_is_bounded_where_steps_are_clipped_and_a_replay_agrees(config, t
 
 @pytest.mark.parametrize("lie", [1e6, np.nan, 3e38])
 def test_one_client_cannot_have_a_round_rolled_back(lie, config, tmp_path, monkeypatch):
-    config = dataclasses.replace(config, on_surge="rollback")
+    config = dataclasses.replace(config, on_divergence="rollback")
     report = lambda m: altered(m, losses=lambda losses: np.full_like(losses, lie))  # noqa: E731
     intercepted(monkeypatch, range(3), lambda id, message: report(message) if id == 2 else message)
     result, _, _ = start(tmp_path / "run", config)
-    assert not any(record["rolled_back"] or record["surge"] for record in result.metrics)
+    assert not any(record["rolled_back"] or record["diverged"] for record in result.metrics)
     intercepted(monkeypatch, range(3), lambda id, message: report(message) if id else message)
     result, _, _ = start(tmp_path / "most", config)
     assert all(record["rolled_back"] for record in result.metrics)

@@ -53,7 +53,7 @@ def config(place):
         rounds=4,
         local_steps=2,
         max_length=64,
-        test_rows=10,
+        test_examples=10,
         length_buckets=1,
         lora_rank=2,
         targets="v_proj",
@@ -155,11 +155,11 @@ def test_a_round_in_which_all_fail_is_tried_with_others_and_not_for_ever(config,
 # A loss that explodes
 
 
-def test_a_surge_is_said_and_the_run_goes_on(config, tmp_path, monkeypatch):
+def test_divergence_is_reported_and_the_run_goes_on(config, tmp_path, monkeypatch):
     plain, nothing = start(tmp_path / "plain", config)
     exploded(monkeypatch, [2])
-    result, said = start(tmp_path / "surged", config)
-    assert [record["surge"] for record in result.metrics] == [False, False, True, False]
+    result, said = start(tmp_path / "diverged", config)
+    assert [record["diverged"] for record in result.metrics] == [False, False, True, False]
     (notice,) = said
     assert notice.startswith("round 3: the loss has exploded")
     assert nothing == []
@@ -168,7 +168,7 @@ def test_a_surge_is_said_and_the_run_goes_on(config, tmp_path, monkeypatch):
 
 def test_unusual_projected_gradients_are_clipped(config, tmp_path, monkeypatch):
     monkeypatch.setattr(divergence, "CLIP", 0.5)
-    result, said = start(tmp_path, config, on_surge="clip")
+    result, said = start(tmp_path, config, on_divergence="clip")
     first, *later = result.metrics
     assert first["clipped"] == 0  # nothing is known yet of what is usual
     assert said == [f"round {r['round']}: {r['clipped']} steps were clipped" for r in later if r["clipped"]] != []
@@ -180,23 +180,23 @@ def test_unusual_projected_gradients_are_clipped(config, tmp_path, monkeypatch):
         usual.append(record["median_gradient"])
 
 
-def test_a_surge_is_rolled_back_at_half_the_rates(config, tmp_path, monkeypatch):
+def test_a_diverged_round_is_rolled_back_at_half_the_rates(config, tmp_path, monkeypatch):
     """θ is again where the last round that was kept began; so after round 3 there are the effects of round 1 alone."""
     after_one, _ = start(tmp_path / "one", config, rounds=1)
     exploded(monkeypatch, [2, 3])
-    result, said = start(tmp_path / "whole", config, rounds=6, on_surge="rollback")
+    result, said = start(tmp_path / "whole", config, rounds=6, on_divergence="rollback")
     assert [record["rolled_back"] for record in result.metrics] == [False, False, True, True, False, False]
     assert sum("rolled back, learning rates halved" in notice for notice in said) == 2
     for record, rate in zip(result.metrics, [1e-3, 1e-3, 1e-3, 5e-4, 2.5e-4, 2.5e-4], strict=True):
         np.testing.assert_allclose(record["learning_rates"], rate, rtol=1e-6)
-    undone, _ = start(tmp_path / "undone", config, rounds=4, on_surge="rollback")
+    undone, _ = start(tmp_path / "undone", config, rounds=4, on_divergence="rollback")
     jax.tree.map(np.testing.assert_array_equal, undone.lora, after_one.lora)
 
 
 def test_a_run_stopped_after_a_roll_back_knows_where_to_go_back_to(config, tmp_path, monkeypatch):
     """Two rounds in a row are rolled back, a checkpoint between them."""
     exploded(monkeypatch, [1, 2])
-    options = {"on_surge": "rollback", "server_optimizer": "momentum", "server_learning_rate": 0.5}
+    options = {"on_divergence": "rollback", "server_optimizer": "momentum", "server_learning_rate": 0.5}
 
     def cut(*_):
         raise KeyboardInterrupt
@@ -213,7 +213,7 @@ def test_a_run_stopped_after_a_roll_back_knows_where_to_go_back_to(config, tmp_p
 
 def test_when_all_diverge_the_round_is_rolled_back_too(config, tmp_path, monkeypatch):
     poisoned(monkeypatch, [1], [0, 1, 2, 3])
-    result, said = start(tmp_path, config, on_surge="rollback")
+    result, said = start(tmp_path, config, on_divergence="rollback")
     assert said[-1].startswith("round 2: the loss has exploded")
     assert [record["rolled_back"] for record in result.metrics] == [False, True, False, False]
     assert result.metrics[1]["train_loss"] is None
@@ -226,10 +226,17 @@ def test_when_all_diverge_the_round_is_rolled_back_too(config, tmp_path, monkeyp
 def arguments(place, out, *more):
     given = {
         **{"model": place / "model", "data": place / "data.jsonl", "out": place / out, "clients": 3, "rounds": 30},
-        **{"local-steps": 2, "batch-size": 1, "max-length": 64, "test-rows": 4, "lora-rank": 2, "targets": "v_proj"},
+        **{
+            "local-steps": 2,
+            "batch-size": 1,
+            "max-length": 64,
+            "test-examples": 4,
+            "lora-rank": 2,
+            "targets": "v_proj",
+        },
         **{"length-buckets": 1, "checkpoint-every": 3, "eval-every": 2, "personalize": "model-diff"},
     }
-    return [*(part for name, value in given.items() for part in (f"--{name}", str(value))), "--no-guard", *more]
+    return [*(part for name, value in given.items() for part in (f"--{name}", str(value))), "--no-check-rate", *more]
 
 
 def session(argv, errors=os.devnull, room=None):

@@ -1,4 +1,4 @@
-"""The guard: what it measures on a loss whose gradient and Hessian are known, and what it calls a surge."""
+"""The learning-rate check on a loss whose gradient and Hessian are known, and when a round has diverged."""
 
 import jax
 import jax.numpy as jnp
@@ -59,36 +59,34 @@ def test_it_warns_above_that_rate_alone(probe):
     largest = probe.largest_rate
     assert divergence.warnings(probe, RunConfig(learning_rate=largest * 0.9), D) == []
     (warning,) = divergence.warnings(probe, RunConfig(learning_rate=largest * 1.1), D)
-    assert "a surge is likely" in warning
+    assert "the loss is likely to diverge" in warning
     assert f"{largest:.2g}" in warning
 
 
-def test_a_surge_is_a_loss_far_above_the_usual_one_or_none_at_all():
+def test_a_round_has_diverged_if_its_loss_is_far_above_the_typical_one_or_none_at_all():
     means = {"train_loss": 99.0, "projected_gradient": 99.0}  # which a single client can move
     metrics = [
-        {"median_loss": loss, "median_gradient": 1.0, "surge": surge, "rolled_back": False} | means
-        for loss, surge in [(2.0, False)] * 6 + [(50.0, True)] * 9
+        {"median_loss": loss, "median_gradient": 1.0, "diverged": diverged, "rolled_back": False} | means
+        for loss, diverged in [(2.0, False)] * 6 + [(50.0, True)] * 9
     ]
-    gauge = divergence.gauge(5.0, list(filter(divergence.kept, metrics)))
-    assert gauge == (2.0, 1.0)
-    assert divergence.gauge(5.0, []) == (5.0, np.inf)
-    assert not gauge.surged(np.full((3, 4), 2.9))
-    assert gauge.surged(np.full((3, 4), 3.1))
-    assert gauge.surged(np.array([[2.0, np.nan], [np.inf, -np.inf]]))
-    assert not gauge.surged(np.zeros((0, 4)))
-    earlier = [{"train_loss": 2.0, "projected_gradient": 1.0, "surge": False, "rolled_back": False}]
-    assert divergence.gauge(5.0, earlier) == (2.0, 1.0)  # a run that an earlier version began
+    typical = divergence.typical(5.0, list(filter(divergence.kept, metrics)))
+    assert typical == (2.0, 1.0)
+    assert divergence.typical(5.0, []) == (5.0, np.inf)
+    assert not typical.diverged(np.full((3, 4), 2.9))
+    assert typical.diverged(np.full((3, 4), 3.1))
+    assert typical.diverged(np.array([[2.0, np.nan], [np.inf, -np.inf]]))
+    assert not typical.diverged(np.zeros((0, 4)))
 
 
 @pytest.mark.parametrize("clients", range(3, 9))
-def test_fewer_than_half_of_the_clients_cannot_make_a_surge_or_move_the_usual_values(clients):
+def test_fewer_than_half_of_the_clients_cannot_make_a_round_diverge_or_move_the_usual_values(clients):
     draw = np.random.RandomState(clients)
-    gauge, liars = divergence.Gauge(2.0, 1.0), (clients - 1) // 2
+    typical, liars = divergence.Typical(2.0, 1.0), (clients - 1) // 2
     for lie in (3e38, np.inf, np.nan, -3e38):
         losses = draw.uniform(1.9, 2.1, (clients, 4))
         gradients = draw.choice([-1.0, 1.0], (clients, 4, 1))
         losses[draw.permutation(clients)[:liars]] = lie
-        assert not gauge.surged(losses)
+        assert not typical.diverged(losses)
         assert 1.9 < divergence.median_loss(losses) < 2.1
         if np.isfinite(lie):
             report = RoundReport(losses, gradients, np.ones(clients))
@@ -96,7 +94,7 @@ def test_fewer_than_half_of_the_clients_cannot_make_a_surge_or_move_the_usual_va
             report.projected_gradients[:liars] = lie
             assert divergence.median_gradient(report, np.ones(clients, bool)) == pytest.approx(before)
         losses[: clients // 2 + 1] = 9.0
-        assert gauge.surged(losses)
+        assert typical.diverged(losses)
 
 
 @pytest.mark.parametrize("steps", [1, 3, 30])

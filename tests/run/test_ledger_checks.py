@@ -20,7 +20,13 @@ from fedmezo_jax.run.ledger import Entry
 
 CONFIG = RunConfig(
     **{"clients": 5, "participation": 0.6, "rounds": 4, "local_steps": 3, "directions": 2, "learning_rate": 1e-3},
-    **{"weighting": "samples", "on_surge": "rollback", "personalize": "model-diff", "seed": 7, "precision": "float32"},
+    **{
+        "weighting": "samples",
+        "on_divergence": "rollback",
+        "personalize": "model-diff",
+        "seed": 7,
+        "precision": "float32",
+    },
 )
 HEADER = ledger.make_header(asdict(CONFIG), "ab" * 32, {"jax": "1.2.3"})
 DRAW = np.random.RandomState(0)
@@ -226,7 +232,7 @@ for _changes in (
     {"personalize": "frozen"},
     {"personalize": "by magic"},
     {"personalize_scale": 0.1},
-    {"on_surge": "warn"},
+    {"on_divergence": "warn"},
     {"weighting": "equal"},
     {"algorithm": "fedavg"},
     {"distribution": "bogus"},

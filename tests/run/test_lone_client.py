@@ -23,7 +23,7 @@ def test_a_client_alone_gives_the_numbers_that_it_gives_among_eight(precision, b
         batch_size=batch_size,
         precision=precision,
         partition="iid",
-        test_rows=8,
+        test_examples=8,
         length_buckets=1,
     )
     setup = prepare(config)
@@ -45,7 +45,7 @@ def test_a_client_alone_gives_the_numbers_that_it_gives_among_eight(precision, b
 
 def test_block_of_one_changes_no_bit():
     config = RunConfig(
-        clients=4, local_steps=2, batch_size=1, precision="float32", partition="iid", test_rows=8, length_buckets=1
+        clients=4, local_steps=2, batch_size=1, precision="float32", partition="iid", test_examples=8, length_buckets=1
     )
     setup = prepare(config)
     (init, round), loss = build(setup)

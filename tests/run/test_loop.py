@@ -43,7 +43,7 @@ def config(tmp_path_factory):
         local_steps=2,
         batch_size=3,
         max_length=64,
-        test_rows=10,
+        test_examples=10,
         learning_rate=1e-2,
         perturbation_scale=0.1,
         server_optimizer="momentum",
@@ -218,7 +218,7 @@ def test_a_test_loss_beyond_every_number_is_null_in_the_metrics(config, tmp_path
 
 
 @pytest.mark.parametrize("tokens_at_once", [160, 10**6])
-def test_test_loss_is_the_mean_over_all_labels_of_the_test_rows(tokens_at_once, undisturbed, monkeypatch):
+def test_test_loss_is_the_mean_over_all_labels_of_the_test_examples(tokens_at_once, undisturbed, monkeypatch):
     monkeypatch.setattr(
         "fedmezo_jax.run.context.TOKENS_AT_ONCE", tokens_at_once
     )  # the first leaves a batch that must be filled up

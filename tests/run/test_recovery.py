@@ -47,7 +47,7 @@ ALGORITHMS = {
 
 
 def configuration(place, algorithm="fedmezo"):
-    given = {"clients": 3, "rounds": 5, "local_steps": 2, "max_length": 64, "test_rows": 10, "length_buckets": 1}
+    given = {"clients": 3, "rounds": 5, "local_steps": 2, "max_length": 64, "test_examples": 10, "length_buckets": 1}
     files = {"model": str(place / "model"), "data": str(place / "data.jsonl")}
     return RunConfig(**files, **given, lora_rank=2, targets="v_proj", **ALGORITHMS[algorithm])
 

@@ -33,7 +33,7 @@ RUNS = {
         **{"participation": 0.6, "weighting": "samples", "server_optimizer": "momentum", "personalize": "model-diff"},
         **{"directions": 2, "weight_decay": 0.1, "dropout": 0.3, "clients": 5},
     },
-    "shared": {"seeds": "shared", "distribution": "rademacher", "on_surge": "rollback"},
+    "shared": {"directions_shared": True, "distribution": "rademacher", "on_divergence": "rollback"},
 }
 
 
@@ -50,7 +50,7 @@ def place(tmp_path_factory):
 def configuration(place, **changed):
     given = {
         **{"model": str(place / "model"), "data": str(place / "data.jsonl"), "clients": 3, "rounds": 4},
-        **{"local_steps": 3, "max_length": 64, "test_rows": 10, "length_buckets": 1, "lora_rank": 2},
+        **{"local_steps": 3, "max_length": 64, "test_examples": 10, "length_buckets": 1, "lora_rank": 2},
     }
     return RunConfig(**given | changed)
 

@@ -22,7 +22,7 @@ def base(tmp_path_factory):
         clients=3,
         rounds=4,
         local_steps=2,
-        test_rows=8,
+        test_examples=8,
         max_length=64,
         prompt_style="plain",
         length_buckets=1,
@@ -37,7 +37,7 @@ def base(tmp_path_factory):
     "fields",
     [
         {"personalize": "model-diff", "weighting": "samples"},
-        {"personalize": "round-wise", "participation": 0.67, "server_optimizer": "momentum", "seeds": "shared"},
+        {"personalize": "round-wise", "participation": 0.67, "server_optimizer": "momentum", "directions_shared": True},
         {"algorithm": "fedavg", "local_optimizer": "adam"},
     ],
     ids=lambda fields: "-".join(map(str, fields.values())),
@@ -70,7 +70,7 @@ def test_only_runs_of_one_shape_go_together(base):
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("dropout", 0.2), ("deadline", 1.5), ("on_surge", "rollback"), ("length_buckets", 4)]
+    ("option", "value"), [("dropout", 0.2), ("deadline", 1.5), ("on_divergence", "rollback"), ("length_buckets", 4)]
 )
 def test_an_option_that_a_sweep_cannot_follow_is_refused(base, option, value):
     with pytest.raises(UserError, match=f"--{option.replace('_', '-')} {value}"):

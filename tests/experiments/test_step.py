@@ -25,7 +25,7 @@ def run(module, monkeypatch, *arguments):
     _cli.run(module.main, module.Config, module.__doc__)
 
 
-def test_a_bench_writes_a_row_for_each_setting_and_precision(model, tmp_path, monkeypatch):
+def test_the_benchmark_writes_a_row_for_each_setting_and_precision(model, tmp_path, monkeypatch):
     out = tmp_path / "out"
     settings = ["--settings", "3x1x16x4,2x2x8x2", "--repeats", "2", "--no-peer"]
     run(step, monkeypatch, "--model", model, *settings, "--out", str(out))
