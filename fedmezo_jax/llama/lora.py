@@ -43,7 +43,7 @@ def lora_shapes(
 def parse_layers(layers: str, count: int) -> tuple[int, ...]:
     """The indices that ``--layers`` means in a model of ``count`` layers, ascending.
 
-    ``all``; ``last:K`` and ``first:K``; ``a-b``, both included and counted from 0; ``every:N``, the last layer and each
+    ``all``; ``last:K`` and ``first:K``, with a number or a share such as ``40%``; ``a-b``, both included and counted from 0; ``every:N``, the last layer and each
     Nth one below it; or several of these, joined by commas.
 
     Raises:
@@ -52,6 +52,8 @@ def parse_layers(layers: str, count: int) -> tuple[int, ...]:
     chosen: set[int] = set()
     for part in layers.split(","):
         kind, _, number = part.strip().partition(":")
+        if kind in ("last", "first") and (share := re.fullmatch(r"(\d{1,3})%", number)) and 0 < int(share[1]) <= 100:
+            number = str(max(1, round(int(share[1]) / 100 * count)))
         span = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part.strip())
         if part.strip() == "all":
             chosen.update(range(count))

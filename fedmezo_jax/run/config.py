@@ -42,6 +42,8 @@ class RunConfig(FaultConfig, ServerConfig, LocalConfig, LoraConfig, PartitionCon
             ):
                 rule = f"{instead} with --algorithm fedavg, whose steps are no scalars"
                 self._require(name, getattr(self, name) != refused, rule)
+        if self.learning_rate == "auto" and self.on_divergence == "rollback":
+            raise UserError("--on-divergence rollback: --learning-rate auto undoes rounds itself: leave it out")
         if self.directions_shared and self.algorithm == "fedavg":
             raise UserError("--directions-shared: --algorithm fedavg draws no directions: leave it out")
         if self.directions_shared and self.uplink == "lora":
@@ -67,6 +69,19 @@ class RunConfig(FaultConfig, ServerConfig, LocalConfig, LoraConfig, PartitionCon
     def participants(self) -> int:
         """Clients of a round, P: ``participation`` of all, rounded, and at least one."""
         return max(1, round(self.participation * self.clients))
+
+
+PAPER: dict[str, Any] = {
+    "layers": "all",
+    "estimator": "two-point",
+    "directions": 1,
+    "distribution": "gaussian",
+    "learning_rate": 1e-3,
+    "server_learning_rate": 1.0,
+}
+"""The published method (arXiv 2402.05926), as far as the defaults of :class:`RunConfig` differ from it."""
+RECIPES: dict[str, dict[str, Any]] = {"fast": {}, "paper": PAPER}
+"""Options of :class:`RunConfig` that go together, by name: the defaults, which learn faster, and the paper's."""
 
 
 def config_from(values: Mapping[str, Any], source: str) -> RunConfig:

@@ -108,6 +108,9 @@ class LoraConfig(Options):
     """LoRA α; the adapter's output is scaled by α/r"""
     targets: str = "q_proj,v_proj"
     """projections with an adapter, among q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"""
+    layers: str = "last:40%"
+    """layers with an adapter: all (paper), last:K, first:K (a number or a share in percent), every:N, a-b (counted from
+    0), or several of these joined by commas; what lies below the first of them is computed once for each example"""
 
     def __post_init__(self):
         super().__post_init__()
@@ -134,14 +137,18 @@ class LocalConfig(Options):
     length_buckets: int = 4
     """most row widths that steps run at, where that saves a fifth of the tokens or more, which would be padding; then
     rows of like length share a step. 1 pads all rows to the longest"""
-    learning_rate: float = 1e-3
-    """base learning rate η₀ of the clients"""
+    learning_rate: float | Literal["auto"] = "auto"
+    """base learning rate η₀ of the clients; auto raises it for as long as the server's validation loss does not rise,
+    and undoes a round after which it has"""
+    estimator: Literal["two-point", "forward-gradient"] = "forward-gradient"
+    """how a step measures the slope of the loss along its directions: from two losses at 2n forward passes (paper), or
+    by forward-mode differentiation at the cost of about 1 + n"""
+    directions: int = 8
+    """directions n averaged in a step (paper: 1)"""
+    distribution: Distribution = "rademacher"
+    """distribution of a direction's entries (paper: gaussian)"""
     perturbation_scale: float = 1e-3
-    """μ, how far from θ the two losses are taken"""
-    directions: int = 1
-    """directions n averaged in a step, at two forward passes each"""
-    distribution: Distribution = "gaussian"
-    """law of a direction's entries"""
+    """μ, how far from θ the two losses of two-point are taken"""
     weight_decay: float = 0.0
     """decoupled weight decay λ of a local step"""
     local_optimizer: Literal["sgd", "adam"] = "sgd"
@@ -155,7 +162,7 @@ class LocalConfig(Options):
     def __post_init__(self):
         super().__post_init__()
         self._require_counts("local_steps", "batch_size", "length_buckets", "directions")
-        self._require_positive("learning_rate", "perturbation_scale")
+        self._require_positive("perturbation_scale", *(() if self.learning_rate == "auto" else ("learning_rate",)))
         self._require("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more")
         self._require("personalize_scale", 0 <= self.personalize_scale < 1, "at least 0 and below 1")
 
@@ -183,8 +190,8 @@ class ServerConfig(Options):
     draws its own (the paper)"""
     server_optimizer: Literal["mean", "momentum", "adam"] = "mean"
     """what the server does with the mean update: apply it, or feed it to an optimizer"""
-    server_learning_rate: float = 1.0
-    """learning rate of the server's optimizer"""
+    server_learning_rate: float = 2.0
+    """learning rate of the server's optimizer (paper: 1)"""
 
     def __post_init__(self):
         super().__post_init__()

@@ -50,7 +50,7 @@ class Typical(NamedTuple):
 
 def kept(record: Mapping[str, Any]) -> bool:
     """Whether a round, by its record in ``metrics.jsonl``, counts as typical."""
-    return not (record["diverged"] or record["rolled_back"])
+    return not (record["diverged"] or record["rolled_back"]) and record["server_step"] > 0
 
 
 def typical(loss_before: float, recent: Collection[Mapping[str, Any]]) -> Typical:

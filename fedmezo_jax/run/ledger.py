@@ -60,6 +60,7 @@ class Entry(NamedTuple):
         failed: (attempt, client, why) of all that were left out, in this attempt and in those before.
         clipped: steps whose projected gradient was clipped.
         rolled_back: the round, and the one before it, count for nothing: θ is again where that one began.
+        step: how much of the round's update of θ the server took: 1, or another of :data:`automatic_rate.STEPS`.
     """
 
     round: int
@@ -71,6 +72,7 @@ class Entry(NamedTuple):
     failed: list[tuple[int, int, str]]
     clipped: int = 0
     rolled_back: bool = False
+    step: float = 1.0
 
 
 def pack_entry(entry: Entry) -> bytes:
@@ -80,7 +82,7 @@ def pack_entry(entry: Entry) -> bytes:
         "weights": np.asarray(entry.weights, "<f4").tobytes(),
         "learning_rates": np.asarray(entry.learning_rates, "<f4").tobytes(),
     }
-    return _pack(entry._asdict() | {"round": int(entry.round)} | vectors)
+    return _pack(entry._asdict() | {"round": int(entry.round), "step": float(entry.step)} | vectors)
 
 
 def _pack(content: Any) -> bytes:
@@ -125,10 +127,12 @@ def unpack_entry(payload: bytes, what: str = "the entry") -> Entry:
     clipped = reader.integer()
     field("rolled_back")
     rolled_back = reader.value(bool)
+    field("step")
+    step = reader.value(float)
     reader.end()
     if not len(ids) == len(weights) == len(rates):
         raise reader.error(f"it has {len(ids)} clients, {len(weights)} weights and {len(rates)} learning rates")
-    return Entry(index, attempt, ids, weights, rates, updates, failed, clipped, rolled_back)
+    return Entry(index, attempt, ids, weights, rates, updates, failed, clipped, rolled_back, step)
 
 
 def tree_hash(tree: Params) -> str:
@@ -153,13 +157,16 @@ def _on_host(leaf: Any) -> Iterator[np.ndarray]:
     yield from (np.asarray(pick(leaf, i)) for i in rows)
 
 
-def make_header(config: Mapping[str, Any], base_hash: str, versions: Mapping[str, str]) -> dict[str, Any]:
+def make_header(
+    config: Mapping[str, Any], base_hash: str, versions: Mapping[str, str], first_rate: float
+) -> dict[str, Any]:
     """The first record: all that a replay needs besides the base weights, and what it ran on.
 
     Args:
         config: the run's, complete.
         base_hash: :func:`tree_hash` of the frozen weights.
         versions: of the packages that the numbers may hang on.
+        first_rate: base learning rate of the first round.
     """
     device = jax.devices()[0]
     return {
@@ -170,6 +177,7 @@ def make_header(config: Mapping[str, Any], base_hash: str, versions: Mapping[str
         "base_hash": base_hash,
         "keys": KEYS,
         "distribution": config["distribution"],
+        "first_rate": float(first_rate),
         "versions": dict(versions),
         "backend": {"platform": device.platform, "device": device.device_kind, "devices": jax.device_count()},
     }

@@ -49,19 +49,19 @@ def entries(file: Path, config: RunConfig, first: int = 0) -> Iterator[Entry]:
     Raises:
         UserError: a record is damaged, or an entry is not one that the configuration permits; names the round.
     """
-    damping = 1.0
+    rate = float(ledger.read_header(file)["first_rate"])
     for index, entry in enumerate(ledger.entries(file)):
-        if wrong := _fault(entry, index, config, damping):
+        if wrong := _fault(entry, index, config, rate):
             raise UserError(
                 f"{file}: the record of round {index + 1} does not fit the run: {wrong}: give the ledger as the run "
                 "wrote it"
             )
-        damping /= 2 if entry.rolled_back else 1
+        rate = float(next_rate(rate, entry.step)) if config.learning_rate == "auto" else rate / (1 + entry.rolled_back)
         if index >= first:
             yield entry
 
 
-def _fault(entry: Entry, index: int, config: RunConfig, damping: float) -> str | None:
+def _fault(entry: Entry, index: int, config: RunConfig, rate: float) -> str | None:
     """What is wrong with an entry, or None."""
     if entry.round != index or index >= config.rounds:
         return f"it is of round {entry.round + 1} of {config.rounds}"
@@ -71,9 +71,11 @@ def _fault(entry: Entry, index: int, config: RunConfig, damping: float) -> str |
         return "its clients are not those that its seed draws"
     if entry.rolled_back and config.on_divergence != "rollback":
         return "it is rolled back, and on_divergence is not rollback"
+    if entry.step not in (STEPS if config.learning_rate == "auto" else (1.0,)):
+        return f"the server took {entry.step:g} of its update"
     if entry.clipped > (config.participants * config.local_steps if config.on_divergence == "clip" else 0):
         return f"it has {entry.clipped} clipped steps"
-    return _failed_fault(entry, config) or _number_fault(entry, config, damping)
+    return _failed_fault(entry, config) or _number_fault(entry, config, rate)
 
 
 def _participants(entry: Entry, attempt: int, config: RunConfig) -> np.ndarray:
@@ -101,13 +103,12 @@ def _failed_fault(entry: Entry, config: RunConfig) -> str | None:
     return None
 
 
-def _number_fault(entry: Entry, config: RunConfig, damping: float) -> str | None:
+def _number_fault(entry: Entry, config: RunConfig, middle: float) -> str | None:
     """What is wrong with weights, learning rates and updates."""
     if not np.all(np.isfinite(entry.weights)) or np.any(entry.weights < 0):
         return "a weight is negative or not finite"
-    if not entry.rolled_back and not np.any(entry.weights > 0):
+    if not entry.rolled_back and entry.step and not np.any(entry.weights > 0):
         return "no client has a weight"
-    middle = config.learning_rate * damping
     spread = 0 if config.personalize == "frozen" else config.personalize_scale
     slack = _ROUNDING * middle + np.finfo(np.float32).tiny
     if not np.all(np.abs(np.asarray(entry.learning_rates, np.float64) - middle) <= spread * middle + slack):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def _fault(header: dict[str, Any]) -> str | None:
     """What is wrong with a header, or None."""
     texts = ("config_hash", "base_hash", "keys", "distribution")
     groups = {"config": (str, int, float, bool, type(None)), "versions": (str,), "backend": (str, int)}
-    if odd := header.keys() ^ {"format", "version", *texts, *groups}:
+    if odd := header.keys() ^ {"format", "version", "first_rate", *texts, *groups}:
         return f"{', '.join(sorted(map(str, odd)))} is missing or unknown"
     if any(not isinstance(header[name], str) for name in texts):
         return f"one of {', '.join(texts)} is no text"
@@ -64,6 +65,9 @@ def _fault(header: dict[str, Any]) -> str | None:
         return f"keys is {header['keys']!r} and not {KEYS!r}"
     if header["distribution"] != header["config"].get("distribution"):
         return "distribution is not that of its config"
+    rate, chosen = header["first_rate"], header["config"].get("learning_rate")
+    if type(rate) is not float or not 0 < rate < math.inf or chosen not in ("auto", rate):
+        return f"first_rate cannot be {rate!r:.60}"
     if "jax" not in header["versions"] or header["backend"].keys() != {"platform", "device", "devices"}:
         return "versions or backend lacks an entry"
     return None

@@ -98,6 +98,7 @@ class Outcome(NamedTuple):
         weights: ``[K]`` float32, or None where all are the same.
         learning_rates: ``[K]`` float32, η_i.
         projected_gradients: ``[K, H·n]`` float32.
+        step: how much of the update the server took.
     """
 
     round: int
@@ -105,6 +106,7 @@ class Outcome(NamedTuple):
     weights: np.ndarray | None
     learning_rates: np.ndarray
     projected_gradients: np.ndarray
+    step: float
 
 
 def pack_outcome(outcome: Outcome, clients: int, recipient: int | None = None) -> bytes:
@@ -119,9 +121,8 @@ def pack_outcome(outcome: Outcome, clients: int, recipient: int | None = None) -
     rates = outcome.learning_rates
     rates = rates[:1] if np.all(rates == rates[0]) else rates
     weights = None if outcome.weights is None else _bytes(outcome.weights)
-    return _pack(
-        [VERSION, int(outcome.round), who, weights, _bytes(rates), _bytes(outcome.projected_gradients[others])]
-    )
+    gradients = _bytes(outcome.projected_gradients[others])
+    return _pack([VERSION, int(outcome.round), who, weights, _bytes(rates), gradients, float(outcome.step)])
 
 
 def unpack_outcome(message: bytes, recipient: int | None = None, own: np.ndarray | None = None) -> Outcome:
@@ -133,6 +134,7 @@ def unpack_outcome(message: bytes, recipient: int | None = None, own: np.ndarray
     reader = _opened(message, "the outcome", len(Outcome._fields))
     round_index, ids = reader.integer(), _ids(reader)
     weights, rates, numbers = reader.optional_vector(), reader.vector(), reader.vector()
+    step = reader.value(float)
     reader.end()
     if (weights is not None and len(weights) != len(ids)) or len(rates) not in (1, len(ids)):
         raise reader.error(f"{len(ids)} clients do not have as many weights or learning rates")
@@ -145,7 +147,7 @@ def unpack_outcome(message: bytes, recipient: int | None = None, own: np.ndarray
     whole[~mine] = numbers.reshape(others, width)
     if own is not None:
         whole[mine] = own.ravel()
-    return Outcome(round_index, ids, weights, np.broadcast_to(rates, len(ids)), whole)
+    return Outcome(round_index, ids, weights, np.broadcast_to(rates, len(ids)), whole, step)
 
 
 def _ids(reader: Reader) -> np.ndarray:
@@ -160,24 +162,25 @@ def _ids(reader: Reader) -> np.ndarray:
     return ids
 
 
-def pack_mean(round_index: int, coefficients: np.ndarray) -> bytes:
+def pack_mean(round_index: int, coefficients: np.ndarray, step: float) -> bytes:
     """A round's result along shared directions, however many the clients are.
 
     Args:
         round_index: number of the round, from 0.
         coefficients: ``[H, n]`` float32, what ``round.combine`` gives; the clients' learning rates are in it.
+        step: how much of the update the server took.
     """
-    return _pack([VERSION, int(round_index), _bytes(coefficients)])
+    return _pack([VERSION, int(round_index), _bytes(coefficients), float(step)])
 
 
-def unpack_mean(message: bytes) -> tuple[int, np.ndarray]:
-    """Round and ``[H·n]`` coefficients of :func:`pack_mean`.
+def unpack_mean(message: bytes) -> tuple[int, np.ndarray, float]:
+    """Round, ``[H·n]`` coefficients and step of :func:`pack_mean`.
 
     Raises:
         UserError: the message is malformed.
     """
-    reader = _opened(message, "the mean", 2)
-    mean = reader.integer(), reader.vector()
+    reader = _opened(message, "the mean", 3)
+    mean = reader.integer(), reader.vector(), reader.value(float)
     reader.end()
     return mean
 

@@ -18,6 +18,7 @@ from fedmezo_jax.core import federated
 from fedmezo_jax.core.mezo import Params
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.run import client_failures, divergence, messages
+from fedmezo_jax.run.automatic_rate import next_rate
 from fedmezo_jax.run.acceptance import Expected, Message, Received, receive
 from fedmezo_jax.run.config import RunConfig
 from fedmezo_jax.run.config_parts import FaultConfig, LocalConfig
@@ -31,12 +32,13 @@ class Progress(NamedTuple):
         state: as :mod:`federated` has it.
         before: θ and the server optimizer's state where the last round that was kept began; None where no round can be
             rolled back.
-        damping: float32 scalar on all learning rates, halved whenever a round is rolled back.
+        rate: float32 scalar, what the learning rates are multiplied by: 1 until rounds are rolled back, or with
+            ``--learning-rate auto`` the rate itself.
     """
 
     state: federated.FederatedState
     before: tuple[Params, optax.OptState] | None
-    damping: jax.Array
+    rate: jax.Array
 
 
 class Answers(NamedTuple):
@@ -57,29 +59,45 @@ Work: TypeAlias = Callable[[int, float], Answers]
 """``work(attempt, limit) -> Answers``: the clients' half of a round; ``limit`` bounds |g|."""
 
 
-def begin(state: federated.FederatedState, config: FaultConfig) -> Progress:
-    """Progress before the first round."""
+def begin(state: federated.FederatedState, config: RunConfig, first_rate: float) -> Progress:
+    """Progress before the first round, whose base learning rate ``--learning-rate auto`` takes from ``first_rate``."""
     before = (state.params, state.optimizer) if config.on_divergence == "rollback" else None
-    return Progress(state, before, jnp.float32(1))
+    return Progress(state, before, jnp.float32(first_rate if config.learning_rate == "auto" else 1))
 
 
-def advance(
-    round: federated.Round,
-    progress: Progress,
-    entry: Entry,
-    report: federated.RoundReport,
-    key: jax.Array,
-    uploads: Iterable[Params | None] | None = None,
-) -> Progress:
-    """The server's half of a round, or its undoing."""
+def advance(config: RunConfig, progress: Progress, entry: Entry, moved: federated.FederatedState | None) -> Progress:
+    """Progress after a round.
+
+    Args:
+        config: the run's.
+        progress: before the round.
+        entry: what the round was.
+        moved: the state after the whole of its update; None where it is not taken.
+    """
     state = progress.state
+    if config.learning_rate == "auto":
+        progress = progress._replace(rate=jnp.asarray(next_rate(progress.rate, entry.step)))
     if entry.rolled_back:
         assert progress.before is not None  # as RunConfig.on_divergence says
         params, optimizer = progress.before
         state = state._replace(params=params, optimizer=optimizer, round=state.round + 1)
-        return progress._replace(state=state, damping=progress.damping / 2)
+        return progress._replace(state=state, rate=progress.rate / 2)
     before = progress.before and (state.params, state.optimizer)
-    return progress._replace(state=round.apply(state, entry.ids, entry.weights, report, key, uploads), before=before)
+    return progress._replace(state=take_step(state, moved, entry.step), before=before)
+
+
+def take_step(
+    state: federated.FederatedState, moved: federated.FederatedState | None, step: float
+) -> federated.FederatedState:
+    """The state after so much of an update: θ + step·(θ' − θ). Of a round that is not taken only its number remains."""
+    if not step or moved is None:
+        return state._replace(round=state.round + 1)
+    return moved if step == 1 else moved._replace(params=_between(state.params, moved.params, np.float32(step)))
+
+
+@jax.jit
+def _between(params: Params, moved: Params, step: jax.Array) -> Params:
+    return jax.tree.map(lambda old, new: old + step * (new - old), params, moved)
 
 
 def report_of(entry: Entry, steps: int, directions: int) -> federated.RoundReport:
@@ -163,7 +181,10 @@ def run_round(
             entry = entry._replace(clipped=divergence.count_clipped(report, here, limit))
         if config.on_divergence == "rollback" and typical.diverged(known_losses(entry, report)):
             entry = entry._replace(rolled_back=True)
-        if weights.any() or entry.rolled_back:
+        unusable = any(answer.why in client_failures.UNUSABLE for answer in received)
+        if config.learning_rate == "auto" and unusable and not weights.any():
+            entry = entry._replace(step=0.0)
+        if weights.any() or entry.rolled_back or not entry.step:
             return entry, [answer.params for answer in received]
     raise UserError(
         f"round {t + 1}: in {config.attempts} attempts no client came back with numbers of use "
@@ -207,15 +228,16 @@ def scalar_traffic(config: RunConfig, round: federated.Round, entry: Entry, repo
     """The messages of a round whose clients send projected gradients; its result is broadcast to all N clients."""
     begin = [len(messages.pack_start(entry.round, float(rate))) for rate in entry.learning_rates]
     up = [len(message or b"") for message in entry.updates]
-    if entry.rolled_back:
+    if entry.rolled_back or not entry.step:
         return Traffic(up, begin)
     counted = entry.weights > 0
     if config.directions_shared:
-        size = len(messages.pack_mean(entry.round, round.combine(entry.weights, report)))
+        size = len(messages.pack_mean(entry.round, round.combine(entry.weights, report), entry.step))
         return Traffic(up, [first + size for first in begin], size * (config.clients - len(entry.ids)))
     gradients = np.asarray(report.projected_gradients)[counted].reshape(int(counted.sum()), -1)
     weights = entry.weights[counted] if config.weighting == "samples" else None
-    outcome = messages.Outcome(entry.round, entry.ids[counted], weights, entry.learning_rates[counted], gradients)
+    rates = entry.learning_rates[counted]
+    outcome = messages.Outcome(entry.round, entry.ids[counted], weights, rates, gradients, entry.step)
     down = [
         first + len(messages.pack_outcome(outcome, config.clients, int(id)))
         for first, id in zip(begin, entry.ids, strict=True)
@@ -223,15 +245,15 @@ def scalar_traffic(config: RunConfig, round: federated.Round, entry: Entry, repo
     return Traffic(up, down, len(messages.pack_outcome(outcome, config.clients)) * (config.clients - len(entry.ids)))
 
 
-def conclude(
+def move(
     config: RunConfig,
     round: federated.Round,
     progress: Progress,
     entry: Entry,
     uploads: list[Params | None] | None,
     key: jax.Array,
-) -> tuple[Progress, federated.RoundReport, Traffic]:
-    """The server's half of a round, from what the messages say.
+) -> federated.FederatedState | None:
+    """The state after the whole of a round's update, or None where the round has none.
 
     Args:
         config: the run's.
@@ -242,21 +264,30 @@ def conclude(
             the ledger, where they are reconstructed from the projected gradients.
         key: the run's.
     """
+    if entry.rolled_back or not entry.step:
+        return None
     report = report_of(entry, config.local_steps, config.sent_directions)
+    each: Iterable[Params | None] | None = uploads
     if config.sends_coefficients:
-        traffic = scalar_traffic(config, round, entry, report)
-        return jax.block_until_ready(advance(round, progress, entry, report, key)), report, traffic
+        each = None
+    elif not uploads:
+        each = (
+            jax.device_get(round.upload(progress.state, int(id), report, i, key)) if entry.weights[i] else None
+            for i, id in enumerate(entry.ids)
+        )
+    return jax.block_until_ready(round.apply(progress.state, entry.ids, entry.weights, report, key, each))
+
+
+def traffic_of(config: RunConfig, round: federated.Round, progress: Progress, entry: Entry) -> Traffic:
+    """The bytes of a round, whose messages are made again from what they said."""
+    if config.sends_coefficients:
+        return scalar_traffic(config, round, entry, report_of(entry, config.local_steps, config.sent_directions))
     params = jax.device_get(progress.state.params)
     sent = [
         0 if message is None else len(messages.pack_lora_update(messages.unpack_update(message), params))
         for message in entry.updates
     ]
-    traffic = Traffic(sent, [len(messages.lora_message(params))] * len(sent))
-    each = uploads or (
-        jax.device_get(round.upload(progress.state, int(id), report, i, key)) if entry.weights[i] else None
-        for i, id in enumerate(entry.ids)
-    )
-    return jax.block_until_ready(advance(round, progress, entry, report, key, each)), report, traffic
+    return Traffic(sent, [len(messages.lora_message(params))] * len(sent))
 
 
 def notices(config: LocalConfig, record: dict[str, Any], trained: int) -> list[str]:
@@ -305,6 +336,7 @@ def metrics_of(
         "diverged": typical.diverged(losses),
         "clipped": entry.clipped,
         "rolled_back": entry.rolled_back,
+        "server_step": entry.step,
         "uplink_bytes": sum(traffic.up),
         "downlink_bytes": sum(traffic.down) + traffic.others,
         "client_uplink_bytes": traffic.up,

@@ -29,6 +29,10 @@ def some_layers(count):
     [
         ("all", 3, (0, 1, 2)),
         ("last:2", 5, (3, 4)),
+        ("last:40%", 5, (3, 4)),
+        ("last:40%", 30, tuple(range(18, 30))),
+        ("last:1%", 5, (4,)),
+        ("first:100%", 2, (0, 1)),
         ("first:2", 5, (0, 1)),
         ("1-3", 5, (1, 2, 3)),
         ("4", 5, (4,)),
@@ -43,7 +47,23 @@ def test_what_the_option_means(layers, count, expected):
 
 
 @pytest.mark.parametrize(
-    "layers", ["", "last", "last:0", "last:6", "5", "3-2", "-1", "every:x", "1-", "all:2", "9" * 30]
+    "layers",
+    [
+        "",
+        "last",
+        "last:0",
+        "last:6",
+        "5",
+        "3-2",
+        "-1",
+        "every:x",
+        "1-",
+        "all:2",
+        "last:0%",
+        "last:101%",
+        "every:10%",
+        "9" * 30,
+    ],
 )
 def test_what_it_cannot_mean(layers):
     with pytest.raises(UserError, match="--layers"):
