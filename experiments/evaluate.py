@@ -111,7 +111,9 @@ def _evaluate(config: Config, start: float) -> None:
     folder = resolve(config.model)
     llama, tokenizer = LlamaConfig.from_json(folder), load_tokenizer(folder)
     adapter = None if config.adapter is None else load_adapter(config.adapter, llama)
-    scale, lora = (1.0, {}) if adapter is None else (adapter.alpha / adapter.rank, adapter.lora)
+    scale, lora, trained = 1.0, {}, None
+    if adapter is not None:
+        scale, lora, trained = adapter.alpha / adapter.rank, adapter.lora, adapter.trained
     table = table_of(config, config.seed, tokenizer) if set(config.metrics) - {"choice"} else None
     if table:
         check_tokens(table.rows, llama, folder)
@@ -122,7 +124,8 @@ def _evaluate(config: Config, start: float) -> None:
     stored = jnp.float32 if config.precision == "float32" else jnp.bfloat16
     base = jax.tree.map(jnp.asarray, load_base(folder, llama, stored))
     check_weights(llama, base, f"--model {config.model}")
-    subject = LoadedModel(Llama(llama, scale, config.precision), base, lora, tokenizer, f"--model {config.model}")
+    model = Llama(llama, scale, config.precision, trained=trained)
+    subject = LoadedModel(model, base, lora, tokenizer, f"--model {config.model}")
 
     rows: list[dict[str, Any]] = []
     generations: list[dict[str, str]] = []

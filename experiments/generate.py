@@ -61,13 +61,13 @@ def _generate(config: Config, start: float) -> None:
     folder = resolve(config.model)
     llama, tokenizer = LlamaConfig.from_json(folder), load_tokenizer(folder)
     adapter = None if config.adapter is None else load_adapter(config.adapter, llama)
-    scale = 1.0 if adapter is None else adapter.alpha / adapter.rank
+    scale, trained = (1.0, None) if adapter is None else (adapter.alpha / adapter.rank, adapter.trained)
     if config.instruct:
         tokens = prompt_ids([Example(text, "", "", "") for text in config.prompt], tokenizer, "alpaca")
     else:
         tokens = text_ids(config.prompt, tokenizer)
     base = load_base(folder, llama, jnp.float32 if config.precision == "float32" else jnp.bfloat16)
-    model = Llama(llama, scale, config.precision)
+    model = Llama(llama, scale, config.precision, trained=trained)
     lora, name = {} if adapter is None else adapter.lora, f"--model {config.model}"
     check_weights(llama, base, name)
     found = generate(model, base, lora, tokens, config.max_new_tokens, name=name)

@@ -24,7 +24,7 @@ from fedmezo_jax.core.random import run_key
 from fedmezo_jax.data.batches import round_batches
 from fedmezo_jax.data.examples import TokenBatch
 from fedmezo_jax.llama.loss import loss_of
-from fedmezo_jax.run.config import RunConfig
+from fedmezo_jax.run.config import RunConfig, paper_config
 from fedmezo_jax.run.context import build, evaluator, prepare, unpaired
 from fedmezo_jax.theory import constants
 from fedmezo_jax.theory.heterogeneity import gradients
@@ -49,7 +49,7 @@ class Preset(NamedTuple):
 
 
 _SMALL = Preset(
-    RunConfig(clients=4, local_steps=5, rounds=8, partition="iid", length_buckets=1, precision="float32"),
+    paper_config(clients=4, local_steps=5, rounds=8, partition="iid", length_buckets=1, precision="float32"),
     {"clients": (1, 2, 4, 8), "local_steps": (2, 5, 10, 20), "rounds": (4, 8, 16, 32)},
     2,
     3,

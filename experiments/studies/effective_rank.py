@@ -26,7 +26,7 @@ from fedmezo_jax.core import random
 from fedmezo_jax.core.random import run_key
 from fedmezo_jax.data.examples import TokenBatch
 from fedmezo_jax.llama.loss import loss_of
-from fedmezo_jax.run.config import RunConfig
+from fedmezo_jax.run.config import paper_config
 from fedmezo_jax.run.context import RunContext, prepare
 from fedmezo_jax.theory import spectrum
 
@@ -154,7 +154,7 @@ def _trained(
     """
     lora = {"lora_rank": rank, "lora_alpha": 2.0 * rank}
     what = {"model": model, "data": data, "data_dir": data_dir, "max_length": max_length}
-    setup = prepare(RunConfig(**what, **lora, partition="iid", clients=1, precision="float32", seed=seed))
+    setup = prepare(paper_config(**what, **lora, partition="iid", clients=1, precision="float32", seed=seed))
     optimizer = optax.adam(1e-3)
 
     @jax.jit

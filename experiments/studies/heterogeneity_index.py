@@ -32,7 +32,7 @@ from fedmezo_jax.core.random import run_key
 from fedmezo_jax.data.batches import round_batches
 from fedmezo_jax.data.examples import TokenBatch
 from fedmezo_jax.llama.loss import loss_of
-from fedmezo_jax.run.config import RunConfig
+from fedmezo_jax.run.config import RunConfig, paper_config
 from fedmezo_jax.run.context import build, prepare, unpaired
 from fedmezo_jax.theory import heterogeneity
 
@@ -59,7 +59,7 @@ class Preset(NamedTuple):
 
 
 _SMALL = Preset(
-    RunConfig(clients=8, rounds=8, local_steps=5, length_buckets=1, precision="float32"),
+    paper_config(clients=8, rounds=8, local_steps=5, length_buckets=1, precision="float32"),
     (0.05, 0.2, 1.0, 10.0, 100.0),
     3,
     32,

@@ -19,13 +19,13 @@ from scipy import stats
 from experiments import _cli, _plots
 from experiments.studies.paper import QUESTIONS
 from experiments.studies.result_cache import ResultCache, progress
-from fedmezo_jax.run.config import RunConfig
+from fedmezo_jax.run.config import RunConfig, paper_config
 from fedmezo_jax.run.context import RunContext, prepare
 from fedmezo_jax.run.run_folder import write_json
 from fedmezo_jax.run.sweep import Curve, SweepAxes, runs_at_once, shape_of, sweep
 
 PresetName = Literal["small", "paper", "smoke"]
-PAPER = RunConfig(
+PAPER = paper_config(
     model="openlm-research/open_llama_3b_v2",
     data="gsm8k",
     partition="iid",
@@ -42,7 +42,7 @@ PAPER = RunConfig(
     precision="paired",
 )
 """The paper's setting (Sec. 4.1, arXiv 2402.05926) on GSM8K; it ran in fp16, where ``paired`` is exact enough."""
-SMALL = RunConfig(clients=4, rounds=20, learning_rate=5e-4, length_buckets=1, precision="float32")
+SMALL = paper_config(clients=4, rounds=20, learning_rate=5e-4, length_buckets=1, precision="float32")
 """A question in minutes on two CPU cores: the shipped model, bundled tasks dealt by Dirichlet shares."""
 SMOKE = replace(SMALL, clients=2, rounds=2, local_steps=2, test_examples=8, lora_rank=2)
 

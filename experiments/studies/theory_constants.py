@@ -27,7 +27,7 @@ from fedmezo_jax.core import mezo, random
 from fedmezo_jax.core.random import run_key
 from fedmezo_jax.data.examples import TokenBatch
 from fedmezo_jax.llama.loss import loss_of, pair_loss_of
-from fedmezo_jax.run.config import RunConfig
+from fedmezo_jax.run.config import RunConfig, paper_config
 from fedmezo_jax.run.context import RunContext, prepare, unpaired
 from fedmezo_jax.theory import spectrum
 from fedmezo_jax.theory.heterogeneity import gradients
@@ -56,7 +56,7 @@ class Preset(NamedTuple):
 
 
 _SMALL = Preset(
-    RunConfig(clients=4, local_steps=5, rounds=8, length_buckets=1, precision="float32"),
+    paper_config(clients=4, local_steps=5, rounds=8, length_buckets=1, precision="float32"),
     *(3, 40, 8, 6),
     (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
     64,

@@ -80,8 +80,11 @@ PAPER: dict[str, Any] = {
     "server_learning_rate": 1.0,
 }
 """The published method (arXiv 2402.05926), as far as the defaults of :class:`RunConfig` differ from it."""
-RECIPES: dict[str, dict[str, Any]] = {"fast": {}, "paper": PAPER}
-"""Options of :class:`RunConfig` that go together, by name: the defaults, which learn faster, and the paper's."""
+
+
+def paper_config(**options: Any) -> RunConfig:
+    """The published method's configuration, with these options besides."""
+    return RunConfig(**(PAPER | options))
 
 
 def config_from(values: Mapping[str, Any], source: str) -> RunConfig:

@@ -17,7 +17,7 @@ from experiments.studies import (
     theory_bounds,
 )
 from fedmezo_jax.errors import UserError
-from fedmezo_jax.run.config import RunConfig
+from fedmezo_jax.run.config import paper_config
 from fedmezo_jax.run.sweep import Curve
 from fedmezo_jax.theory.spectrum import Probe
 
@@ -85,7 +85,7 @@ def test_best_rank_smoke_reads_the_effective_ranks(tmp_path, monkeypatch, capsys
 
 def outcome(rank, rate, after):
     curves = [Curve([0, 1], [2.0, value], [2.0], 0.1) for value in after]
-    return runner.Outcome("", RunConfig(lora_rank=rank, learning_rate=rate), curves)
+    return runner.Outcome("", paper_config(lora_rank=rank, learning_rate=rate), curves)
 
 
 def test_best_rank_picks_each_ranks_best_rate_and_pairs_by_seed():
@@ -158,7 +158,7 @@ def test_bounds_from_made_up_measurements():
     probe = Probe(6.0, 6.0, 6.0, 4.0, 0.0, 4.0, 0.0)._asdict()
     at = {"gradient": 2.0, "client_gradients": [1.0, 3.0], "noisy": [2.5, 6.5], "disparities": [0.5, 0.25]}
     at |= {"probes": [probe, probe], "parameters": 98, "curvature": [1.0, 3.0]}
-    found = theory_bounds.conclude(RunConfig(clients=2, local_steps=5, rounds=10), {"at": [at]})
+    found = theory_bounds.conclude(paper_config(clients=2, local_steps=5, rounds=10), {"at": [at]})
     value = {row["quantity"]: row["value"] for row in found.rows}
     assert value["r = tr(H₊)/‖H₊‖"] == pytest.approx(1.5)
     assert value["γ"] == pytest.approx(2.43)

@@ -20,7 +20,7 @@ from fedmezo_jax.llama.generate import generate as continued
 from fedmezo_jax.llama.lora import init_lora
 from fedmezo_jax.llama.model import Llama
 from fedmezo_jax.llama.registry import load_tokenizer
-from fedmezo_jax.run.config import RunConfig
+from fedmezo_jax.run.config import paper_config
 
 HUGE = "model.layers.1.mlp.up_proj.weight"
 
@@ -112,7 +112,7 @@ def test_outputs_that_overflow_are_an_error_that_names_model_and_tensor(overflow
 @pytest.mark.parametrize("check_rate", [True, False])
 def test_a_run_ends_before_its_first_round_and_leaves_nothing(overflows, tmp_path, check_rate):
     """The learning rate's probe, which would blame the learning rate, is not asked."""
-    run = RunConfig(
+    run = paper_config(
         model=str(overflows),
         data=str(small_run.write_data(tmp_path / "data.jsonl", 40)),
         clients=2,

@@ -24,26 +24,29 @@ RAW = SMALL | {"rope_scaling": LLAMA3, "max_position_embeddings": 64, "eos_token
 TOKENS = np.array([[1, 5, 3, 10, 0, 7, 7, 2]])
 
 
-def random_adapter(config, targets=TARGETS, rank=3, alpha=4.5):
-    draw, lora = np.random.default_rng(0), lora_shapes(config, rank, targets)
+def random_adapter(config, targets=TARGETS, rank=3, alpha=4.5, trained=None):
+    draw, lora = np.random.default_rng(0), lora_shapes(config, rank, targets, trained)
     lora = {
         name: {half: (0.3 * draw.normal(size=shape)).astype(np.float32) for half, shape in halves.items()}
         for name, halves in lora.items()
     }
-    return Adapter(lora, rank, alpha, tuple(targets))
+    return Adapter(lora, rank, alpha, tuple(targets), trained)
 
 
 def logits(folder, adapter=None):
     config = LlamaConfig.from_json(folder)
-    scale, lora = (1.0, {}) if adapter is None else (adapter.alpha / adapter.rank, adapter.lora)
-    return jax.jit(Llama(config, scale).apply)({"params": load_base(folder, config)}, TOKENS, lora)
+    scale, lora, trained = 1.0, {}, None
+    if adapter is not None:
+        scale, lora, trained = adapter.alpha / adapter.rank, adapter.lora, adapter.trained
+    return jax.jit(Llama(config, scale, trained=trained).apply)({"params": load_base(folder, config)}, TOKENS, lora)
 
 
+@pytest.mark.parametrize("trained", [None, (1,), (0,)])
 @pytest.mark.parametrize("targets", [TARGETS, ("o_proj",), ("k_proj", "down_proj")], ids="+".join)
-def test_a_merged_model_has_the_adapter_s_logits(tmp_path, targets):
+def test_a_merged_model_has_the_adapter_s_logits(tmp_path, targets, trained):
     config = LlamaConfig.from_json(RAW)
     model = write_in("safetensors", tmp_path / "model", RAW, small_tensors())
-    adapter = random_adapter(config, targets)
+    adapter = random_adapter(config, targets, trained=trained)
     export(model, tmp_path / "merged", adapter)
     assert LlamaConfig.from_json(tmp_path / "merged") == config
     expected = logits(model, adapter)

@@ -11,7 +11,7 @@ from lying_clients import altered, intercepted
 from fedmezo_jax.core import client, mezo
 from fedmezo_jax.run import acceptance, client_failures, divergence, ledger, messages
 from fedmezo_jax.run.acceptance import Expected, Message, receive
-from fedmezo_jax.run.config import RunConfig
+from fedmezo_jax.run.config import paper_config
 from fedmezo_jax.run.context import prepare
 from fedmezo_jax.run.loop import train
 from fedmezo_jax.run.replay import largest_difference, reconstruct
@@ -128,7 +128,7 @@ def config(tmp_path_factory):
     files = {"model": str(place / "model"), "data": str(place / "data.jsonl")}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEDMEZO_CACHE", str(place / "cache"))
-        yield RunConfig(**files, **given, lora_rank=2, targets="v_proj")
+        yield paper_config(**files, **given, lora_rank=2, targets="v_proj")
 
 
 def start(folder, config):

@@ -20,7 +20,7 @@ from lying_clients import altered, intercepted
 from experiments import _cli, fedmezo
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.run import client_failures, divergence, ledger, messages, run_checkpoints, run_folder
-from fedmezo_jax.run.config import RunConfig
+from fedmezo_jax.run.config import paper_config
 from fedmezo_jax.run.context import prepare
 from fedmezo_jax.run.loop import train
 
@@ -46,7 +46,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(place):
-    return RunConfig(
+    return paper_config(
         model=str(place / "model"),
         data=str(place / "data.jsonl"),
         clients=4,

@@ -8,7 +8,7 @@ import pytest
 from fedmezo_jax.core import client, mezo
 from fedmezo_jax.core.federated import RoundReport
 from fedmezo_jax.run import divergence
-from fedmezo_jax.run.config import RunConfig
+from fedmezo_jax.run.config import paper_config
 
 D = 30
 CURVATURE = np.linspace(0.0, 2.0, D, dtype=np.float32)
@@ -57,8 +57,8 @@ def test_beyond_the_largest_rate_a_step_raises_the_loss():
 
 def test_it_warns_above_that_rate_alone(probe):
     largest = probe.largest_rate
-    assert divergence.warnings(probe, RunConfig(learning_rate=largest * 0.9), D) == []
-    (warning,) = divergence.warnings(probe, RunConfig(learning_rate=largest * 1.1), D)
+    assert divergence.warnings(probe, paper_config(learning_rate=largest * 0.9), D) == []
+    (warning,) = divergence.warnings(probe, paper_config(learning_rate=largest * 1.1), D)
     assert "the loss is likely to diverge" in warning
     assert f"{largest:.2g}" in warning
 

@@ -15,10 +15,10 @@ from experiments import replay as command
 from fedmezo_jax.core.aggregation import sample_participants
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.run import client_failures, ledger, ledger_checks, messages, replay
-from fedmezo_jax.run.config import RunConfig
+from fedmezo_jax.run.config import paper_config
 from fedmezo_jax.run.ledger import Entry
 
-CONFIG = RunConfig(
+CONFIG = paper_config(
     **{"clients": 5, "participation": 0.6, "rounds": 4, "local_steps": 3, "directions": 2, "learning_rate": 1e-3},
     **{
         "weighting": "samples",

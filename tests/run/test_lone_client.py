@@ -9,7 +9,7 @@ import pytest
 from fedmezo_jax.core import federated
 from fedmezo_jax.core.random import run_key
 from fedmezo_jax.data.batches import round_batches
-from fedmezo_jax.run.config import RunConfig
+from fedmezo_jax.run.config import paper_config
 from fedmezo_jax.run.context import algorithm, build, prepare
 
 CLIENTS, STEPS = 8, 3
@@ -17,7 +17,7 @@ CLIENTS, STEPS = 8, 3
 
 @pytest.mark.parametrize(("precision", "batch_size"), [("float32", 2), ("float32", 1), ("paired", 2), ("paired", 1)])
 def test_a_client_alone_gives_the_numbers_that_it_gives_among_eight(precision, batch_size):
-    config = RunConfig(
+    config = paper_config(
         clients=CLIENTS,
         local_steps=STEPS,
         batch_size=batch_size,
@@ -44,7 +44,7 @@ def test_a_client_alone_gives_the_numbers_that_it_gives_among_eight(precision, b
 
 
 def test_block_of_one_changes_no_bit():
-    config = RunConfig(
+    config = paper_config(
         clients=4, local_steps=2, batch_size=1, precision="float32", partition="iid", test_examples=8, length_buckets=1
     )
     setup = prepare(config)

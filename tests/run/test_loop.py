@@ -16,7 +16,7 @@ from fedmezo_jax.llama.checkpoints.base_model import load_base, save_base
 from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.registry import load_tokenizer
 from fedmezo_jax.run import ledger, loop, run_folder
-from fedmezo_jax.run.config import RunConfig
+from fedmezo_jax.run.config import paper_config
 from fedmezo_jax.run.context import evaluator, prepare
 from fedmezo_jax.run.loop import train
 
@@ -33,7 +33,7 @@ def _own_cache(tmp_path_factory):
 def config(tmp_path_factory):
     """Five rounds, each of which hangs on the ones before: by momentum, and by rates from the clients' drift."""
     place = tmp_path_factory.mktemp("small")
-    return RunConfig(
+    return paper_config(
         model=str(small_run.write_model(place / "model")),
         data=str(small_run.write_data(place / "data.jsonl")),
         clients=5,

@@ -19,7 +19,7 @@ import small_run
 from fedmezo_jax.core import federated
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.run import rounds, run_checkpoints, run_folder
-from fedmezo_jax.run.config import RunConfig
+from fedmezo_jax.run.config import paper_config
 from fedmezo_jax.run.context import build, prepare
 from fedmezo_jax.run.loop import train
 
@@ -49,7 +49,7 @@ ALGORITHMS = {
 def configuration(place, algorithm="fedmezo"):
     given = {"clients": 3, "rounds": 5, "local_steps": 2, "max_length": 64, "test_examples": 10, "length_buckets": 1}
     files = {"model": str(place / "model"), "data": str(place / "data.jsonl")}
-    return RunConfig(**files, **given, lora_rank=2, targets="v_proj", **ALGORITHMS[algorithm])
+    return paper_config(**files, **given, lora_rank=2, targets="v_proj", **ALGORITHMS[algorithm])
 
 
 def start(folder, setup, **options):

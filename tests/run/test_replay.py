@@ -21,7 +21,7 @@ from fedmezo_jax.llama.checkpoints.adapter import load_adapter
 from fedmezo_jax.llama.checkpoints.base_model import load_base, save_base
 from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.run import ledger, run_checkpoints, run_folder
-from fedmezo_jax.run.config import RunConfig
+from fedmezo_jax.run.config import paper_config
 from fedmezo_jax.run.context import prepare
 from fedmezo_jax.run.ledger_header import config_hash
 from fedmezo_jax.run.loop import train
@@ -52,7 +52,7 @@ def configuration(place, **changed):
         **{"model": str(place / "model"), "data": str(place / "data.jsonl"), "clients": 3, "rounds": 4},
         **{"local_steps": 3, "max_length": 64, "test_examples": 10, "length_buckets": 1, "lora_rank": 2},
     }
-    return RunConfig(**given | changed)
+    return paper_config(**given | changed)
 
 
 @pytest.fixture(scope="module", params=RUNS)

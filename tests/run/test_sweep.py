@@ -7,7 +7,7 @@ import pytest
 from small_run import write_data, write_model
 
 from fedmezo_jax.errors import UserError
-from fedmezo_jax.run.config import RunConfig
+from fedmezo_jax.run.config import paper_config
 from fedmezo_jax.run.context import prepare
 from fedmezo_jax.run.loop import train
 from fedmezo_jax.run.sweep import shape_of, sweep
@@ -16,7 +16,7 @@ from fedmezo_jax.run.sweep import shape_of, sweep
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sweep")
-    return RunConfig(
+    return paper_config(
         model=str(write_model(folder / "model")),
         data=str(write_data(folder / "data.jsonl", 120)),
         clients=3,

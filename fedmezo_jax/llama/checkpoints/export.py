@@ -67,9 +67,10 @@ def _read(entry: Entry, name: str) -> np.ndarray:
 def merged(entries: Mapping[str, Entry], config: LlamaConfig, adapter: Adapter) -> dict[str, Entry]:
     """The tensors of ``open_weights`` with (alpha/rank)·A·B added to each weight that the adapter has, in float32."""
     found = dict(entries)
+    rows = {layer: row for row, layer in enumerate(adapter.trained or range(config.num_hidden_layers))}
     for name, slot in layout(config).items():
-        if slot.path[-1] == "kernel" and slot.path[-2] in adapter.lora:
-            half = {key: np.asarray(leaf[slot.layer]) for key, leaf in adapter.lora[slot.path[-2]].items()}
+        if slot.path[-1] == "kernel" and slot.path[-2] in adapter.lora and slot.layer in rows:
+            half = {key: np.asarray(leaf[rows[slot.layer]]) for key, leaf in adapter.lora[slot.path[-2]].items()}
             change = partial(_add, entries[name], name, half["A"], half["B"], adapter.alpha / adapter.rank)
             found[name] = entries[name]._replace(dtype="F32", read=change)
     return found
