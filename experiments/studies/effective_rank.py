@@ -67,7 +67,7 @@ _PAPER = Case(
 PRESETS: dict[str, tuple[Case, ...]] = {
     "small": (_TINY,),
     "paper": tuple(_PAPER._replace(data=data) for data in ("gsm8k", "codealpaca", "dolly", "alpaca")),
-    "smoke": (_TINY._replace(ranks=(2, 4), layers=(4,), batches=2, rows=2, probes=1, steps=4, train_steps=2),),
+    "smoke": (_TINY._replace(ranks=(4,), layers=(4,), batches=2, rows=2, probes=1, steps=4, train_steps=2),),
 }
 
 

@@ -162,9 +162,10 @@ def _watch(timeout: int) -> None:
     follower.start()
 
     def end() -> None:
-        if hasattr(sys, "last_value"):  # after an unhandled exception the others must not wait for this process
+        error: BaseException | None = getattr(sys, "last_value", None)
+        if error is not None:  # after an unhandled exception the others must not wait for this process
             sys.stdout.flush()
-            abort(1, f"error: it has ended with an error of the program: {_first_line(sys.last_value)}")
+            abort(1, f"error: it has ended with an error of the program: {_first_line(error)}")
         with suppress(jax.errors.JaxRuntimeError):
             client.wait_at_barrier("fedmezo/end", _NO_LIMIT)
         stop()
