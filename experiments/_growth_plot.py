@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments import _plots
+from fedmezo_jax.planning.hardware import GIB
 
-GIB = 2**30
 STYLES = {"forward": "k--", "fedmezo": "C2v-", "backprop": "C3^-", "backprop_checkpointed": "C1s-"}
 
 

@@ -31,6 +31,7 @@ from fedmezo_jax.core import federated
 from fedmezo_jax.core.random import run_key
 from fedmezo_jax.data.batches import round_batches
 from fedmezo_jax.data.examples import TokenBatch
+from fedmezo_jax.data.partition import category_distances
 from fedmezo_jax.llama.loss import loss_of
 from fedmezo_jax.run.config import RunConfig
 from fedmezo_jax.run.context import build, prepare, unpaired
@@ -162,7 +163,7 @@ def _trajectory(point: dict[str, Any]) -> dict[str, Any]:
         each = (losses[:, 0], losses.mean(axis=1), state.signals.drift, alike.signals.drift)
         for name, signal in zip(INDICES, each, strict=True):
             indices[name].append(np.asarray(signal, np.float64).tolist())
-    categories = heterogeneity.label_distance(setup.parts, setup.categories)
+    categories = category_distances(setup.parts, setup.categories)
     return {"indices": indices, "gradient": truths, "halves": halves, "label": categories.tolist()}
 
 
