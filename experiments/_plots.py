@@ -6,7 +6,7 @@ Matplotlib is imported where the first picture is drawn: it would be a fifth of 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,28 @@ def subplots(*shape: int, figsize: tuple[float, float] | None = None, **options:
     return figure, figure.subplots(*shape, **options)
 
 
+def ticks_at(axes: Any, values: Iterable[float], *, log: bool = False) -> None:
+    """Puts the ticks of the x axis at the values that were run, and nowhere else."""
+    if log:
+        axes.set_xscale("log")
+    run = sorted(set(values))
+    axes.set_xticks(run, [f"{value:g}" for value in run])
+    axes.set_xticks([], minor=True)
+
+
+def whole_rounds(axes: Any) -> None:
+    """Names the x axis, and puts its ticks at whole numbers."""
+    axes.set_xlabel("round")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+
+
+def legend(figure: Figure, *axes: Any, columns: int = 3) -> None:
+    """The labels of these axes below the figure, where they cover no data."""
+    labels = [axis.get_legend_handles_labels() for axis in axes]
+    handles, names = ([entry for each in column for entry in each] for column in zip(*labels, strict=True))
+    figure.legend(handles, names, loc="outside lower center", ncols=min(columns, len(names)), fontsize="small")
+
+
 def save(figure: Figure, file: Path | str, dpi: int = 100) -> None:
     """Writes the figure as a PNG."""
     figure.savefig(file, dpi=dpi)
@@ -41,9 +63,10 @@ def plot_loss(file: Path, loss_before: float, metrics: Sequence[dict[str, Any]],
     measured = [(record["round"], record["test_loss"]) for record in metrics if record["test_loss"] is not None]
     x, y = zip((0, loss_before), *measured, strict=True)
     axes.plot(x, y, "o-", color="C0", label="test")
-    axes.set(xlabel="round", ylabel="loss (nats/token)", title=f"{config.algorithm}: {config.model} on {config.data}")
+    whole_rounds(axes)
+    axes.set(ylabel="loss (nats/token)", title=f"{config.algorithm}: {config.model} on {config.data}")
     axes.grid(alpha=0.3)
-    axes.legend()
+    legend(figure, axes)
     save(figure, file, dpi=120)
 
 
