@@ -18,6 +18,7 @@ import re
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
@@ -256,8 +257,7 @@ def abort(code: int, message: str) -> None:
     """Ends a process that has failed, and with it the others. Returns where it is the only one.
 
     An ordinary exit would wait for processes that may be gone. The others are told first, since one that waits in a
-    collective for this process cannot notice anything itself. All disconnect before any of them ends: JAX ends by a
-    signal the processes that lose their connection to the first one.
+    collective for this process cannot notice anything itself.
 
     Args:
         code: exit code of all processes.
@@ -271,23 +271,20 @@ def abort(code: int, message: str) -> None:
     with suppress(jax.errors.JaxRuntimeError):
         for index in range(state.num_processes):
             state.client.key_value_set(f"fedmezo/abort/{index}", f"{code} {message}", allow_overwrite=True)
-    _disconnect(code)
+    _leave(code)
 
 
-def _disconnect(code: int) -> None:
-    """Ends this process once all are about to end, or after a while where some can no longer be reached."""
+def _leave(code: int) -> None:
+    """Ends this process once all are about to end, or after a while where some can no longer be reached.
+
+    The first process leaves last: JAX ends the others by a signal as soon as they lose their connection to it.
+    """
     state = distributed.global_state
-    client = state.client
-    assert client is not None
-
-    def leave() -> None:
-        with suppress(jax.errors.JaxRuntimeError):
-            client.wait_at_barrier("fedmezo/abort", 2 * _GRACE * 1000)
-            client.shutdown()
-
-    leaving = threading.Thread(target=leave, daemon=True)
-    leaving.start()
-    leaving.join(3 * _GRACE)
+    assert state.client is not None
+    with suppress(jax.errors.JaxRuntimeError):
+        state.client.wait_at_barrier("fedmezo/abort", 2 * _GRACE * 1000)
+    if state.process_id == 0:
+        time.sleep(1)
     os._exit(code)
 
 
@@ -301,7 +298,7 @@ def _follow(client: Any, own: int) -> None:
     if message and not _aborting.wait(_GRACE):
         _aborting.set()
         print(message, file=sys.stderr, flush=True)
-        _disconnect(int(code))
+        _leave(int(code))
 
 
 def _first_line(error: BaseException) -> str:
