@@ -82,7 +82,7 @@ def _stops() -> Iterator[None]:
 
 def _leave(message: str, code: int) -> None:
     print(message, file=sys.stderr, flush=True)
-    multihost.abort(code)
+    multihost.abort(code, message)
     sys.exit(code)
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments import _plots
+from fedmezo_jax.planning.hardware import GIB
 
-GIB = 2**30
 STYLES = {"forward": "k--", "fedmezo": "C2v-", "backprop": "C3^-", "backprop_checkpointed": "C1s-"}
 
 
@@ -27,5 +27,5 @@ def plot_growth(file: Path, rows: Sequence[dict[str, Any]], field: str, memory: 
     axes.set(xlabel=field.replace("_", " "), ylabel="peak GiB", yscale="log")
     axes.set_title(title, fontsize="small")
     axes.grid(alpha=0.3, which="both")
-    figure.legend(loc="outside lower center", ncols=3, fontsize="small")
+    _plots.legend(figure, axes)
     _plots.save(figure, file, dpi=120)

@@ -32,7 +32,6 @@ from fedmezo_jax.errors import UserError
 from fedmezo_jax.evaluation import choice, gsm8k, likelihood
 from fedmezo_jax.llama.checkpoints.adapter import load_adapter
 from fedmezo_jax.llama.checkpoints.base_model import load_base
-from fedmezo_jax.llama.checks import check_weights
 from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.generate import generate
 from fedmezo_jax.llama.model import Base, Llama, Lora
@@ -123,7 +122,6 @@ def _evaluate(config: Config, start: float) -> None:
         check_tokens(candidates, llama, folder)
     stored = jnp.float32 if config.precision == "float32" else jnp.bfloat16
     base = jax.tree.map(jnp.asarray, load_base(folder, llama, stored))
-    check_weights(llama, base, f"--model {config.model}")
     model = Llama(llama, scale, config.precision, trained=trained)
     subject = LoadedModel(model, base, lora, tokenizer, f"--model {config.model}")
 

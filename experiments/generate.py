@@ -20,7 +20,6 @@ from fedmezo_jax.data.prompts import prompt_ids, text_ids
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.checkpoints.adapter import load_adapter
 from fedmezo_jax.llama.checkpoints.base_model import load_base
-from fedmezo_jax.llama.checks import check_weights
 from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.generate import generate
 from fedmezo_jax.llama.model import Llama
@@ -69,7 +68,6 @@ def _generate(config: Config, start: float) -> None:
     base = load_base(folder, llama, jnp.float32 if config.precision == "float32" else jnp.bfloat16)
     model = Llama(llama, scale, config.precision, trained=trained)
     lora, name = {} if adapter is None else adapter.lora, f"--model {config.model}"
-    check_weights(llama, base, name)
     found = generate(model, base, lora, tokens, config.max_new_tokens, name=name)
     rows = [
         {

@@ -94,7 +94,7 @@ def plot(file: Path, config: Config, table: dict[str, tuple[int, int]]) -> None:
     axes.invert_yaxis()
     axes.set(xscale="log", xlim=(10, 1e13), xlabel="bytes of a client and round")
     axes.set_title(f"{config.model}, r = {config.rank}, H = {config.local_steps}, {config.clients} clients")
-    axes.legend(loc="lower right", fontsize="small")
+    _plots.legend(figure, axes)
     _plots.save(figure, file, dpi=100)
 
 

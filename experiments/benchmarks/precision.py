@@ -104,10 +104,11 @@ def plot(file: Path, rows: list[dict[str, Any]], title: str) -> None:
         line = [(row["perturbation_scale"], row["error"]) for row in rows if row["precision"] == precision]
         axes.plot(*zip(*line, strict=True), "o-", label=precision)
     axes.axhline(WARN_ABOVE, color="0.6", linewidth=1, linestyle="--", label=f"{WARN_ABOVE:.0%}")
-    axes.set(xscale="log", yscale="log", xlabel="perturbation scale μ", title=title)
+    axes.set(yscale="log", xlabel="perturbation scale μ", title=title)
     axes.set_ylabel("relative error of the projected gradient")
     axes.grid(alpha=0.3, which="both")
-    axes.legend()
+    _plots.ticks_at(axes, (row["perturbation_scale"] for row in rows), log=True)
+    _plots.legend(figure, axes, columns=4)
     _plots.save(figure, file, dpi=120)
 
 

@@ -26,13 +26,14 @@ from experiments.benchmarks.pytorch_baseline import peer_step
 from fedmezo_jax.core import client, federated, mezo, personalization
 from fedmezo_jax.data.examples import TokenBatch
 from fedmezo_jax.errors import UserError
-from fedmezo_jax.llama.checkpoints.layout import base_shapes, projections
+from fedmezo_jax.llama.checkpoints.layout import base_shapes
 from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.lora import init_lora
 from fedmezo_jax.llama.loss import loss_of, pair_loss_of
 from fedmezo_jax.llama.model import Llama
 from fedmezo_jax.llama.precision import frozen_product, keep_in_loop
 from fedmezo_jax.llama.shapes import named_shape
+from fedmezo_jax.planning import cost_model
 
 
 @dataclass(frozen=True)
@@ -224,22 +225,14 @@ def _products(llama: LlamaConfig, base: Any, setting: Setting, precision: Any) -
     return jax.lax.map(forward, jnp.arange(1.0, 1.0 + passes))
 
 
-def _operations(llama: LlamaConfig, setting: Setting, targets: Sequence[str]) -> float:
+def _operations(llama: LlamaConfig, setting: Setting, targets: Sequence[str]) -> int:
     """Floating-point operations of the products of one forward of all clients.
 
     Without targets, of those with frozen weights alone; with them also of the adapters' and attention's, of which
     causality leaves half.
     """
-    widths = projections(llama)
-    tokens = setting.clients * setting.batch * setting.length
-    weights = llama.num_hidden_layers * sum(wide_in * wide_out for wide_in, wide_out in widths.values())
-    total = 2 * tokens * weights
-    total += 2 * setting.clients * setting.batch * _labels(setting) * llama.hidden_size * llama.vocab_size
-    if targets:
-        adapters = sum(setting.rank * sum(widths[target]) for target in targets)
-        attention = (setting.length + 1) * llama.num_attention_heads * llama.head_dim
-        total += 2 * tokens * llama.num_hidden_layers * (adapters + attention)
-    return total
+    frozen, rest = cost_model.forward_operations(llama, setting.length, setting.rank, targets)
+    return setting.clients * setting.batch * (frozen + (rest if targets else 0))
 
 
 def _labels(setting: Setting) -> int:

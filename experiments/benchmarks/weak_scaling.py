@@ -116,11 +116,10 @@ def plot(file: Path, config: Config, rows: list[dict[str, Any]]) -> None:
     left.set(ylabel="peak GiB of a device", ylim=(0, 1.1 * left.get_ylim()[1]))
     right.set(ylabel="bytes received in a round")
     for axes in (left, right):
-        axes.set(xscale="log", xlabel="devices")
-        axes.set_xticks(devices, [str(count) for count in devices])
-        axes.minorticks_off()
+        axes.set_xlabel("devices")
+        _plots.ticks_at(axes, devices, log=True)
         axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
+    _plots.legend(figure, left)
     figure.suptitle(f"{config.model} on {config.topology}, {config.clients_per_device} client(s) a device", fontsize=11)
     _plots.save(figure, file, dpi=100)
 

@@ -108,7 +108,7 @@ def _effective_ranks(config: Config) -> dict[int, dict[str, Any]]:
 
 def plot(file: Path, rows: Sequence[dict[str, Any]], outcomes: Sequence[runner.Outcome]) -> None:
     """Test loss over the LoRA rank, at each η and at each rank's best; the effective rank as a line of its own."""
-    figure, axes = _plots.subplots(figsize=(6.4, 4))
+    figure, axes = _plots.subplots(figsize=(6.4, 4.6))
     for i, rate in enumerate(dict.fromkeys(one.config.learning_rate for one in outcomes)):
         own = [one for one in outcomes if one.config.learning_rate == rate]
         ranks = [one.config.lora_rank for one in own]
@@ -117,15 +117,17 @@ def plot(file: Path, rows: Sequence[dict[str, Any]], outcomes: Sequence[runner.O
     band = [row["band_90"] or 0 for row in rows]
     axes.errorbar(ranks, after, band, fmt="ko-", capsize=3, label="at the rank's best η, 90 %")
     top = np.max([one.after.mean() for one in outcomes if one.config.learning_rate == rows[0]["best_learning_rate"]])
-    axes.set(xscale="log", xlabel="LoRA rank", ylabel="test loss (nats/token)", ylim=(None, top + 0.3))
-    if any("effective_rank_positive" in row for row in rows):
-        other = axes.twinx()
-        other.plot(ranks, [row["effective_rank_positive"] for row in rows], "s-", color="0.6", label="tr H₊/‖H₊‖")
-        other.set_ylabel("effective rank")
-        other.legend(fontsize="x-small", loc="upper center")
+    axes.set(xlabel="LoRA rank", ylabel="test loss (nats/token)", ylim=(None, top + 0.3))
+    _plots.ticks_at(axes, ranks, log=True)
     axes.set_title("best LoRA rank")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="x-small")
+    shown = [axes]
+    if any("effective_rank_positive" in row for row in rows):
+        other = axes.twinx()
+        shown.append(other)
+        other.plot(ranks, [row["effective_rank_positive"] for row in rows], "s-", color="0.6", label="tr H₊/‖H₊‖")
+        other.set_ylabel("effective rank")
+    _plots.legend(figure, *shown)
     _plots.save(figure, file, dpi=90)
 
 

@@ -50,7 +50,7 @@ def plot(path: str, chosen: dict[str, runner.Outcome]) -> None:
         axes.set_xlabel(name)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("test loss (nats/token)")
-    panels[0].legend(fontsize="small")
+    _plots.legend(figure, panels[0])
     _plots.save(figure, path, dpi=100)
 
 

@@ -159,8 +159,9 @@ def _over_a_run(point: dict[str, Any]) -> dict[str, float]:
 def plot(file: Path, rows: list[dict[str, Any]], slopes: list[dict[str, Any]]) -> None:
     """Mean ‖∇f‖² of each run over N, H and T, with the fits."""
     figure, axes = _plots.subplots(figsize=(6, 4))
+    field_of = {short: field for field, short in NAMES.items()}
     for i, fit in enumerate(slopes):
-        field = next(field for field, short in NAMES.items() if short == fit["varied"])
+        field = field_of[fit["varied"]]
         own = [row for row in rows if row["varied"] == fit["varied"]]
         x, y = np.array([row[field] for row in own]), np.array([row["gradient"] for row in own])
         label = f"{fit['varied']}: slope {fit['slope']:+.2f} ± {fit['error']:.2f}"
@@ -169,7 +170,8 @@ def plot(file: Path, rows: list[dict[str, Any]], slopes: list[dict[str, Any]]) -
         axes.loglog(x, middle * (x / np.exp(np.log(x).mean())) ** fit["slope"], color=f"C{i}", linewidth=1)
     axes.set(xlabel="N, H or T, with η ∝ (NH/T)^½", ylabel="mean ‖∇f‖² over a run", title="the theorem: slopes of -0.5")
     axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize="small")
+    _plots.ticks_at(axes, (row[field_of[row["varied"]]] for row in rows), log=True)
+    _plots.legend(figure, axes)
     _plots.save(figure, file, dpi=90)
 
 

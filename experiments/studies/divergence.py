@@ -108,10 +108,11 @@ def plot(file: Path, base: RunConfig, factors: Sequence[float], curves: np.ndarr
     for i, factor in enumerate(factors):
         lines = axes.plot(np.arange(1, base.rounds + 1), curves[:, i].T, ".-", color=f"C{i}", alpha=0.7)
         lines[0].set_label(f"{factor:g}×")
-    axes.set(xlabel="round", ylabel="training loss (nats/token)")
+    _plots.whole_rounds(axes)
+    axes.set_ylabel("training loss (nats/token)")
     axes.set_title(f"{base.model} on {base.data}: multiples of η = {base.learning_rate:g}")
     axes.grid(alpha=0.3)
-    axes.legend()
+    _plots.legend(figure, axes, columns=6)
     _plots.save(figure, file, dpi=120)
 
 

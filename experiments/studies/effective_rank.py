@@ -67,7 +67,7 @@ _PAPER = Case(
 PRESETS: dict[str, tuple[Case, ...]] = {
     "small": (_TINY,),
     "paper": tuple(_PAPER._replace(data=data) for data in ("gsm8k", "codealpaca", "dolly", "alpaca")),
-    "smoke": (_TINY._replace(ranks=(2, 4), layers=(4,), batches=2, rows=2, probes=1, steps=4, train_steps=2),),
+    "smoke": (_TINY._replace(ranks=(4,), layers=(4,), batches=2, rows=2, probes=1, steps=4, train_steps=2),),
 }
 
 
@@ -200,7 +200,7 @@ def _row(point: dict[str, Any], found: list[list[dict[str, float]]]) -> dict[str
 
 def plot(file: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Left: effective rank of the whole H over the LoRA rank; right: of each layer's block."""
-    figure, (left, right) = _plots.subplots(1, 2, figsize=(10, 4), width_ratios=(3, 2))
+    figure, (left, right) = _plots.subplots(1, 2, figsize=(10, 5), width_ratios=(3, 2))
     for i, (model, data) in enumerate(dict.fromkeys((row["model"], row["data"]) for row in rows)):
         own = [row for row in rows if (row["model"], row["data"]) == (model, data)]
         for state, style in (("start", ":"), ("trained", "-")):
@@ -223,15 +223,16 @@ def plot(file: Path, rows: Sequence[dict[str, Any]]) -> None:
             [row["effective_rank_positive_error"] for row in layers],
             fmt="^-",
             color=f"C{i}",
-            label=f"{model}, {data}",
         )
     for axes in (left, right):
         axes.set_yscale("symlog", linthresh=10)
-    left.set(xscale="log", xlabel="LoRA rank", ylabel="effective rank", title="whole Hessian (error: over batches)")
+    left.set(xlabel="LoRA rank", ylabel="effective rank", title="whole Hessian (error: over batches)")
     right.set(xlabel="layer", ylabel="tr H₊/‖H₊‖", title="a layer's diagonal block, trained")
+    _plots.ticks_at(left, (row["lora_rank"] for row in rows), log=True)
+    _plots.ticks_at(right, (int(row["layer"]) for row in rows if row["layer"] != "all"))
     for axes in (left, right):
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="xx-small")
+    _plots.legend(figure, left)
     _plots.save(figure, file, dpi=90)
 
 

@@ -31,6 +31,7 @@ from fedmezo_jax.core import federated
 from fedmezo_jax.core.random import run_key
 from fedmezo_jax.data.batches import round_batches
 from fedmezo_jax.data.examples import TokenBatch
+from fedmezo_jax.data.partition import category_distances
 from fedmezo_jax.llama.loss import loss_of
 from fedmezo_jax.run.config import RunConfig, paper_config
 from fedmezo_jax.run.context import build, prepare, unpaired
@@ -162,7 +163,7 @@ def _trajectory(point: dict[str, Any]) -> dict[str, Any]:
         each = (losses[:, 0], losses.mean(axis=1), state.signals.drift, alike.signals.drift)
         for name, signal in zip(INDICES, each, strict=True):
             indices[name].append(np.asarray(signal, np.float64).tolist())
-    categories = heterogeneity.label_distance(setup.parts, setup.categories)
+    categories = category_distances(setup.parts, setup.categories)
     return {"indices": indices, "gradient": truths, "halves": halves, "label": categories.tolist()}
 
 
@@ -215,7 +216,7 @@ def rank_correlation(one: Sequence[float] | np.ndarray, other: Sequence[float] |
 
 def plot(file: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
     """Rank correlations and the truth itself over the Dirichlet α."""
-    figure, axes = _plots.subplots(1, 4, figsize=(14, 3.8))
+    figure, axes = _plots.subplots(1, 4, figsize=(14, 4.2))
     names = ("with gradient disparity", "with label distance", "from round to round")
     for one, quantity, name in zip(axes, _QUANTITIES, names, strict=False):
         for i, index in enumerate(dict.fromkeys(row["index"] for row in rows)):
@@ -225,17 +226,17 @@ def plot(file: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
             y, error = [row[quantity] for row in own], [row[f"{quantity}_band_90"] or 0 for row in own]
             one.errorbar(x, y, error, fmt="o-", markersize=3, color=f"C{i}", label=label)
         one.axhline(0, color="0.5", linewidth=0.8)
-        one.set(xscale="log", xlabel="Dirichlet α", title=f"rank correlation {name}", ylim=(-1.05, 1.05))
-    axes[0].legend(fontsize="xx-small")
+        one.set(xlabel="Dirichlet α", title=f"rank correlation {name}", ylim=(-1.05, 1.05))
     own = [row for row in rows if row["index"] == INDICES[0]]
     x = [row["dirichlet_alpha"] for row in own]
-    axes[3].plot(x, [row["mean_gradient_disparity"] for row in own], "o-", label="gradient disparity")
-    axes[3].plot(x, [row["mean_label_distance"] for row in own], "s-", label="label distance")
-    axes[3].set(xscale="log", xlabel="Dirichlet α", title=f"mean over clients ({title})")
+    axes[3].plot(x, [row["mean_gradient_disparity"] for row in own], "ko-", label="gradient disparity (right)")
+    axes[3].plot(x, [row["mean_label_distance"] for row in own], "s-", color="0.5", label="label distance (right)")
+    axes[3].set(xlabel="Dirichlet α", title=f"mean over clients ({title})")
     axes[3].set_yscale("symlog", linthresh=1e-3)
-    axes[3].legend(fontsize="xx-small")
     for one in axes:
+        _plots.ticks_at(one, (row["dirichlet_alpha"] for row in rows), log=True)
         one.grid(alpha=0.3)
+    _plots.legend(figure, axes[0], axes[3], columns=4)
     _plots.save(figure, file, dpi=72)
 
 

@@ -254,9 +254,10 @@ def plot(file: Path, title: str, outcomes: Sequence[Outcome]) -> None:
     figure, axes = _plots.subplots(figsize=(6.4, 4))
     for one in outcomes:
         draw(axes, one.curves[0].rounds, np.array([curve.test_loss for curve in one.curves]), one.label)
-    axes.set(xlabel="round", ylabel="test loss (nats/token)", title=title)
+    _plots.whole_rounds(axes)
+    axes.set(ylabel="test loss (nats/token)", title=title)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    _plots.legend(figure, axes, columns=4)
     _plots.save(figure, file, dpi=100)
 
 

@@ -147,8 +147,9 @@ def plot(file: Path, table: Sequence[dict[str, Any]]) -> None:
     ):
         axes.plot(rates, [row[name] for row in rows], label=label)
     axes.axhline(0, color="0.5", linewidth=0.8)
-    axes.set(xscale="log", xlabel="η", ylabel="f(θ′) − f(θ), nats", title="one step: below 0 is descent")
+    axes.set(xlabel="η", ylabel="f(θ′) − f(θ), nats", title="one step: below 0 is descent")
     axes.set_yscale("symlog", linthresh=max(np.abs(observed).min(), 1e-6))
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    _plots.ticks_at(axes, rates, log=True)
+    _plots.legend(figure, axes, columns=2)
     _plots.save(figure, file, dpi=90)

@@ -48,7 +48,8 @@ class Signals(NamedTuple):
 
 def init_signals(clients: int) -> Signals:
     """Signals of ``clients`` clients of which nothing is known."""
-    return Signals(jnp.full((clients, HISTORY), jnp.nan), jnp.full((clients,), jnp.nan))
+    unknown = jnp.float32(jnp.nan)  # with its type: weakly typed, a resumed run's program would be another one
+    return Signals(jnp.full((clients, HISTORY), unknown), jnp.full((clients,), unknown))
 
 
 def observe(

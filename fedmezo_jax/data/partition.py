@@ -132,16 +132,23 @@ def length_classes(lengths: Sequence[int] | np.ndarray) -> list[str]:
     return [names[i] for i in np.searchsorted(bounds, lengths)]
 
 
-def heterogeneity(parts: Partition, categories: Sequence[str]) -> float:
-    """Mean over clients of the total-variation distance 1/2 sum_c |p_i(c) - p(c)|.
+def category_distances(parts: Partition, categories: Sequence[str]) -> np.ndarray:
+    """Total-variation distance 1/2 sum_c |p_i(c) - p(c)| of each client's categories from those of all rows, [clients].
 
-    p_i is the distribution of categories on client i and p the one over all rows. 0: all clients alike; towards 1: each
-    client holds categories that are rare elsewhere.
+    p_i is the distribution of categories on client i and p the one over all rows.
     """
     _, codes = np.unique(np.asarray(categories), return_inverse=True)
     overall = np.bincount(codes) / len(codes)
-    shares = [np.bincount(codes[part], minlength=len(overall)) / len(part) for part in parts]
-    return float(np.mean([np.abs(share - overall).sum() / 2 for share in shares]))
+    shares = np.array([np.bincount(codes[part], minlength=len(overall)) / len(part) for part in parts])
+    return np.abs(shares - overall).sum(axis=1) / 2
+
+
+def heterogeneity(parts: Partition, categories: Sequence[str]) -> float:
+    """Mean over clients of :func:`category_distances`.
+
+    0: all clients alike; towards 1: each client holds categories that are rare elsewhere.
+    """
+    return float(np.mean(category_distances(parts, categories)))
 
 
 def hold_out(

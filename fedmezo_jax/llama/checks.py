@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -55,20 +56,36 @@ def check_finite(finite: bool, what: str, config: LlamaConfig, base: Base, lora:
     )
 
 
-def check_weights(config: LlamaConfig, base: Base, name: object) -> None:
-    """Refuses a weight whose square overflows float32.
+def check_tensor(tensor: np.ndarray, name: str, file: object) -> None:
+    """Refuses a tensor with an entry that is not finite, or whose square overflows float32.
 
     Activations of that size make the norms zero, and so the outputs finite and meaningless.
+
+    Args:
+        tensor: in the dtype that the model computes with.
+        name: Hugging Face's.
+        file: that holds it.
     """
-    weight, size = largest_weight(config, base)
+    size = largest_magnitude(tensor)
+    if not math.isfinite(size):
+        raise UserError(f"{file}: {name} is not finite in {tensor.dtype}; fetch the file again")
     if size > _LARGEST:
         raise UserError(
-            f"{name}: {weight} holds a weight of {size:.3g}, whose square overflows float32: fetch the model again, or "
+            f"{file}: {name} holds a weight of {size:.3g}, whose square overflows float32: fetch the model again, or "
             "give another"
         )
 
 
 _LARGEST = float(np.sqrt(np.finfo(np.float32).max))
+
+
+def largest_magnitude(tensor: np.ndarray) -> float:
+    """The largest magnitude in a tensor of floats; infinite or NaN where an entry is.
+
+    Without the sign bit, floats are in the same order as the integers of their bits, with infinity and NaN at the end.
+    """
+    bits = tensor.view(f"u{tensor.itemsize}")
+    return float(np.max(bits & (np.iinfo(bits.dtype).max >> 1)).view(tensor.dtype))
 
 
 def largest_weight(config: LlamaConfig, base: Base) -> tuple[str, float]:

@@ -34,6 +34,8 @@ _turns = itertools.count()
 _aborting = threading.Event()
 _NO_LIMIT = 7 * 24 * 3600 * 1000
 """Milliseconds that no wait ever reaches: the store's functions require a limit."""
+_GRACE = 5
+"""Seconds in which a process may end by itself after another one has failed."""
 _LOST = re.compile(r"gloo|nccl|connection|unavailable|deadline|coordination|heartbeat|peer|socket|barrier", re.I)
 
 
@@ -157,14 +159,20 @@ def _watch(timeout: int) -> None:
             _give_up(complaint)
 
     stop = heartbeats.start(client, state.process_id, state.num_processes, timeout, give_up)
+    follower = threading.Thread(target=_follow, args=(client, state.process_id), daemon=True)
+    follower.start()
 
     def end() -> None:
-        if hasattr(sys, "last_value"):  # after an unhandled exception the others must not wait for this process
+        error: BaseException | None = getattr(sys, "last_value", None)
+        if error is not None:  # after an unhandled exception the others must not wait for this process
             sys.stdout.flush()
-            os._exit(1)
+            abort(1, f"error: it has ended with an error of the program: {_first_line(error)}")
         with suppress(jax.errors.JaxRuntimeError):
             client.wait_at_barrier("fedmezo/end", _NO_LIMIT)
         stop()
+        with suppress(jax.errors.JaxRuntimeError):
+            client.key_value_set(f"fedmezo/abort/{state.process_id}", " ", allow_overwrite=True)
+        follower.join(_GRACE)
 
     atexit.register(end)
 
@@ -245,22 +253,53 @@ def report_peer_failure() -> Iterator[None]:
         ) from None
 
 
-def abort(code: int) -> None:
-    """Ends a process that has failed. Returns where it is the only one.
+def abort(code: int, message: str) -> None:
+    """Ends a process that has failed, and with it the others. Returns where it is the only one.
 
-    An ordinary exit would wait for processes that may be gone; and the first one, through which the others hear, leaves
-    last.
+    An ordinary exit would wait for processes that may be gone. The others are told first, since one that waits in a
+    collective for this process cannot notice anything itself.
+
+    Args:
+        code: exit code of all processes.
+        message: what this process has printed; the others print it too, unless they fail themselves.
     """
-    client = distributed.global_state.client
-    if client is None:
+    state = distributed.global_state
+    if state.client is None:
         return
     _aborting.set()
+    message = re.sub("^error:", f"error: process {state.process_id}:", message)
     with suppress(jax.errors.JaxRuntimeError):
-        client.wait_at_barrier("fedmezo/abort", 10_000)
-    if distributed.global_state.process_id == 0:
-        time.sleep(0.5)
+        for index in range(state.num_processes):
+            state.client.key_value_set(f"fedmezo/abort/{index}", f"{code} {message}", allow_overwrite=True)
+    _leave(code)
+
+
+def _leave(code: int) -> None:
+    """Ends this process once all are about to end, or after a while where some can no longer be reached.
+
+    The first process leaves last: JAX ends the others by a signal as soon as they lose their connection to it.
+    """
+    state = distributed.global_state
+    assert state.client is not None
+    with suppress(jax.errors.JaxRuntimeError):
+        state.client.wait_at_barrier("fedmezo/abort", 2 * _GRACE * 1000)
+    if state.process_id == 0:
+        time.sleep(1)
     os._exit(code)
 
 
-def _first_line(error: Exception) -> str:
+def _follow(client: Any, own: int) -> None:
+    """Ends this process after another one has called :func:`abort`, unless it fails by itself meanwhile."""
+    try:
+        told = client.blocking_key_value_get(f"fedmezo/abort/{own}", _NO_LIMIT)
+    except jax.errors.JaxRuntimeError:
+        return  # the program is at its end, or the first process has vanished
+    code, _, message = told.partition(" ")
+    if message and not _aborting.wait(_GRACE):
+        _aborting.set()
+        print(message, file=sys.stderr, flush=True)
+        _leave(int(code))
+
+
+def _first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)

@@ -7,6 +7,7 @@ memory's bandwidth, and the traffic at its links'.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from fedmezo_jax.llama.model import Llama
 from fedmezo_jax.llama.precision import Precision
 from fedmezo_jax.parallel import sharding
 from fedmezo_jax.planning import collectives
-from fedmezo_jax.planning.hardware import Topology
+from fedmezo_jax.planning.hardware import GPUS, Topology
 
 
 class Chip(NamedTuple):
@@ -50,9 +51,9 @@ CHIPS = {
     "v5e": Chip(197e12, 819e9, 200e9, "https://cloud.google.com/tpu/docs/v5e"),
     "v5p": Chip(459e12, 2765e9, 600e9, "https://cloud.google.com/tpu/docs/v5p"),
     "v6e": Chip(918e12, 1640e9, 448e9, "https://cloud.google.com/tpu/docs/v6e"),
-    "a100-40gb": Chip(312e12, 1555e9, 600e9, "https://www.nvidia.com/en-us/data-center/a100/"),
-    "a100-80gb": Chip(312e12, 2039e9, 600e9, "https://www.nvidia.com/en-us/data-center/a100/"),
-    "h100": Chip(989e12, 3350e9, 900e9, "https://www.nvidia.com/en-us/data-center/h100/"),
+    "a100-40gb": Chip(312e12, GPUS["a100-40gb"].bandwidth, 600e9, "https://www.nvidia.com/en-us/data-center/a100/"),
+    "a100-80gb": Chip(312e12, GPUS["a100-80gb"].bandwidth, 600e9, "https://www.nvidia.com/en-us/data-center/a100/"),
+    "h100": Chip(989e12, GPUS["h100"].bandwidth, 900e9, "https://www.nvidia.com/en-us/data-center/h100/"),
 }
 
 
@@ -176,19 +177,33 @@ def _traffic(text: str, shape: tuple[int, int]) -> tuple[int, int]:
     return (total, 0) if shape[0] == 1 else (total - between, between)
 
 
-def operations(planned: RoundSpec) -> int:
-    """Floating-point operations of all clients' 2·H forward passes: two for each weight and token, and attention's.
+class ForwardOperations(NamedTuple):
+    """Floating-point operations of one example's forward pass: two for each product.
 
-    The head counts at label positions alone, and attention without the half that causality spares.
+    Attributes:
+        frozen: of the products with frozen weights; the head's at label positions alone.
+        rest: of the adapters' products and of attention, without the half that causality spares.
     """
-    config, tokens = planned.config, planned.length
+
+    frozen: int
+    rest: int
+
+
+def forward_operations(config: LlamaConfig, length: int, rank: int, targets: Sequence[str]) -> ForwardOperations:
+    """Counts one forward pass over ``length`` tokens, half of them labels."""
     wide = projections(config)
     dense = sum(a * b for a, b in wide.values())
-    adapters = sum(planned.rank * sum(wide[name]) for name in planned.targets)
-    mixing = tokens * config.num_attention_heads * config.head_dim
-    layers = config.num_hidden_layers * 2 * tokens * (dense + adapters + mixing)
-    head = 2 * max(1, tokens // 2) * config.hidden_size * config.vocab_size
-    return 2 * planned.local_steps * planned.clients * planned.batch_size * (layers + head)
+    adapters = sum(rank * sum(wide[name]) for name in targets)
+    attention = (length + 1) * config.num_attention_heads * config.head_dim
+    head = max(1, length // 2) * config.hidden_size * config.vocab_size
+    tokens = config.num_hidden_layers * length
+    return ForwardOperations(2 * (tokens * dense + head), 2 * tokens * (adapters + attention))
+
+
+def operations(planned: RoundSpec) -> int:
+    """Floating-point operations of all clients' 2·H forward passes."""
+    each = sum(forward_operations(planned.config, planned.length, planned.rank, planned.targets))
+    return 2 * planned.local_steps * planned.clients * planned.batch_size * each
 
 
 def weight_bytes(planned: RoundSpec) -> int:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple, cast
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from fedmezo_jax.errors import UserError
@@ -134,6 +135,9 @@ def _read(
     progress = cast(Progress, manager.restore(step, args=ocp.args.StandardRestore(template)))
     if ledger.tree_hash(progress) != seal.progress or int(progress.state.round) != step:
         raise UserError("its contents do not match its checksum")
+    if jax.process_count() == jax.device_count() == 1:
+        # Orbax binds arrays to their device, for which JAX compiles a program again; those of a fresh run are free.
+        progress = jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf)), progress)
     return Checkpoint(progress, seal)
 
 

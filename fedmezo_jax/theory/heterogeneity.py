@@ -1,4 +1,7 @@
-"""How far apart clients really are, measured by back-propagation: what a heterogeneity index ought to follow."""
+"""How far apart clients really are, measured by back-propagation: what a heterogeneity index ought to follow.
+
+:func:`fedmezo_jax.data.partition.category_distances` says how far apart their data are.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from fedmezo_jax.core.mezo import LossFn, Params
-from fedmezo_jax.data.partition import Partition
 
 
 def gradients(loss: LossFn, params: Params, batches: Any) -> jax.Array:
@@ -30,11 +31,3 @@ def disparity(first: jax.Array, second: jax.Array) -> jax.Array:
     """
     one, other = (half - jnp.mean(half, axis=0) for half in (first, second))
     return jnp.sum(one * other, axis=1)
-
-
-def label_distance(parts: Partition, categories: list[str]) -> np.ndarray:
-    """Total-variation distance ½ Σ_c |p_i(c) − p(c)| of each client's categories from those of all rows, ``[N]``."""
-    _, codes = np.unique(np.asarray(categories), return_inverse=True)
-    overall = np.bincount(codes) / len(codes)
-    shares = np.array([np.bincount(codes[part], minlength=len(overall)) / len(part) for part in parts])
-    return np.abs(shares - overall).sum(axis=1) / 2

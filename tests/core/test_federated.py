@@ -1,6 +1,7 @@
 """The jitted, vectorised round against the paper's loops, and the invariants that a run rests on."""
 
 from dataclasses import replace
+from functools import cache
 
 import chex
 import jax
@@ -41,6 +42,10 @@ def cohort(t, ids, weights=None):
     return federated.Cohort(jnp.asarray(ids), jnp.asarray(weights[ids]), jnp.asarray(TARGETS[t][ids]))
 
 
+PAIR_LOSS = Partial(mezo.pair_loss_of(loss))
+
+
+@cache  # a round is compiled once for all tests that have the same one
 def make(strategy="frozen", block_size=None, directions=1, optimizer=None, scale=0.5, shared=False, decay=0.0):
     work = client.mezo_client(mezo.MezoConfig(MU, directions, weight_decay=decay))
     return federated.federated(work, personalization.RateConfig(RATE, strategy, scale), optimizer, block_size, shared)
@@ -49,9 +54,8 @@ def make(strategy="frozen", block_size=None, directions=1, optimizer=None, scale
 def run(cohorts, *, weights=None, **options):
     fed = make(**options)
     state = fed.init(jax.tree.map(jnp.asarray, START), CLIENTS)
-    pair_loss = Partial(mezo.pair_loss_of(loss))
     for t, ids in enumerate(cohorts):
-        state, report = fed.round(state, pair_loss, cohort(t, ids, weights), run_key())
+        state, report = fed.round(state, PAIR_LOSS, cohort(t, ids, weights), run_key())
         yield state, report
 
 
@@ -97,9 +101,8 @@ def test_a_round_compiles_once():
     work = jax.jit(chex.assert_max_traces(lambda *given: fed.round.work(*given), 1))
     round = replace(fed.round, work=work)
     state = fed.init(jax.tree.map(jnp.asarray, START), CLIENTS)
-    pair_loss = Partial(mezo.pair_loss_of(loss))
     for t in range(4):
-        state, _ = round(state, pair_loss, cohort(t, aggregation.sample_participants(0, t, CLIENTS, 3)), run_key())
+        state, _ = round(state, PAIR_LOSS, cohort(t, aggregation.sample_participants(0, t, CLIENTS, 3)), run_key())
     assert state.round == 4
 
 
@@ -152,7 +155,7 @@ def test_a_server_that_is_sent_parameters_gets_the_bits_of_one_that_is_sent_scal
         ids = aggregation.sample_participants(0, t, CLIENTS, 4)
         batches = jnp.asarray(TARGETS[t][ids][:, :steps])
         given = federated.Cohort(jnp.asarray(ids), jnp.ones(4), batches)
-        report = jax.device_get(fed.round.work(states[0], Partial(mezo.pair_loss_of(loss)), given, run_key()))
+        report = jax.device_get(fed.round.work(states[0], PAIR_LOSS, given, run_key()))
         weights = np.array([1, 0, 2, 3], np.float32)  # one of them is left out
         uploads = [fed.round.upload(states[1], id, report, i, run_key()) for i, id in enumerate(ids)]
         uploads = [messages.unpack_lora_update(messages.pack_lora_update(WORD, theirs), START)[1] for theirs in uploads]
@@ -172,7 +175,7 @@ def test_a_client_that_hears_only_the_broadcast_has_the_servers_parameters(share
     theirs = ours = fed.init(jax.tree.map(jnp.asarray, START), CLIENTS)
     for t in range(3):
         ids = aggregation.sample_participants(0, t, CLIENTS, 4)
-        report = jax.device_get(fed.round.work(ours, Partial(mezo.pair_loss_of(loss)), cohort(t, ids), run_key()))
+        report = jax.device_get(fed.round.work(ours, PAIR_LOSS, cohort(t, ids), run_key()))
         weights = np.array([1, 1, 0, 1], np.float32)
         ours = fed.round.apply(ours, ids, weights, report, run_key())
         heard, me = ids[weights > 0], int(ids[0])
@@ -212,17 +215,20 @@ def test_shared_directions_move_everyone_along_the_same_lines():
         np.testing.assert_allclose(coefficients, -mean.ravel(), atol=2e-6)
 
 
+FRAGILE = Partial(mezo.pair_loss_of(lambda p, b: jnp.where(b[0, 0] > 1e6, jnp.nan, loss(p, b))))
+"""A loss that is NaN for batches of huge numbers."""
+
+
 @pytest.mark.parametrize(("strategy", "shared"), [("frozen", True), ("model-diff", False), ("round-wise", False)])
 def test_a_client_with_nan_is_left_out_as_if_it_were_not_there(strategy, shared):
-    pair_loss = Partial(mezo.pair_loss_of(lambda p, b: jnp.where(b[0, 0] > 1e6, jnp.nan, loss(p, b))))
     fed, weights = make(strategy=strategy, shared=shared), np.array([1, 2, 3, 4, 5, 6], np.float32)
     ill, well = (fed.init(jax.tree.map(jnp.asarray, START), CLIENTS) for _ in range(2))
     for t in range(3):
         whole = cohort(t, np.arange(CLIENTS), weights)
         broken = whole._replace(batches=whole.batches.at[2, 1].set(1e7))  # in the second of its steps
-        ill, report = fed.round(ill, pair_loss, broken, run_key())
+        ill, report = fed.round(ill, FRAGILE, broken, run_key())
         assert np.isnan(report.projected_gradients[2]).any()
-        well, _ = fed.round(well, pair_loss, cohort(t, [0, 1, 3, 4, 5], weights), run_key())
+        well, _ = fed.round(well, FRAGILE, cohort(t, [0, 1, 3, 4, 5], weights), run_key())
         chex.assert_trees_all_equal(ill, well)
     assert np.isfinite(ill.params["m"]).all()
 
@@ -246,16 +252,15 @@ def test_clipping_bounds_projected_gradients_and_stills_nan():
     fed = make()
     state = fed.init(jax.tree.map(jnp.asarray, START), CLIENTS)
     given = cohort(0, np.arange(CLIENTS))
-    pair_loss = Partial(mezo.pair_loss_of(lambda p, b: jnp.where(b[0, 0] > 1e6, jnp.nan, loss(p, b))))
-    free = fed.round.work(state, pair_loss, given, run_key())
+    free = fed.round.work(state, FRAGILE, given, run_key())
     limit = np.median(np.abs(free.projected_gradients))
-    bound = fed.round.work(state, pair_loss, given, run_key(), transforms.clip(limit))
+    bound = fed.round.work(state, FRAGILE, given, run_key(), transforms.clip(limit))
     assert np.abs(free.projected_gradients).max() > limit
     assert np.abs(bound.projected_gradients).max() == limit
     first = np.clip(free.projected_gradients[:, 0], -limit, limit)  # later steps start from elsewhere
     np.testing.assert_allclose(bound.projected_gradients[:, 0], first, rtol=1e-5)
     broken = given._replace(batches=given.batches.at[2, 1].set(1e7))
-    still = fed.round.work(state, pair_loss, broken, run_key(), transforms.clip(np.float32(np.inf)))
+    still = fed.round.work(state, FRAGILE, broken, run_key(), transforms.clip(np.float32(np.inf)))
     assert still.projected_gradients[2, 1] == 0
     assert np.isfinite(still.projected_gradients).all()
     assert np.isnan(still.losses[2, 1])

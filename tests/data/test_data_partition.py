@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from fedmezo_jax.data.examples import Chat, Example, Message
 from fedmezo_jax.data.partition import (
     by_length,
+    category_distances,
     dirichlet,
     heterogeneity,
     hold_out,
@@ -252,3 +253,9 @@ def test_bad_input_gets_one_clear_line(call, words):
     with pytest.raises(UserError) as caught:
         call()
     assert words in str(caught.value)
+
+
+def test_category_distances_by_hand():
+    categories = ["a"] * 4 + ["b"] * 4
+    parts = [np.array([0, 1]), np.array([4, 5, 6]), np.array([2, 3, 7])]
+    assert category_distances(parts, categories).tolist() == pytest.approx([0.5, 0.5, 2 / 3 - 0.5])

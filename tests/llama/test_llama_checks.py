@@ -1,6 +1,7 @@
 """Models that do not fit their tokenizer or overflow, in generation and evaluation: one line that names them."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 
 import jax
@@ -12,15 +13,20 @@ from token_data import table
 from experiments import evaluate, fedmezo, generate
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.evaluation import likelihood
+from fedmezo_jax.llama import checks
+from fedmezo_jax.llama.checkpoints import base_model, safetensors
 from fedmezo_jax.llama.checkpoints.adapter import save_adapter
 from fedmezo_jax.llama.checkpoints.base_model import load_base, save_base
-from fedmezo_jax.llama.checks import largest_weight
+from fedmezo_jax.llama.checkpoints.export import export
+from fedmezo_jax.llama.checkpoints.layout import layout
+from fedmezo_jax.llama.checks import largest_magnitude, largest_weight
 from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.generate import generate as continued
 from fedmezo_jax.llama.lora import init_lora
 from fedmezo_jax.llama.model import Llama
 from fedmezo_jax.llama.registry import load_tokenizer
 from fedmezo_jax.run.config import paper_config
+from fedmezo_jax.run.job import fine_tune
 
 HUGE = "model.layers.1.mlp.up_proj.weight"
 
@@ -138,9 +144,54 @@ def test_a_weight_whose_square_overflows_is_named(folder, config, questions, tmp
     huge = base | {"embed_tokens": {"embedding": embedding}}
     assert not np.any(Llama(config).apply({"params": huge}, np.array([[1, 2, 3]]), {}))
     save_base(tmp_path / "huge", config, huge, tokenizer=load_tokenizer(folder))
-    with pytest.raises(UserError, match=r"huge: model.embed_tokens.weight holds a weight of 3e\+38, whose square"):
+    with pytest.raises(UserError, match=r"safetensors: model.embed_tokens.weight holds a weight of 3e\+38, whose"):
         commands(tmp_path / "huge", questions, tmp_path / "out")[command]()
     assert not (tmp_path / "out").exists()
+
+
+def test_each_weight_is_read_and_checked_once(folder, config, questions, tmp_path, monkeypatch):
+    """A run, and all that reads a model: the files go through memory once, and no second check follows."""
+    reads, checked = Counter(), Counter()
+
+    def counted(counter, function, name_of):
+        return lambda *given: (counter.update([name_of(*given)]), function(*given))[1]
+
+    monkeypatch.setattr(safetensors, "_read_tensor", counted(reads, safetensors._read_tensor, lambda file, name: name))
+    monkeypatch.setattr(
+        base_model, "check_tensor", counted(checked, base_model.check_tensor, lambda tensor, name, file: name)
+    )
+    monkeypatch.setattr(checks, "_largest", lambda base: pytest.fail("all weights are searched for the largest"))
+
+    def stop(context):
+        raise KeyboardInterrupt
+
+    def begin():
+        with pytest.raises(KeyboardInterrupt):  # before the first round, when all is loaded and checked
+            fine_tune(run, tmp_path / "run", on_start=stop)
+
+    data = str(small_run.write_data(tmp_path / "data.jsonl", 40))
+    run = paper_config(model=str(folder), data=data, clients=2, max_length=64, test_examples=4)
+    read = commands(folder, questions, tmp_path / "out")
+    merge = lambda: export(folder, tmp_path / "merged")  # noqa: E731
+    for name, command in {"run": begin, "generate": read["generate"], "loss": read["loss"], "merge": merge}.items():
+        reads.clear()
+        checked.clear()
+        command()
+        once = dict.fromkeys(layout(config), 1)
+        assert reads == once, name
+        assert checked == ({} if name == "merge" else once), name  # it writes weights and computes with none
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_the_largest_magnitude_of_any_floats(dtype):
+    draw = np.random.default_rng(0)
+    tensor = (draw.standard_normal((5, 7)) * 10.0 ** draw.integers(-9, 5, (5, 7))).astype(dtype)
+    assert largest_magnitude(tensor) == max(abs(float(entry)) for entry in tensor.ravel()) > 0
+    assert largest_magnitude(-tensor) == largest_magnitude(tensor)
+    assert largest_magnitude(np.zeros((2, 3), dtype)) == 0
+    for odd in (np.nan, -np.nan, np.inf, -np.inf):
+        tensor[3, 2] = odd
+        assert not np.isfinite(largest_magnitude(tensor))
 
 
 def test_an_adapter_that_overflows_is_named_beside_the_model(folder, config, tmp_path):

@@ -29,8 +29,8 @@ ROUND = cost_model.RoundSpec(SMALL, 4, 3, 1, 16, 2, ("q_proj",), "float32", Fals
 def test_operations_by_hand():
     # A layer: q and o 8×8, k and v 8×4, gate, up and down 8×12; the adapter of q has (8 + 8) × 2 entries.
     weights = 2 * 64 + 2 * 32 + 3 * 96 + 32
-    # Attention: each of 16 tokens meets half of the 16 in 8 entries, once for the scores and once for the mixing.
-    layers = 2 * (2 * 16 * weights + 2 * 2 * 16 * 8 * 8)
+    # Attention: token t of 16 meets t tokens in 8 entries, once for the scores and once for the mixing.
+    layers = 2 * (2 * 16 * weights + 2 * 2 * sum(range(1, 17)) * 8)
     head = 2 * 8 * 8 * 50  # at 8 label positions
     assert cost_model.operations(ROUND) == 2 * 3 * 4 * (layers + head)
 

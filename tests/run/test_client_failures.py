@@ -19,7 +19,7 @@ from lying_clients import altered, intercepted
 
 from experiments import _cli, fedmezo
 from fedmezo_jax.errors import UserError
-from fedmezo_jax.run import client_failures, divergence, ledger, messages, run_checkpoints, run_folder
+from fedmezo_jax.run import client_failures, divergence, ledger, loop, messages, run_checkpoints, run_folder
 from fedmezo_jax.run.config import paper_config
 from fedmezo_jax.run.context import prepare
 from fedmezo_jax.run.loop import train
@@ -239,8 +239,12 @@ def arguments(place, out, *more):
     return [*(part for name, value in given.items() for part in (f"--{name}", str(value))), "--no-check-rate", *more]
 
 
-def session(argv, errors=os.devnull, room=None):
-    """A process of its own that runs the command; with ``room`` no file can grow beyond it once training begins."""
+def session(argv, errors=os.devnull, room=None, ends=True):
+    """A process of its own that runs the command.
+
+    With ``room`` no file can grow beyond it once training begins; one that never ``ends`` waits before it would write
+    the adapter, so that a signal always meets it.
+    """
 
     def fill(*_):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -248,6 +252,8 @@ def session(argv, errors=os.devnull, room=None):
 
     if room:
         fedmezo.plot_partition = fill
+    if not ends:
+        loop.save_adapter = lambda *_, **__: time.sleep(3600)
     sys.argv = ["fedmezo", *argv]
     for name, stream in ((os.devnull, sys.stdout), (errors, sys.stderr)):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), stream.fileno())  # what does not go through sys.stderr counts
@@ -362,7 +368,7 @@ def test_a_second_process_in_a_folder_is_refused(place, sessions, undisturbed, m
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_stops_a_run_in_one_line_and_it_goes_on_later(number, place, sessions, undisturbed):
     out, errors = f"stopped-{number}", place / f"stopped-{number}.txt"
-    process = sessions(arguments(place, out), errors)
+    process = sessions(arguments(place, out), errors, None, False)
     while not (place / out / "run.ledger").exists():
         time.sleep(0.001)
     os.kill(process.pid, number)

@@ -145,6 +145,26 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(stop, config, undisturbed, tmp
         assert (tmp_path / "adapter" / file.name).read_bytes() == file.read_bytes()
 
 
+def test_a_resumed_run_needs_no_program_that_a_fresh_one_does_not(config, tmp_path, monkeypatch):
+    """JAX compiles again for arrays that are bound to a device, and for types that are weak where others are not."""
+    begun, opened = [], loop.open_journal
+    monkeypatch.setattr(loop, "open_journal", lambda *given: begun.append(journal := opened(*given)) or journal)
+
+    def cut(record):
+        if record["round"] == 3:
+            raise StopError
+
+    for _ in range(2):
+        with pytest.raises(StopError):
+            start(tmp_path, config, on_round=cut)
+    kinds = [
+        jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.weak_type, leaf.committed), journal.progress.state)
+        for journal in begun
+    ]
+    assert [int(journal.progress.state.round) for journal in begun] == [0, 2]
+    assert kinds[0] == kinds[1]
+
+
 def test_the_finished_run_is_in_its_folder(config, undisturbed):
     folder, setup, result = undisturbed
     names = {"config.json", "run.ledger", "metrics.jsonl", "checkpoints", "adapter"}

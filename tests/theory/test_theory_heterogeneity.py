@@ -2,7 +2,6 @@
 
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from fedmezo_jax.theory import heterogeneity
 
@@ -31,9 +30,3 @@ def test_disparity_has_no_bias_from_noise():
     error = np.std(found, axis=0) / 20
     assert (np.abs(np.mean(found, axis=0) - np.sum(centred**2, axis=1)) < 4 * error).all()
     assert error.max() < 2
-
-
-def test_label_distance_by_hand():
-    categories = ["a"] * 4 + ["b"] * 4
-    parts = [np.array([0, 1]), np.array([4, 5, 6]), np.array([2, 3, 7])]
-    assert heterogeneity.label_distance(parts, categories).tolist() == pytest.approx([0.5, 0.5, 2 / 3 - 0.5])

@@ -15,6 +15,7 @@ from fedmezo_jax.llama.checkpoints.layout import Slot, layout, leaves
 from fedmezo_jax.llama.checkpoints.orbax import ORBAX, write_orbax_tensors
 from fedmezo_jax.llama.checkpoints.safetensors import Entry, write_tensors
 from fedmezo_jax.llama.checkpoints.weights import SAFETENSORS, open_weights
+from fedmezo_jax.llama.checks import check_tensor
 from fedmezo_jax.llama.config import LlamaConfig, to_json
 from fedmezo_jax.llama.folder import read_json_object, staged
 
@@ -38,7 +39,8 @@ def load_base(
     peak of host memory is the result and one tensor; elsewhere a leaf and a tensor.
 
     Raises ``UserError``, before any weight is read, with all that is missing, unexpected, of another shape or type;
-    and for a damaged file, for pickled weights, or for a weight that is not finite in ``dtype``.
+    and for a damaged file, for pickled weights, or for a weight that is not finite in ``dtype`` or whose square
+    overflows float32.
     """
     return assemble(open_weights(Path(folder), config), config, dtype, sharding)
 
@@ -69,12 +71,12 @@ def _placed(leaf: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Arr
 
 
 def _fill(place: np.ndarray, entry: Entry, name: str, transposed: bool) -> None:
-    """Read a tensor into its place, casting it."""
+    """Read a tensor into its place, casting it, and check it: the only time that all weights are looked at."""
     stored = entry.read()
-    with np.errstate(over="ignore"):  # an overflow is told below, by name
+    with np.errstate(over="ignore"):  # the check below names an overflow
         place[...] = stored.T if transposed else stored
-    if not np.isfinite(place).all():
-        raise UserError(f"{entry.file}: {name} is not finite in {place.dtype}; fetch the file again")
+    del stored  # the check takes as much memory again
+    check_tensor(place, name, entry.file)
 
 
 def save_base(
