@@ -1,7 +1,6 @@
 """``--learning-rate auto``: no rate to tune.
 
-The first round's rate is one at which a local step moves each entry of θ by :data:`FIRST_MOVE` on average, which is low.
-After each round the server searches along the round's update, by the loss of validation examples of its own: where the
+The first round's rate is low: a local step moves each entry of θ by :data:`FIRST_MOVE` in root mean square. After each round the server searches along the round's update, by the loss of validation examples of its own: where the
 whole update does not raise that loss, it also tries twice the update, and takes the better; where it does, a quarter;
 and where that raises the loss too, it takes none of it. What it took says which rate the next round has
 (:data:`STEPS`): a higher one for as long as larger steps help, and a lower one as soon as they do not.

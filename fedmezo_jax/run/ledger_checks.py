@@ -18,6 +18,7 @@ from fedmezo_jax.core.aggregation import sample_participants
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.run import client_failures, ledger
 from fedmezo_jax.run.acceptance import Expected, Message, receive
+from fedmezo_jax.run.automatic_rate import STEPS, next_rate
 from fedmezo_jax.run.config import RunConfig, config_from
 from fedmezo_jax.run.ledger import Entry
 

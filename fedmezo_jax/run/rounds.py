@@ -18,10 +18,10 @@ from fedmezo_jax.core import federated
 from fedmezo_jax.core.mezo import Params
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.run import client_failures, divergence, messages
-from fedmezo_jax.run.automatic_rate import next_rate
 from fedmezo_jax.run.acceptance import Expected, Message, Received, receive
+from fedmezo_jax.run.automatic_rate import next_rate
 from fedmezo_jax.run.config import RunConfig
-from fedmezo_jax.run.config_parts import FaultConfig, LocalConfig
+from fedmezo_jax.run.config_parts import LocalConfig
 from fedmezo_jax.run.ledger import Entry
 
 

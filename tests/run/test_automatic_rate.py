@@ -48,7 +48,7 @@ def test_a_rate_below_the_edge_of_stability_is_found_from_anywhere(start):
     """On L = θ²/2 a move of −η·θ lowers the loss for η < 2, and most at η = 1."""
     rate, seen = np.float32(start), []
     for _ in range(60):
-        step, loss = choose_step(lambda s: 0.5 * (1 - s * rate) ** 2, 0.5)
+        step, loss = choose_step(lambda s, rate=rate: 0.5 * (1 - s * rate) ** 2, 0.5)
         assert loss <= 0.5
         rate = next_rate(rate, step)
         seen.append(float(rate))
