@@ -77,7 +77,7 @@ def plot_partition(file: Path, setup: RunContext) -> None:
 
     totals = Counter(setup.categories).most_common()
     shown = [name for name, _ in totals[: 19 if len(totals) > 20 else 20]]
-    counts = [Counter(setup.categories[row] for row in part) for part in setup.parts]
+    counts = [Counter(setup.categories[row] for row in part) for part in setup.task.parts]
     stacks = [(name, [count[name] for count in counts]) for name in sorted(shown)]
     if len(totals) > len(shown):
         stacks.append(("all others", [count.total() - sum(count[name] for name in shown) for count in counts]))

@@ -168,26 +168,28 @@ def _rows(result: RunResult) -> list[dict[str, Any]]:
 
 def describe(setup: RunContext) -> None:
     """Prints what will run: sizes, and how the categories are spread over the clients."""
-    config, llama = setup.config, setup.model.config
+    config, llama = setup.config, setup.task.model.config
     print(
         f"{config.algorithm}: {config.model} ({llama.num_hidden_layers} layers of {llama.hidden_size}), "
         f"{divergence.count(setup.lora):,} LoRA parameters at rank {config.lora_rank} on {config.targets}"
     )
     skipped = f", {setup.skipped} too long for {config.max_length} tokens left out" if setup.skipped else ""
     truncated = f", {setup.truncated} truncated to {config.max_length} tokens" if setup.truncated else ""
-    train, test = len(setup.train.tokens), len(setup.test.tokens)
+    train, test = len(setup.task.train.tokens), len(setup.task.test.tokens)
     print(f"{config.data}: {train} training and {test} test examples{skipped}{truncated}")
     if config.algorithm == "fedavg":
         print("no run.ledger: back-propagated steps are no scalars that could rebuild the run")
-    held, wide = lengths(setup.train).mean(), setup.train.tokens.shape[1]
+    held, wide = lengths(setup.task.train).mean(), setup.task.train.tokens.shape[1]
+    offered = ", ".join(str(width.tokens) for width in setup.task.widths)
     print(
-        f"rows of {held:.0f} tokens on average, padded to {', '.join(str(width.tokens) for width in setup.widths)} "
+        f"rows of {held:.0f} tokens on average, padded to {offered} "
         f"(to {wide} alone, {1 - held / wide:.0%} would be padding)"
     )
     names = sorted(set(setup.categories))
     if names != [""]:
-        shown = setup.parts[:10]
-        more = f", the first {len(shown)} of {len(setup.parts)} clients" if len(shown) < len(setup.parts) else ""
+        parts = setup.task.parts
+        shown = parts[:10]
+        more = f", the first {len(shown)} of {len(parts)} clients" if len(shown) < len(parts) else ""
         groups = {name: [Counter(setup.categories[row] for row in part)[name] for part in shown] for name in names}
         groups["all"] = [len(part) for part in shown]
         table = [{"category": name} | {str(i): n for i, n in enumerate(counts)} for name, counts in groups.items()]

@@ -70,6 +70,7 @@ def main(config: Config) -> None:
         "largest_difference": None,
     }
     if done == run.rounds and beside.exists():
+        assert found.llama is not None  # as no task was given
         difference = largest_difference(jax.device_get(load_adapter(beside, found.llama).lora), lora)
         row |= {"compared": True, "bit_identical": difference is None, "largest_difference": difference or 0.0}
     _cli.write_folder(config, [row], time.perf_counter() - begin)

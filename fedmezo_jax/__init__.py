@@ -39,6 +39,7 @@ from fedmezo_jax.core.federated import Cohort, federated
 from fedmezo_jax.core.mezo import MezoConfig, pair_loss_of
 from fedmezo_jax.core.personalization import RateConfig
 from fedmezo_jax.core.random import run_key
+from fedmezo_jax.core.task import Task
 from fedmezo_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ __all__ = [
     "Replay",
     "RunConfig",
     "RunResult",
+    "Task",
     "UserError",
     "federated",
     "fine_tune",

@@ -25,6 +25,7 @@ HOMES = {
     "Replay": "run.replay",
     "RunConfig": "run.config",
     "RunResult": "run.loop",
+    "Task": "core.task",
     "UserError": "errors",
     "federated": "core.federated",
     "fine_tune": "run.job",

@@ -71,12 +71,12 @@ def main(config: Config) -> None:
 
 def measure(setup: RunContext, scales: list[float], count: int, probes: int) -> Iterator[dict[str, Any]]:
     """One row for each precision and scale: √(Σ(g − zᵀ∇L)² / Σ(zᵀ∇L)²) over the probes."""
-    base = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), setup.base)
-    rows = TokenBatch(*(jnp.asarray(leaf[:count]) for leaf in setup.train))
+    base = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), setup.task.base)
+    rows = TokenBatch(*(jnp.asarray(leaf[:count]) for leaf in setup.task.train))
     keys = jax.random.split(jax.random.fold_in(run_key(setup.config.seed), random.PRECISION), probes)
     law: mezo.Distribution = setup.config.distribution
     zeros = jax.tree.map(jnp.zeros_like, setup.lora)
-    exact_loss = loss_of(setup.model.clone(precision="float32"), base)
+    exact_loss = loss_of(setup.task.model.clone(precision="float32"), base)
 
     @jax.jit
     def slope(loss, key):
@@ -90,7 +90,7 @@ def measure(setup: RunContext, scales: list[float], count: int, probes: int) -> 
 
     exact = np.array([slope(exact_loss, key) for key in keys])
     for precision in get_args(Precision):
-        loss = pair_loss_of(setup.model.clone(precision=precision), base)
+        loss = pair_loss_of(setup.task.model.clone(precision=precision), base)
         for scale in scales:
             found = np.array([projected(loss, key, jnp.float32(scale)) for key in keys])
             error = np.linalg.norm(found - exact) / np.linalg.norm(exact)

@@ -24,8 +24,9 @@ from fedmezo_jax.core.random import run_key
 from fedmezo_jax.data.batches import round_batches
 from fedmezo_jax.data.examples import TokenBatch
 from fedmezo_jax.llama.loss import loss_of
+from fedmezo_jax.llama.task import unpaired
 from fedmezo_jax.run.config import RunConfig, paper_config
-from fedmezo_jax.run.context import build, evaluator, prepare, unpaired
+from fedmezo_jax.run.context import build, prepare
 from fedmezo_jax.theory import constants
 from fedmezo_jax.theory.heterogeneity import gradients
 
@@ -136,9 +137,9 @@ def _over_a_run(point: dict[str, Any]) -> dict[str, float]:
     setup = prepare(config)
     (init, round), loss = build(setup)
     everyone, ones = np.arange(config.clients, dtype=np.int32), np.ones(config.clients, np.float32)
-    state, plain = init(setup.lora, config.clients), loss_of(unpaired(setup.model), setup.base)
-    picked = np.random.default_rng(0).permutation(len(setup.train.tokens))[: 64 - 64 % (2 * config.batch_size)]
-    halves = TokenBatch(*(jnp.asarray(leaf[picked].reshape(2, -1, *leaf.shape[1:])) for leaf in setup.train))
+    state, plain = init(setup.lora, config.clients), loss_of(unpaired(setup.task.model), setup.task.base)
+    picked = np.random.default_rng(0).permutation(len(setup.task.train.tokens))[: 64 - 64 % (2 * config.batch_size)]
+    halves = TokenBatch(*(jnp.asarray(leaf[picked].reshape(2, -1, *leaf.shape[1:])) for leaf in setup.task.train))
     both, seen = jax.jit(gradients), []
     looks = set(np.linspace(0, config.rounds, point["looks"] + 1).round().astype(int)[1:].tolist())
     settings: dict[str, Any] = {
@@ -147,12 +148,12 @@ def _over_a_run(point: dict[str, Any]) -> dict[str, float]:
         "batch_size": config.batch_size,
     }
     for t in range(config.rounds):
-        batches = round_batches(setup.train, setup.parts, everyone, t, **settings)
+        batches = round_batches(setup.task.train, setup.task.parts, everyone, t, **settings)
         state, _ = round(state, loss, federated.Cohort(everyone, ones, batches), run_key(config.seed))
         if t + 1 in looks:
             first, second = np.asarray(both(plain, state.params, halves), np.float64)
             seen.append(float(first @ second))
-    test_loss = evaluator(setup)
+    test_loss = setup.task.evaluate
     return {"gradient": float(np.mean(seen)), "loss_drop": test_loss(setup.lora) - test_loss(state.params)}
 
 

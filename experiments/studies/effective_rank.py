@@ -163,7 +163,7 @@ def _trained(
         return optax.apply_updates(params, updates), state
 
     first, size, steps = train
-    params, state, loss = setup.lora, optimizer.init(setup.lora), loss_of(setup.model, setup.base)
+    params, state, loss = setup.lora, optimizer.init(setup.lora), loss_of(setup.task.model, setup.task.base)
     for i in range(steps):
         params, state = step(loss, params, state, _rows(setup, first + i * size, size))
     return setup, loss, params
@@ -171,9 +171,9 @@ def _trained(
 
 def _rows(setup: RunContext, first: int, count: int) -> TokenBatch:
     """Training rows number ``first`` and following, of all in a random order; from the beginning again at the end."""
-    order = np.random.default_rng(setup.config.seed).permutation(len(setup.train.tokens))
+    order = np.random.default_rng(setup.config.seed).permutation(len(setup.task.train.tokens))
     picked = np.take(order, range(first, first + count), mode="wrap")
-    return TokenBatch(*(jnp.asarray(leaf[picked]) for leaf in setup.train))
+    return TokenBatch(*(jnp.asarray(leaf[picked]) for leaf in setup.task.train))
 
 
 def _row(point: dict[str, Any], found: list[list[dict[str, float]]]) -> dict[str, Any]:

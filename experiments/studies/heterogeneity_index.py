@@ -33,8 +33,9 @@ from fedmezo_jax.data.batches import round_batches
 from fedmezo_jax.data.examples import TokenBatch
 from fedmezo_jax.data.partition import category_distances
 from fedmezo_jax.llama.loss import loss_of
+from fedmezo_jax.llama.task import unpaired
 from fedmezo_jax.run.config import RunConfig, paper_config
-from fedmezo_jax.run.context import build, prepare, unpaired
+from fedmezo_jax.run.context import build, prepare
 from fedmezo_jax.theory import heterogeneity
 
 INDICES = ("round-wise", "five-round", "model-diff", "model-diff, shared directions")
@@ -135,12 +136,12 @@ def _trajectory(point: dict[str, Any]) -> dict[str, Any]:
     setup = prepare(config)
     (init, round), loss = build(setup)
     shared, _ = build(setup._replace(config=replace(config, directions_shared=True)))
-    plain, key = loss_of(unpaired(setup.model), setup.base), run_key(config.seed)
+    plain, key = loss_of(unpaired(setup.task.model), setup.task.base), run_key(config.seed)
     everyone, ones = np.arange(config.clients, dtype=np.int32), np.ones(config.clients, np.float32)
     state = init(setup.lora, config.clients)
     indices: dict[str, list[list[float]]] = {name: [] for name in INDICES}
     truths, halves = [], []
-    samples = _samples(setup.train, setup.parts, point["truth_rows"], config.seed)
+    samples = _samples(setup.task.train, setup.task.parts, point["truth_rows"], config.seed)
     for t in range(config.rounds):
         if t in point["truth_rounds"]:
             quarters = [_gradients(plain, state.params, rows) for rows in samples]
@@ -148,8 +149,8 @@ def _trajectory(point: dict[str, Any]) -> dict[str, Any]:
             halves.append([first.tolist(), second.tolist()])
             truths.append(_disparity((quarters[0] + quarters[1]) / 2, (quarters[2] + quarters[3]) / 2).tolist())
         batches = round_batches(
-            setup.train,
-            setup.parts,
+            setup.task.train,
+            setup.task.parts,
             everyone,
             t,
             seed=config.seed,
@@ -163,7 +164,7 @@ def _trajectory(point: dict[str, Any]) -> dict[str, Any]:
         each = (losses[:, 0], losses.mean(axis=1), state.signals.drift, alike.signals.drift)
         for name, signal in zip(INDICES, each, strict=True):
             indices[name].append(np.asarray(signal, np.float64).tolist())
-    categories = category_distances(setup.parts, setup.categories)
+    categories = category_distances(list(setup.task.parts), setup.categories)
     return {"indices": indices, "gradient": truths, "halves": halves, "label": categories.tolist()}
 
 

@@ -63,8 +63,8 @@ def estimators(config: runner.Config) -> list[dict[str, Any]]:
     """Median relative errors of both estimates over directions, at scales of μ, on a batch of training rows."""
     run = replace(PRESETS[config.preset].run, seed=config.seed, data_dir=config.data_dir, precision="float32")
     setup = prepare(replace(run, model=config.model or run.model, data=config.data or run.data))
-    loss = loss_of(setup.model.clone(precision="float32"), setup.base)
-    rows = TokenBatch(*(leaf[:8] for leaf in setup.train))
+    loss = loss_of(setup.task.model.clone(precision="float32"), setup.task.base)
+    rows = TokenBatch(*(leaf[:8] for leaf in setup.task.train))
 
     @jax.jit
     def measure(loss, lora, key):

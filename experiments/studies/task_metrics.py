@@ -84,7 +84,7 @@ def main(config: Config) -> None:
 
     def answer(lora: Any) -> gsm8k.Score:
         subject = LoadedModel(
-            setup.model.clone(precision="float32"), setup.base, lora, tokenizer, f"--model {run.model}"
+            setup.task.model.clone(precision="float32"), setup.task.base, lora, tokenizer, f"--model {run.model}"
         )
         return gsm8k.score(generator(subject, tokens)(prompts), [one.response for one in asked])
 

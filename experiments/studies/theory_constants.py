@@ -27,8 +27,9 @@ from fedmezo_jax.core import mezo, random
 from fedmezo_jax.core.random import run_key
 from fedmezo_jax.data.examples import TokenBatch
 from fedmezo_jax.llama.loss import loss_of, pair_loss_of
+from fedmezo_jax.llama.task import unpaired
 from fedmezo_jax.run.config import RunConfig, paper_config
-from fedmezo_jax.run.context import RunContext, prepare, unpaired
+from fedmezo_jax.run.context import RunContext, prepare
 from fedmezo_jax.theory import spectrum
 from fedmezo_jax.theory.heterogeneity import gradients
 
@@ -129,10 +130,10 @@ def _path(
     setup = prepare(run)
     rng = np.random.default_rng(run.seed)
     picked = np.concatenate(
-        [np.resize(rng.permutation(part), (client_batches, run.batch_size)) for part in setup.parts]
+        [np.resize(rng.permutation(part), (client_batches, run.batch_size)) for part in setup.task.parts]
     )
-    batches = TokenBatch(*(jnp.asarray(leaf[picked]) for leaf in setup.train))
-    optimizer, loss = optax.adam(1e-3), mean_loss(unpaired(setup.model), setup.base)
+    batches = TokenBatch(*(jnp.asarray(leaf[picked]) for leaf in setup.task.train))
+    optimizer, loss = optax.adam(1e-3), mean_loss(unpaired(setup.task.model), setup.task.base)
 
     @jax.jit
     def step(loss, params, state, batches):
@@ -142,8 +143,9 @@ def _path(
     path, params, state = [setup.lora], setup.lora, optimizer.init(setup.lora)
     for _ in range(checkpoints - 1):
         for _ in range(between):
-            rows = rng.choice(len(setup.train.tokens), (4, run.batch_size))
-            params, state = step(loss, params, state, TokenBatch(*(jnp.asarray(leaf[rows]) for leaf in setup.train)))
+            rows = rng.choice(len(setup.task.train.tokens), (4, run.batch_size))
+            batch = TokenBatch(*(jnp.asarray(leaf[rows]) for leaf in setup.task.train))
+            params, state = step(loss, params, state, batch)
         path.append(params)
     return setup, batches, path
 
@@ -155,7 +157,7 @@ def _at(point: dict[str, Any]) -> tuple[RunContext, TokenBatch, list[Any]]:
 def _constants(point: dict[str, Any]) -> dict[str, Any]:
     """Squared norms of gradients at each checkpoint, the Hessian's spectrum at the last, norms at all."""
     setup, batches, path = _at(point)
-    loss, clients = mean_loss(unpaired(setup.model), setup.base), setup.config.clients
+    loss, clients = mean_loss(unpaired(setup.task.model), setup.task.base), setup.config.clients
     key = jax.random.fold_in(run_key(setup.config.seed), random.CONSTANTS)
     every = jax.jit(gradients)
 
@@ -170,7 +172,7 @@ def _constants(point: dict[str, Any]) -> dict[str, Any]:
         return jax.lax.map(lambda v: v @ product(v), vectors)
 
     at: list[dict[str, Any]] = []
-    one_batch, before = loss_of(unpaired(setup.model), setup.base), None
+    one_batch, before = loss_of(unpaired(setup.task.model), setup.task.base), None
     for t, params in enumerate(path):
         flat = np.asarray(ravel_pytree(params)[0], np.float64)
         each = np.asarray(every(one_batch, params, batches))
@@ -218,7 +220,7 @@ def _descent(point: dict[str, Any]) -> dict[str, Any]:
 
         return jax.lax.map(one, rates)
 
-    losses = mean_loss(unpaired(setup.model), setup.base), pair_loss_of(setup.model, setup.base)
+    losses = mean_loss(unpaired(setup.task.model), setup.task.base), pair_loss_of(setup.task.model, setup.task.base)
     keys = jax.random.split(jax.random.fold_in(run_key(config.seed), random.DESCENT), point["draws"])
     return {"changes": [change(*losses, params, batches, key).tolist() for key in keys]}
 

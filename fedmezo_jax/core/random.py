@@ -19,6 +19,11 @@ def run_key(seed: int) -> jax.Array:
     return jax.random.key(seed, impl="threefry2x32")
 
 
+def init_key(seed: int) -> jax.Array:
+    """The key of θ at the start."""
+    return jax.random.fold_in(run_key(seed), INIT)
+
+
 def client_key(key: jax.Array, round_index: jax.Array | int, client: jax.Array | int) -> jax.Array:
     """The key of one client's local work in one round; local step h then folds in h."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, WORK), round_index), client)

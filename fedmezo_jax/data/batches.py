@@ -2,15 +2,18 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
+import jax
 import numpy as np
 
-from fedmezo_jax.data.buckets import Rows
 from fedmezo_jax.data.examples import TokenBatch
 from fedmezo_jax.data.partition import Partition
 from fedmezo_jax.data.seeding import generator
 
+Tree = TypeVar("Tree")
+TOKENS_AT_ONCE = 8192
+"""Clients run at once so long as their batches hold no more tokens than this; further ones follow in blocks."""
 # A client with few rows passes through many epochs in a round; drawing its permutations by the block saves one
 # generator for each of them.
 _BLOCK = 64
@@ -35,7 +38,7 @@ def _take(seed: int, client: int, n: int, start: int, count: int) -> np.ndarray:
 
 
 def round_picks(
-    rows: TokenBatch,
+    rows: Any,
     parts: Partition,
     participants: Sequence[int] | np.ndarray,
     round_index: int,
@@ -56,7 +59,7 @@ def round_picks(
     same), and all clients are at their short rows at the same time (see :mod:`fedmezo_jax.data.buckets`).
 
     Args:
-        rows: all training rows.
+        rows: all training rows, any pytree of arrays; a `TokenBatch` with `by_length`.
         parts: the rows of every client, as indices into `rows`.
         participants: clients of this round, [clients].
         round_index: number of the round, from 0.
@@ -84,9 +87,9 @@ def round_picks(
     return picked
 
 
-def take(rows: Rows, picked: np.ndarray) -> Rows:
-    """The picked rows; their leaves have the leading axes of `picked`."""
-    return type(rows)(*(leaf[picked] for leaf in rows))
+def take(rows: Tree, picked: np.ndarray) -> Tree:
+    """The picked rows of a pytree; its leaves get the leading axes of `picked`."""
+    return jax.tree.map(lambda leaf: leaf[picked], rows)
 
 
 def round_batches(rows: TokenBatch, *args: Any, **settings: Any) -> TokenBatch:

@@ -109,6 +109,17 @@ def bucketed_loss(loss: Callable[..., Any], among: Widths) -> Callable[..., Any]
     return Partial(partial(_switched, among), loss if isinstance(loss, Partial) else Partial(loss))
 
 
+def bucketed_point_loss(loss: Callable[..., Any], among: Widths) -> Callable[..., Any]:
+    """:func:`bucketed_loss` of a :data:`mezo.PointLoss`, for forward-mode differentiation."""
+    if len(among) == 1:
+        return loss
+    return Partial(partial(_switched_point, among), loss if isinstance(loss, Partial) else Partial(loss))
+
+
+def _switched_point(among: Widths, loss, params, rows: TokenBatch, *rest):
+    return _switch(among, rows, lambda narrow: loss(params, narrow, *rest))
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _switched(among: Widths, loss, params, rows: TokenBatch, *rest):
     return _switch(among, rows, lambda narrow: loss(params, narrow, *rest))

@@ -43,8 +43,8 @@ def lora_shapes(
 def parse_layers(layers: str, count: int) -> tuple[int, ...]:
     """The indices that ``--layers`` means in a model of ``count`` layers, ascending.
 
-    ``all``; ``last:K`` and ``first:K``, with a number or a share such as ``40%``; ``a-b``, both included and counted from 0; ``every:N``, the last layer and each
-    Nth one below it; or several of these, joined by commas.
+    ``all``; ``last:K`` and ``first:K``, with a number or a share such as ``40%``; ``a-b``, both included and counted
+    from 0; ``every:N``, the last layer and each Nth one below it; or several of these, joined by commas.
 
     Raises:
         UserError: it is none of these, or names a layer that the model lacks.

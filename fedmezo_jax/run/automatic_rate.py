@@ -1,9 +1,10 @@
 """``--learning-rate auto``: no rate to tune.
 
-The first round's rate is low: a local step moves each entry of θ by :data:`FIRST_MOVE` in root mean square. After each round the server searches along the round's update, by the loss of validation examples of its own: where the
-whole update does not raise that loss, it also tries twice the update, and takes the better; where it does, a quarter;
-and where that raises the loss too, it takes none of it. What it took says which rate the next round has
-(:data:`STEPS`): a higher one for as long as larger steps help, and a lower one as soon as they do not.
+The first round's rate is low: a local step moves each entry of θ by :data:`FIRST_MOVE` in root mean square. After each
+round the server searches along the round's update, by the loss of validation examples of its own. Where the whole update
+does not raise that loss, it also tries twice the update and takes the better one; where it does, a quarter; and where
+that raises the loss too, none of it. What it took decides the next round's rate (:data:`STEPS`): a higher one for as
+long as larger steps help, and a lower one as soon as they do not.
 
 So the validation loss never rises, and the rate follows the curvature, which grows as the adapter does: a rate that
 suits a whole run cannot be known at its start. What was taken stands in the ledger, so that a replay needs no losses.

@@ -2,84 +2,67 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
+from jax.tree_util import Partial
 
-from fedmezo_jax.core import client, federated, mezo, personalization, random
-from fedmezo_jax.core.random import run_key
-from fedmezo_jax.data.buckets import Widths, bucketed_loss, lengths, widths
+from fedmezo_jax.core import client, federated, mezo, personalization
+from fedmezo_jax.core.random import init_key
+from fedmezo_jax.core.task import Task
+from fedmezo_jax.data.buckets import lengths, widths
 from fedmezo_jax.data.examples import TokenBatch
 from fedmezo_jax.data.partition import heterogeneity
 from fedmezo_jax.data.table import Table, data_named, deal, tabulate
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.checkpoints.base_model import load_base
 from fedmezo_jax.llama.checkpoints.weights import sixteen_bit
-from fedmezo_jax.llama.checks import check_finite, check_ids
+from fedmezo_jax.llama.checks import check_ids
 from fedmezo_jax.llama.config import LlamaConfig
-from fedmezo_jax.llama.lora import init_lora
-from fedmezo_jax.llama.loss import loss_of, loss_sums, pair_loss_of
-from fedmezo_jax.llama.model import Base, Llama
-from fedmezo_jax.llama.precision import Precision, default_precision, least_clients, least_rows
+from fedmezo_jax.llama.model import Llama
+from fedmezo_jax.llama.precision import WARN_ABOVE, Precision, default_precision, expected_error
 from fedmezo_jax.llama.registry import cache_folder, load_tokenizer, resolve
+from fedmezo_jax.llama.task import LlamaTask
 from fedmezo_jax.parallel import sharding
 from fedmezo_jax.run.config import RunConfig
 from fedmezo_jax.run.config_parts import DataConfig, LocalConfig, ServerConfig
 
-TOKENS_AT_ONCE = 8192
-"""Clients run at once so long as their batches hold no more tokens than this; further ones follow in blocks."""
+AnyTask = TypeVar("AnyTask", bound=Task)
 
 
-class RunContext(NamedTuple):
+class RunContext(NamedTuple, Generic[AnyTask]):
     """What a run works with, loaded and checked.
 
     Attributes:
         config: the run's, settled.
-        model: the decoder, with the run's α/r and precision.
-        base: its frozen weights, on the device.
+        task: model and data.
         lora: θ at the start.
-        train: training rows.
-        test: test examples.
-        parts: for each client the indices of its rows in ``train``.
-        categories: category of each training row, or what stands for it where the partition goes by something else.
-        skipped: rows left out because they are longer than ``max_length``.
-        truncated: rows that lost their end for it.
-        widths: at which steps run.
         mesh: the devices it is spread over; None for one.
+        categories: category of each training example, or what stands for it where the partition goes by something else.
+        skipped: examples left out because they are longer than ``max_length``.
+        truncated: examples that lost their end for it.
     """
 
     config: RunConfig
-    model: Llama
-    base: Base
+    task: AnyTask
     lora: mezo.Params
-    train: TokenBatch
-    test: TokenBatch
-    parts: list[np.ndarray]
-    categories: list[str]
-    skipped: int
-    truncated: int
-    widths: Widths
     mesh: Mesh | None
+    categories: list[str]
+    skipped: int = 0
+    truncated: int = 0
 
     @property
     def heterogeneity(self) -> float:
-        """Mean total-variation distance between a client's categories and all rows' categories."""
-        return heterogeneity(self.parts, self.categories)
-
-
-def start(config: RunConfig, llama: LlamaConfig) -> mezo.Params:
-    """θ at the start: a function of the seed and of the model's shape."""
-    key = jax.random.fold_in(run_key(config.seed), random.INIT)
-    return init_lora(key, llama, config.lora_rank, config.target_names)
+        """Mean total-variation distance between a client's categories and all examples' categories."""
+        return heterogeneity(list(self.task.parts), self.categories)
 
 
 def resolve_defaults(config: RunConfig, notify: Callable[[str], None] = lambda notice: None) -> RunConfig:
@@ -100,12 +83,23 @@ def resolve_defaults(config: RunConfig, notify: Callable[[str], None] = lambda n
     return replace(config, precision=precision)
 
 
+def precision_warnings(config: RunConfig) -> Iterator[str]:
+    """What to say where the products of a LLaMA are likely too coarse for μ."""
+    if config.precision is None or (error := expected_error(config.precision, config.perturbation_scale)) <= WARN_ABOVE:
+        return
+    size = f"{error:.0%}" if error < 10 else "more than 1000%"
+    yield (
+        f"at --precision {config.precision}, --perturbation-scale {config.perturbation_scale:g} the projected gradient "
+        f"is likely off by {size}: choose paired or float32, or measure it with experiments.benchmarks.precision"
+    )
+
+
 def stored_type(precision: Precision) -> Any:
     """The dtype that a run holds the frozen weights in."""
     return jnp.float32 if precision == "float32" else jnp.bfloat16
 
 
-def prepare(config: RunConfig, mesh: Mesh | None = None) -> RunContext:
+def prepare(config: RunConfig, mesh: Mesh | None = None) -> RunContext[LlamaTask]:
     """Loads model and data and deals the rows to clients.
 
     Args:
@@ -133,12 +127,42 @@ def prepare(config: RunConfig, mesh: Mesh | None = None) -> RunContext:
     with data_named(config.data):
         parts, categories = deal(config.partition, trained, lengths(train), *how)
 
-    base = load_base(folder, llama, stored_type(config.precision), sharding.base_sharding(mesh))
-    model = Llama(llama, config.lora_alpha / config.lora_rank, config.precision)
-    among = widths(train, config.length_buckets)
-    lora = sharding.replicate(mesh, start(config, llama))
-    counted = (table.skipped, table.truncated)
-    return RunContext(config, model, base, lora, train, test, parts, categories, *counted, among, mesh)
+    task = LlamaTask(
+        Llama(llama, config.lora_alpha / config.lora_rank, config.precision),
+        load_base(folder, llama, stored_type(config.precision), sharding.base_sharding(mesh)),
+        config.model,
+        config.lora_rank,
+        config.lora_alpha,
+        config.target_names,
+        train,
+        test,
+        parts,
+        widths(train, config.length_buckets),
+        config.batch_size,
+        -(-config.participants // (1 if mesh is None else mesh.shape[federated.CLIENTS])),
+        jax.device_put if mesh is None else partial(sharding.replicate, mesh),
+    )
+    lora = sharding.replicate(mesh, task.init_params(init_key(config.seed)))
+    return RunContext(config, task, lora, mesh, categories, table.skipped, table.truncated)
+
+
+def task_name(task: Task) -> str:
+    """What stands for model and data in the configuration of a task's run."""
+    return f"task:{type(task).__name__}"
+
+
+def context_of(task: Task, config: RunConfig, mesh: Mesh | None = None) -> RunContext[Task]:
+    """The same for a task that is given and not made from the configuration.
+
+    Raises:
+        UserError: the clients are not those of the task, or one of them has no examples.
+    """
+    if len(task.parts) != config.clients:
+        raise UserError(f"clients={config.clients}: the task has parts for {len(task.parts)}")
+    if empty := [i for i, part in enumerate(task.parts) if not len(part)]:
+        raise UserError(f"client {empty[0]} has no examples: leave it out of the task's parts")
+    lora = sharding.replicate(mesh, task.init_params(init_key(config.seed)))
+    return RunContext(config, task, lora, mesh, [""] * sum(map(len, task.parts)))
 
 
 def table_of(config: DataConfig, seed: int, tokenizer: Any) -> Table:
@@ -168,14 +192,10 @@ def check_tokens(rows: TokenBatch, llama: LlamaConfig, folder: Path) -> None:
 
 def build(setup: RunContext) -> tuple[federated.Federated, Any]:
     """The run's ``(init, round)`` and the loss that its rounds take."""
-    config, mesh = setup.config, setup.mesh
-    at_once = max(1, TOKENS_AT_ONCE // (config.batch_size * setup.train.tokens.shape[1]))
-    groups = 1 if mesh is None else mesh.shape[federated.CLIENTS]
-    least = least_clients(setup.model.precision, config.batch_size)
-    width = max(least, federated.block_width(-(-config.participants // groups), at_once))
-    model = setup.model.clone(least_rows=least_rows(setup.model.precision, width))
-    loss = pair_loss_of(model, setup.base) if config.algorithm == "fedmezo" else loss_of(unpaired(model), setup.base)
-    return algorithm(config, width, mesh, least), bucketed_loss(loss, setup.widths)
+    config, task = setup.config, setup.task
+    loss = task.pair_loss if config.algorithm == "fedmezo" else task.loss
+    loss = loss if isinstance(loss, Partial) else Partial(loss)
+    return algorithm(config, task.block_size, setup.mesh, task.least_width), loss
 
 
 def algorithm(
@@ -205,46 +225,3 @@ def server_optimizer(config: ServerConfig) -> optax.GradientTransformation:
     if config.server_optimizer == "adam":
         return optax.adam(config.server_learning_rate)
     return optax.sgd(config.server_learning_rate, 0.9 if config.server_optimizer == "momentum" else None)
-
-
-def unpaired(model: Llama) -> Llama:
-    """The model for losses at one θ: ``paired`` needs two."""
-    return model.clone(precision="bfloat16") if model.precision == "paired" else model
-
-
-def evaluator(setup: RunContext) -> Callable[[mezo.Params], float]:
-    """``test_loss(lora)``: mean cross-entropy over the label tokens of all test examples, in nats."""
-    model, count = unpaired(setup.model), len(setup.test.tokens)
-    size = min(count, max(1, TOKENS_AT_ONCE // setup.test.tokens.shape[1]))
-    fill = -count % size  # copies of the first row without weight, so that all batches have one shape
-
-    def batched(leaf):
-        filled = np.concatenate([leaf, np.repeat(leaf[:1], fill, axis=0)])
-        return filled.reshape(-1, size, *leaf.shape[1:])
-
-    weights = np.concatenate(
-        [setup.test.label_weights, np.zeros_like(setup.test.label_weights[:1].repeat(fill, axis=0))]
-    )
-    rows = TokenBatch(*map(batched, setup.test))._replace(label_weights=weights.reshape(-1, size, weights.shape[1]))
-    rows = jax.device_put(rows) if setup.mesh is None else sharding.replicate(setup.mesh, rows)
-
-    return lambda lora: float(_mean_loss(model, setup.base, lora, rows))
-
-
-@partial(jax.jit, static_argnums=0)
-def _mean_loss(model: Llama, base: Base, lora: mezo.Params, rows: TokenBatch) -> jax.Array:
-    sums = jax.lax.map(lambda batch: loss_sums(model, base, lora, batch), rows)
-    total, labels = (jnp.sum(column) for column in sums)
-    return total / labels
-
-
-def base_loss(setup: RunContext) -> float:
-    """The test loss before training, that of the base.
-
-    Raises:
-        UserError: it overflows.
-    """
-    loss = evaluator(setup)(setup.lora)
-    name = f"--model {setup.config.model}"
-    check_finite(math.isfinite(loss), "losses", setup.model.config, setup.base, {}, name)
-    return loss

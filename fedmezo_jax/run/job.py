@@ -5,20 +5,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from fedmezo_jax.core.task import Task
 from fedmezo_jax.errors import UserError
-from fedmezo_jax.llama.precision import WARN_ABOVE, expected_error
 from fedmezo_jax.parallel import multihost
 from fedmezo_jax.parallel.sharding import parse_mesh
 from fedmezo_jax.run import divergence, run_folder
 from fedmezo_jax.run.config import RunConfig
-from fedmezo_jax.run.context import RunContext, base_loss, prepare, resolve_defaults
+from fedmezo_jax.run.context import RunContext, context_of, precision_warnings, prepare, resolve_defaults, task_name
 from fedmezo_jax.run.journal import versions
 from fedmezo_jax.run.loop import RunResult, probe_start, train
 
@@ -32,6 +32,7 @@ def fine_tune(
     config: RunConfig,
     out: str | PathLike[str],
     *,
+    task: Task | None = None,
     resume: bool = False,
     mesh: str | None = None,
     checkpoint_every: int = 5,
@@ -43,12 +44,15 @@ def fine_tune(
 ) -> RunResult:
     """Fine-tunes a model across simulated clients: all that ``python -m experiments.fedmezo`` does but its pictures.
 
-    The folder gets ``config.json``, ``run.ledger``, ``metrics.jsonl``, ``checkpoints/`` and ``adapter/``. It is locked
+    The folder gets ``config.json``, ``run.ledger``, ``metrics.jsonl``, ``checkpoints/`` and what the task saves, for a
+    LLaMA ``adapter/``. It is locked
     while the run works in it. Where several processes are joined (:func:`multihost.join`), all of them call this with
     the same arguments, and the first one writes. (It is not called ``run``: that is the name of the subpackage.)
 
     Args:
         config: what decides the run's numbers.
+        task: what to train, if it is not the LLaMA and the data that ``config`` names; the options of ``config`` about
+            model, LoRA and data are then not used, and ``clients`` must be that of the task.
         out: the run's folder, new or empty, or with ``resume`` one that holds this run.
         resume: go on with the run from its last checkpoint.
         mesh: devices along each axis, e.g. ``clients=4,model=2``; by default all devices go to the clients.
@@ -74,8 +78,11 @@ def fine_tune(
         for name in ("checkpoint_every", "eval_every"):
             if options[name] < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {options[name]}")
-        config = multihost.all_or_none(lambda: resolve_defaults(config, notify))
-        context, loss_before = _open(config, folder, resume, mesh, held, notify)
+        if task is None:
+            config = multihost.all_or_none(lambda: resolve_defaults(config, notify))
+        else:
+            config = replace(config, model=task_name(task), data=task_name(task))
+        context, loss_before = _open(config, task, folder, resume, mesh, held, notify)
         begun = multihost.all_or_none((folder / "metrics.jsonl").exists)
         on_start(context)
         for warning in warnings(context, check_rate and not begun):
@@ -92,12 +99,18 @@ def fine_tune(
 
 
 def _open(
-    config: RunConfig, folder: Path, resume: bool, mesh: str | None, held: ExitStack, notify: Callable[[str], None]
+    config: RunConfig,
+    task: Task | None,
+    folder: Path,
+    resume: bool,
+    mesh: str | None,
+    held: ExitStack,
+    notify: Callable[[str], None],
 ) -> tuple[RunContext, float]:
     """Loads and checks everything, and only then makes the folder; its lock goes into ``held``.
 
     Returns:
-        What the run works with, and the test loss of the base.
+        What the run works with, and its test loss before training.
     """
     first, lock = multihost.is_coordinator(), run_folder.lock(folder)
 
@@ -114,8 +127,13 @@ def _open(
         run_folder.write_json(folder / "config.json", asdict(config))
 
     multihost.all_or_none(check)
-    context = multihost.all_or_none(lambda: prepare(config, parse_mesh(mesh, jax.devices())))
-    loss_before = base_loss(context)
+
+    def load() -> RunContext:
+        devices = parse_mesh(mesh, jax.devices())
+        return prepare(config, devices) if task is None else context_of(task, config, devices)
+
+    context = multihost.all_or_none(load)
+    loss_before = context.task.loss_before(context.lora)
     multihost.all_or_none(make if first else lambda: None)
     multihost.all_or_none(lambda: run_folder.check_shared(folder))
     return context, loss_before
@@ -126,14 +144,9 @@ def warnings(context: RunContext, check_rate: bool) -> Iterator[str]:
 
     There is nothing to measure in bfloat16, whose losses show no curvature.
     """
-    config, precision = context.config, context.model.precision
+    config = context.config
     if config.algorithm != "fedmezo":
         return
-    if (error := expected_error(precision, config.perturbation_scale)) > WARN_ABOVE:
-        size = f"{error:.0%}" if error < 10 else "more than 1000%"
-        yield (
-            f"at --precision {precision}, --perturbation-scale {config.perturbation_scale:g} the projected gradient is "
-            f"likely off by {size}: choose paired or float32, or measure it with experiments.benchmarks.precision"
-        )
-    if check_rate and precision != "bfloat16":
+    yield from precision_warnings(config)
+    if check_rate and config.precision != "bfloat16":
         yield from divergence.warnings(probe_start(context), config, divergence.count(context.lora))

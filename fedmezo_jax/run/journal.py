@@ -69,7 +69,7 @@ def open_journal(
     config, file, first_process = setup.config, folder / run_folder.LEDGER, multihost.is_coordinator()
     header = None  # back-propagated steps are no scalars that could rebuild the run
     if config.algorithm == "fedmezo":
-        header = ledger.make_header(asdict(config), ledger.tree_hash(setup.base), versions())
+        header = ledger.make_header(asdict(config), ledger.tree_hash(setup.task.frozen), versions())
     steps, written = manager.all_steps(), run_folder.metrics_bytes(folder).count(b"\n")
 
     def open_ledger() -> ledger.Ledger | None:

@@ -16,12 +16,10 @@ import numpy as np
 from fedmezo_jax.core import aggregation, federated, mezo, random, transforms
 from fedmezo_jax.core.random import run_key
 from fedmezo_jax.data.batches import round_picks, take
-from fedmezo_jax.data.buckets import computed_tokens, lengths
-from fedmezo_jax.llama.checkpoints.adapter import save_adapter
 from fedmezo_jax.parallel import multihost, sharding
 from fedmezo_jax.run import divergence, rounds, run_checkpoints, run_folder
 from fedmezo_jax.run.config import RunConfig
-from fedmezo_jax.run.context import RunContext, base_loss, build, evaluator
+from fedmezo_jax.run.context import RunContext, build
 from fedmezo_jax.run.journal import open_journal
 
 
@@ -38,7 +36,7 @@ class RunResult(NamedTuple):
     """A finished run.
 
     Attributes:
-        context: what it worked with, θ at its start and the frozen weights among it.
+        context: what it worked with, θ at its start among it.
         lora: θ at the end.
         loss_before: test loss of the base model, in nats.
         loss_after: test loss at the end; NaN where it is not finite.
@@ -62,7 +60,7 @@ def train(
     on_round: Callable[[dict[str, Any]], None] = lambda record: None,
     notify: Callable[[str], None] = lambda notice: None,
 ) -> RunResult:
-    """Runs all rounds that the folder has not seen yet and writes the adapter.
+    """Runs all rounds that the folder has not seen yet and saves the trained θ.
 
     A round is done when its record is in the ledger. A resumed run starts from the newest checkpoint that is intact,
     makes again from the ledger the rounds that came after it (without their clients' work), and goes on; all it leaves
@@ -70,22 +68,21 @@ def train(
     the checkpoint are computed again.
 
     Args:
-        setup: from :func:`prepare`.
-        folder: the run's, with its ``config.json`` written; gets ledger, metrics, checkpoints and ``adapter``.
+        setup: from :func:`prepare` or :func:`context_of`.
+        folder: the run's, with its ``config.json`` written; gets ledger, metrics, checkpoints and what the task saves.
         checkpoint_every: rounds between checkpoints; the last round always gets one.
         eval_every: rounds between measurements of the test loss; the last round always gets one.
-        loss_before: from :func:`base_loss`, where it has been measured already.
+        loss_before: the task's test loss before training, where it has been measured already.
         on_round: called with each round's record, those of earlier sessions first.
         notify: called with each thing that the user should know.
 
     Raises:
         UserError: the base's loss is not finite, the ledger is damaged, or all clients failed too often.
     """
-    config, mesh = setup.config, setup.mesh
+    config, task, mesh = setup.config, setup.task, setup.mesh
     (init, round), loss = build(setup)
-    test_loss = evaluator(setup)
     key = run_key(config.seed)
-    sizes = np.array([len(part) for part in setup.parts], np.float32)
+    sizes = np.array([len(part) for part in setup.task.parts], np.float32)
     passes = forward_passes(config)
     cohort = _cohorts(setup)
     clock = Stopwatch()
@@ -104,7 +101,7 @@ def train(
 
         return work
 
-    loss_before = base_loss(setup) if loss_before is None else loss_before
+    loss_before = task.loss_before(setup.lora) if loss_before is None else loss_before
     with run_checkpoints.manager(folder) as manager:
         fresh = sharding.replicate(mesh, rounds.begin(init(setup.lora, config.clients), config))
         journal = open_journal(setup, folder, manager, fresh, notify)
@@ -124,7 +121,7 @@ def train(
                 chain = journal.append(entry)
             with clock:
                 progress, report, traffic = rounds.conclude(config, round, progress, entry, uploads, key)
-                measured = test_loss(progress.state.params) if last or (t + 1) % eval_every == 0 else None
+                measured = float(task.evaluate(progress.state.params)) if last or (t + 1) % eval_every == 0 else None
             record = rounds.metrics_of(config, entry, report, traffic, typical)
             spent = [cohort(t, attempt)[1:] for attempt in range(entry.attempt + 1)]
             held, tokens = map(sum, zip(*spent, strict=True))
@@ -147,9 +144,8 @@ def train(
             on_round(record)
 
     lora = jax.device_get(progress.state.params)
-    settings = {"rank": config.lora_rank, "alpha": config.lora_alpha, "targets": config.target_names}
     if multihost.is_coordinator():
-        save_adapter(folder / "adapter", lora, **settings, base_name=config.model)
+        task.save(folder, lora)
     metrics = multihost.all_or_none(lambda: run_folder.read_metrics(folder))
     loss_after = metrics[-1]["test_loss"]
     return RunResult(setup, lora, loss_before, math.nan if loss_after is None else loss_after, metrics)
@@ -186,28 +182,28 @@ def probe_start(setup: RunContext) -> divergence.Probe:
     picks = _picks(setup, 0, 0)[1]
     picks = picks.reshape(-1, picks.shape[-1])
     some = np.linspace(0, len(picks) - 1, PROBE_BATCHES).astype(int)
-    batches = sharding.replicate(setup.mesh, take(setup.train, picks[some]))
+    batches = sharding.replicate(setup.mesh, take(setup.task.train, picks[some]))
     key = jax.random.fold_in(run_key(setup.config.seed), random.PROBE)
     return divergence.probe(loss, setup.lora, batches, key, PROBE_SCALE, PROBE_DIRECTIONS)
 
 
 def _picks(setup: RunContext, t: int, attempt: int) -> tuple[np.ndarray, np.ndarray]:
     """A round's clients ``[P]``, and the training rows they work on, ``[P, H, batch]``."""
-    config = setup.config
+    config, task = setup.config, setup.task
     ids = aggregation.sample_participants(config.seed, t, config.clients, config.participants, attempt)
     settings = {"seed": config.seed, "local_steps": config.local_steps, "batch_size": config.batch_size}
-    return ids, round_picks(setup.train, setup.parts, ids, t, **settings, by_length=len(setup.widths) > 1)
+    return ids, round_picks(task.train, task.parts, ids, t, **settings, by_length=task.by_length)
 
 
 def _cohorts(setup: RunContext) -> Callable[[int, int], tuple[federated.Cohort, int, int]]:
     """``cohort(t, attempt)``: a round's clients and their batches, and the tokens these hold and cost."""
-    sizes = np.array([len(part) for part in setup.parts], np.float32)
-    length = lengths(setup.train)
+    sizes = np.array([len(part) for part in setup.task.parts], np.float32)
+    task = setup.task
 
     @lru_cache(maxsize=2)
     def cohort(t: int, attempt: int) -> tuple[federated.Cohort, int, int]:
         ids, picks = _picks(setup, t, attempt)
-        batches = sharding.shard_clients(setup.mesh, len(ids), lambda at: take(setup.train, picks[at]))
-        return federated.Cohort(ids, sizes[ids], batches), *computed_tokens(length[picks], setup.widths)
+        batches = sharding.shard_clients(setup.mesh, len(ids), lambda at: take(task.train, picks[at]))
+        return federated.Cohort(ids, sizes[ids], batches), *task.count_tokens(picks)
 
     return cohort

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,17 +14,18 @@ import jax
 import numpy as np
 
 from fedmezo_jax.core import mezo
-from fedmezo_jax.core.random import run_key
+from fedmezo_jax.core.random import init_key, run_key
+from fedmezo_jax.core.task import Task
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.checkpoints.base_model import load_base
 from fedmezo_jax.llama.checkpoints.layout import leaves
 from fedmezo_jax.llama.config import LlamaConfig
-from fedmezo_jax.llama.lora import lora_shapes
+from fedmezo_jax.llama.lora import init_lora, lora_shapes
 from fedmezo_jax.llama.registry import resolve, resolve_local
 from fedmezo_jax.run import ledger, ledger_checks, rounds
 from fedmezo_jax.run.config import RunConfig
 from fedmezo_jax.run.config_parts import LoraConfig, ModelConfig
-from fedmezo_jax.run.context import algorithm, start, stored_type
+from fedmezo_jax.run.context import algorithm, stored_type, task_name
 
 
 class VerifiedLedger(NamedTuple):
@@ -33,7 +35,7 @@ class VerifiedLedger(NamedTuple):
         file: the ledger.
         header: its header.
         config: the run's configuration, from the header.
-        llama: the base model's.
+        llama: the base model's; None where the run's task is another.
         rounds: how many rounds it has.
         size: bytes of its header and its whole records.
     """
@@ -41,7 +43,7 @@ class VerifiedLedger(NamedTuple):
     file: Path
     header: dict[str, Any]
     config: RunConfig
-    llama: LlamaConfig
+    llama: LlamaConfig | None
     rounds: int
     size: int
 
@@ -65,6 +67,7 @@ def replay(
     model: str | None = None,
     until: int | None = None,
     *,
+    task: Task | None = None,
     on_start: Callable[[VerifiedLedger], None] = lambda verified: None,
     on_round: Callable[[int], None] = lambda done: None,
     notify: Callable[[str], None] = lambda line: None,
@@ -76,6 +79,7 @@ def replay(
         model: the run's base model, whose weights are checked against the ledger; fetched where that is needed. By
             default the one that the run names, if it is on this machine.
         until: round to go up to, from 0; by default the last.
+        task: the run's, where it is not a LLaMA; its data are not used.
         on_start: called when all is verified and before anything is rebuilt.
         on_round: called with the number of rounds made.
         notify: called with each line that the user should read.
@@ -86,14 +90,16 @@ def replay(
     """
     if until is not None and until < 0:
         raise UserError(f"--round must be 0 or more, not {until}")
-    verified = _verify(Path(ledger_file), model, notify)
+    verified, init_params = _verify(Path(ledger_file), model, task, notify)
     on_start(verified)
-    first = start(verified.config, verified.llama)
+    first = init_params(init_key(verified.config.seed))
     return Replay(verified, *reconstruct(verified.file, verified.config, first, until, on_round))
 
 
-def _verify(file: Path, model: str | None, notify: Callable[[str], None]) -> VerifiedLedger:
-    """Checks every record of a ledger and the weights of its base model."""
+def _verify(
+    file: Path, model: str | None, task: Task | None, notify: Callable[[str], None]
+) -> tuple[VerifiedLedger, Callable[[jax.Array], mezo.Params]]:
+    """Checks every record of a ledger and the frozen weights; also says how θ begins."""
     header = ledger.read_header(file)
     *_, last = ledger.records(file)  # the whole chain, before anything is computed
     torn = file.stat().st_size - last.end
@@ -107,12 +113,30 @@ def _verify(file: Path, model: str | None, notify: Callable[[str], None]) -> Ver
         notify(
             f"notice: the ledger ends after round {last.index} of {config.rounds}: the run was stopped or is not over"
         )
-    folder = _base(file, config, model)
-    llama = LlamaConfig.from_json(folder)
-    _check_rank(config, llama, file)
-    if ledger.tree_hash(load_base(folder, llama, stored_type(config.precision or "float32"))) != header["base_hash"]:
-        raise UserError(f"--model {model or config.model}: its weights are not those that the run was on")
-    return VerifiedLedger(file, header, config, llama, last.index, last.end)
+    _check_task(file, config, task)
+    if task is None:
+        folder = _base(file, config, model)
+        llama = LlamaConfig.from_json(folder)
+        _check_rank(config, llama, file)
+        frozen = load_base(folder, llama, stored_type(config.precision or "float32"))
+        init_params, name = partial(_init_lora, config, llama), f"--model {model or config.model}"
+    else:
+        llama, frozen, init_params, name = None, task.frozen, task.init_params, type(task).__name__
+    if ledger.tree_hash(frozen) != header["base_hash"]:
+        raise UserError(f"{name}: its weights are not those that the run was on")
+    return VerifiedLedger(file, header, config, llama, last.index, last.end), init_params
+
+
+def _check_task(file: Path, config: ModelConfig, task: Task | None) -> None:
+    """Refuses a task that is not the run's, and a run of a task where none is given."""
+    if task is None and config.model.startswith("task:"):
+        raise UserError(f"{file}: the run is of {config.model}: give it to fedmezo_jax.replay as task=")
+    if task is not None and config.model != task_name(task):
+        raise UserError(f"{file}: the run is of {config.model} and not of {task_name(task)}")
+
+
+def _init_lora(config: LoraConfig, llama: LlamaConfig, key: jax.Array) -> mezo.Params:
+    return init_lora(key, llama, config.lora_rank, config.target_names)
 
 
 def _base(file: Path, config: ModelConfig, model: str | None) -> Path:

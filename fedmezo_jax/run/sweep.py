@@ -19,13 +19,10 @@ import numpy as np
 
 from fedmezo_jax.core import aggregation, client, federated, mezo, personalization, random
 from fedmezo_jax.core.random import run_key
-from fedmezo_jax.data.batches import round_batches
-from fedmezo_jax.data.examples import TokenBatch
+from fedmezo_jax.data.batches import TOKENS_AT_ONCE, round_batches
 from fedmezo_jax.errors import UserError
-from fedmezo_jax.llama.loss import loss_of, loss_sums, pair_loss_of
-from fedmezo_jax.llama.model import Base, Llama
 from fedmezo_jax.run.config import RunConfig
-from fedmezo_jax.run.context import TOKENS_AT_ONCE, RunContext, local_optimizer, server_optimizer, unpaired
+from fedmezo_jax.run.context import RunContext, build, local_optimizer, server_optimizer
 
 
 class SweepAxes(NamedTuple):
@@ -101,11 +98,11 @@ def sweep(
         UserError: a run asks for what a sweep cannot do.
     """
     configs = [setup.config for setup in setups]
-    config, model, base = configs[0], setups[0].model, setups[0].base
+    config = configs[0]
     check_supported(config)
     assert len({shape_of(other) for other in configs}) == 1, "these runs are of several shapes"
     clients, count = config.participants, len(setups)
-    loss = pair_loss_of(model, base) if config.algorithm == "fedmezo" else loss_of(unpaired(model), base)
+    _, loss = build(setups[0])
     advance = jax.jit(partial(_round, config), donate_argnums=1)
     knobs = SweepAxes(*(jnp.array([getattr(one, name) for one in configs], jnp.float32) for name in SweepAxes._fields))
     start = [personalization.init_signals(config.clients) for _ in setups]
@@ -113,26 +110,26 @@ def sweep(
     optimizer = jax.vmap(server_optimizer(config).init)(params)
     states = federated.FederatedState(params, optimizer, _stack(start), jnp.zeros(count, jnp.int32))
     keys = jnp.stack([run_key(one.seed) for one in configs])
-    train = _alike([setup.train for setup in setups])
-    test = jax.tree.map(
-        jnp.asarray, TokenBatch(*map(np.stack, zip(*_alike([setup.test for setup in setups]), strict=True)))
-    )
-    evaluate = jax.jit(partial(_test_losses, unpaired(model)))
+    train = _alike([setup.task.train for setup in setups])
+
+    def evaluate() -> list[float]:
+        each = [jax.tree.map(lambda leaf, i=i: leaf[i], states.params) for i in range(count)]
+        return [setup.task.evaluate(params) for setup, params in zip(setups, each, strict=True)]
 
     def cohort(t: int) -> federated.Cohort:
         steps, size = config.local_steps, config.batch_size
         each = []
         for setup, rows in zip(setups, train, strict=True):
             ids = aggregation.sample_participants(setup.config.seed, t, config.clients, clients)
-            sizes = np.array([len(setup.parts[i]) for i in ids], np.float32)
+            sizes = np.array([len(setup.task.parts[i]) for i in ids], np.float32)
             weights = sizes if config.weighting == "samples" else np.ones(clients, np.float32)
             batches = round_batches(
-                rows, setup.parts, ids, t, seed=setup.config.seed, local_steps=steps, batch_size=size
+                rows, setup.task.parts, ids, t, seed=setup.config.seed, local_steps=steps, batch_size=size
             )
             each.append(federated.Cohort(ids, weights, batches))
         return jax.device_put(_stack(each))
 
-    rounds, test_losses, train_losses = [0], [np.asarray(evaluate(base, states.params, test))], []
+    rounds, test_losses, train_losses = [0], [evaluate()], []
     seconds = []
     for t in range(config.rounds):
         begun = time.perf_counter()
@@ -141,7 +138,7 @@ def sweep(
         seconds.append((time.perf_counter() - begun) / count)
         if t + 1 == config.rounds or (t + 1) % eval_every == 0:
             rounds.append(t + 1)
-            test_losses.append(np.asarray(evaluate(base, states.params, test)))
+            test_losses.append(evaluate())
         on_round(t + 1)
     pace = float(np.median(seconds[1:] or seconds))
     return [
@@ -181,26 +178,15 @@ def _round(config: RunConfig, knobs: SweepAxes, states, loss, cohorts: federated
     return jax.vmap(one)(knobs, states, cohorts, keys)
 
 
-def _test_losses(model: Llama, base: Base, loras: mezo.Params, rows: TokenBatch) -> jax.Array:
-    """``[R]`` mean cross-entropy over each run's test examples."""
-
-    def one(lora_and_rows):
-        total, labels = loss_sums(model, base, *lora_and_rows)
-        return total / labels
-
-    return jax.lax.map(one, (loras, rows))
-
-
 def _stack(trees: Iterable[Any]) -> Any:
     return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
 
 
-def _alike(tables: Sequence[TokenBatch]) -> list[TokenBatch]:
+def _alike(tables: Sequence[Any]) -> list[Any]:
     """The tables padded to one width: their rows were cut from unlike texts."""
-    widths = [max(leaf.shape[1] for leaf in leaves) for leaves in zip(*tables, strict=True)]
-    return [
-        TokenBatch(
-            *(np.pad(leaf, [(0, 0), (0, width - leaf.shape[1])]) for leaf, width in zip(rows, widths, strict=True))
-        )
-        for rows in tables
-    ]
+    widths = jax.tree.map(lambda *leaves: np.max([leaf.shape[1:] for leaf in leaves], axis=0), *tables)
+
+    def pad(leaf, shape):
+        return np.pad(leaf, [(0, 0), *((0, most - held) for most, held in zip(shape, leaf.shape[1:], strict=True))])
+
+    return [jax.tree.map(pad, table, widths) for table in tables]

@@ -26,7 +26,7 @@ def run(title):
 
 
 def test_the_document_has_these_examples():
-    assert {"An estimator", "An aggregation rule"} <= EXAMPLES.keys()
+    assert {"An estimator", "An aggregation rule", "A model that is not a LLaMA"} <= EXAMPLES.keys()
 
 
 @pytest.mark.parametrize("title", EXAMPLES)
@@ -57,3 +57,14 @@ def test_the_aggregator_is_a_median_and_withstands_a_client(capsys):
     combined = aggregator.combine_coefficients(weights, coefficients)
     np.testing.assert_array_equal(combined, np.sort(coefficients, axis=0)[2])
     assert jax.tree.structure(aggregator.combine_params(params, weights, iter(uploads))) == jax.tree.structure(params)
+
+
+def test_the_task_is_trained_both_ways_and_replayed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = run("A model that is not a LLaMA")
+    result = names["result"]
+    assert names["task"].evaluate(names["state"].params) < 0.1 > result.loss_after
+    assert result.loss_before > 1
+    jax.tree.map(np.testing.assert_array_equal, names["replayed"].lora, result.lora)
+    saved = np.load("runs/regression/params.npz")
+    jax.tree.map(np.testing.assert_array_equal, dict(saved), result.lora)

@@ -29,10 +29,11 @@ def test_a_client_alone_gives_the_numbers_that_it_gives_among_eight(precision, b
     setup = prepare(config)
     everyone = np.arange(CLIENTS, dtype=np.int32)
     sizes = {"seed": config.seed, "local_steps": STEPS, "batch_size": batch_size}
-    batches = round_batches(setup.train, setup.parts, everyone, 0, **sizes)
+    batches = round_batches(setup.task.train, setup.task.parts, everyone, 0, **sizes)
 
     def report(ids):
-        (init, round), loss = build(setup._replace(config=replace(config, participation=len(ids) / CLIENTS)))
+        some = replace(config, participation=len(ids) / CLIENTS)
+        (init, round), loss = build(setup._replace(config=some, task=replace(setup.task, group_size=len(ids))))
         cohort = federated.Cohort(ids, np.ones(len(ids), np.float32), jax.tree.map(lambda leaf: leaf[ids], batches))
         return round.work(init(setup.lora, CLIENTS), loss, cohort, run_key(config.seed))
 
@@ -50,10 +51,10 @@ def test_block_of_one_changes_no_bit():
     setup = prepare(config)
     (init, round), loss = build(setup)
     ids = np.arange(4, dtype=np.int32)
-    batches = round_batches(setup.train, setup.parts, ids, 0, seed=0, local_steps=2, batch_size=1)
+    batches = round_batches(setup.task.train, setup.task.parts, ids, 0, seed=0, local_steps=2, batch_size=1)
     cohort = federated.Cohort(ids, np.ones(4, np.float32), batches)
     state, key = init(setup.lora, 4), run_key(0)
     whole = round.work(state, loss, cohort, key)
-    single = build(setup._replace(config=replace(config, participation=0.25)))[1]
+    single = build(setup._replace(task=replace(setup.task, group_size=1)))[1]
     blocked = algorithm(config, 1, None, least_width=2).round.work(state, single, cohort, key)
     np.testing.assert_array_equal(whole.projected_gradients, blocked.projected_gradients)

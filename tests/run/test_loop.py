@@ -17,7 +17,7 @@ from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.registry import load_tokenizer
 from fedmezo_jax.run import ledger, loop, run_folder
 from fedmezo_jax.run.config import paper_config
-from fedmezo_jax.run.context import evaluator, prepare
+from fedmezo_jax.run.context import prepare
 from fedmezo_jax.run.loop import train
 
 
@@ -91,7 +91,7 @@ def test_metrics_hold_a_record_for_each_round(undisturbed):
         assert 0 < record["train_loss"] < 10
         assert record["seconds"] > 0
         assert record["forward_passes"] == 3 * 2 * 2  # clients, steps, two points
-        assert record["tokens"] == 3 * 2 * 2 * 3 * setup.train.tokens.shape[1]
+        assert record["tokens"] == 3 * 2 * 2 * 3 * setup.task.train.tokens.shape[1]
         for way in ("up", "down"):
             assert sum(record[f"client_{way}link_bytes"]) == record[f"{way}link_bytes"]
             for size in record[f"client_{way}link_bytes"]:
@@ -169,7 +169,7 @@ def test_the_finished_run_is_in_its_folder(config, undisturbed):
     folder, setup, result = undisturbed
     names = {"config.json", "run.ledger", "metrics.jsonl", "checkpoints", "adapter"}
     assert {file.name for file in folder.iterdir()} == names
-    adapter = load_adapter(folder / "adapter", setup.model.config)
+    adapter = load_adapter(folder / "adapter", setup.task.model.config)
     assert (adapter.rank, adapter.alpha, adapter.targets) == (4, 16.0, ("down_proj",))
     jax.tree.map(np.testing.assert_array_equal, adapter.lora, result.lora)
     assert all(np.any(halves["B"]) for halves in result.lora.values())
@@ -183,8 +183,8 @@ def test_peft_s_logits_are_ours(config, undisturbed):
     from transformers import LlamaForCausalLM
 
     folder, setup, result = undisturbed
-    tokens = setup.test.tokens
-    ours, plain = (setup.model.apply({"params": setup.base}, tokens, lora) for lora in (result.lora, {}))
+    tokens = setup.task.test.tokens
+    ours, plain = (setup.task.model.apply({"params": setup.task.base}, tokens, lora) for lora in (result.lora, {}))
     model = peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(config.model), folder / "adapter")
     with torch.no_grad():
         theirs = model(torch.from_numpy(tokens).long()).logits.numpy()
@@ -196,7 +196,7 @@ def test_another_seed_is_another_run(config, undisturbed):
     setup = prepare(replace(config, seed=1))
     _, first, _ = undisturbed
     assert not np.array_equal(setup.lora["down_proj"]["A"], first.lora["down_proj"]["A"])
-    assert not np.array_equal(setup.test.tokens, first.test.tokens)
+    assert not np.array_equal(setup.task.test.tokens, first.task.test.tokens)
 
 
 def test_a_tokenizer_of_another_model_is_refused(config, tmp_path):
@@ -213,14 +213,14 @@ def test_a_tokenizer_of_another_model_is_refused(config, tmp_path):
         save_base(folder, replace(llama, vocab_size=size), smaller)
         return prepare(replace(config, model=str(folder)))
 
-    largest = int(prepare(config).train.tokens.max())
+    largest = int(prepare(config).task.train.tokens.max())
     with pytest.raises(UserError, match=rf"tokenizer makes token {largest}, but the model's vocabulary has {largest}:"):
         cut(largest)
-    assert cut(largest + 1).train.tokens.max() == largest
+    assert cut(largest + 1).task.train.tokens.max() == largest
     tokenizer = load_tokenizer(folder)
     tokenizer.add_special_tokens({"pad_token": "<far>"})
     tokenizer.save_pretrained(folder)
-    assert cut(largest + 1).train.tokens.max() == largest + 1
+    assert cut(largest + 1).task.train.tokens.max() == largest + 1
     tokenizer.eos_token = "<far>"  # which closes every row, and is the padding token too
     tokenizer.save_pretrained(folder)
     with pytest.raises(UserError, match=rf"tokenizer makes token {largest + 1}, but"):
@@ -229,7 +229,8 @@ def test_a_tokenizer_of_another_model_is_refused(config, tmp_path):
 
 def test_a_test_loss_beyond_every_number_is_null_in_the_metrics(config, tmp_path):
     setup = prepare(replace(config, rounds=1))
-    setup = setup._replace(test=setup.test._replace(label_weights=np.full_like(setup.test.label_weights, np.nan)))
+    test = setup.task.test._replace(label_weights=np.full_like(setup.task.test.label_weights, np.nan))
+    setup = setup._replace(task=replace(setup.task, test=test))
     result = train(setup, tmp_path, checkpoint_every=1, eval_every=1, loss_before=1.0)
     assert np.isnan(result.loss_after)
     text = (tmp_path / "metrics.jsonl").read_text()
@@ -239,19 +240,18 @@ def test_a_test_loss_beyond_every_number_is_null_in_the_metrics(config, tmp_path
 
 @pytest.mark.parametrize("tokens_at_once", [160, 10**6])
 def test_test_loss_is_the_mean_over_all_labels_of_the_test_examples(tokens_at_once, undisturbed, monkeypatch):
-    monkeypatch.setattr(
-        "fedmezo_jax.run.context.TOKENS_AT_ONCE", tokens_at_once
-    )  # the first leaves a batch that must be filled up
+    monkeypatch.setattr("fedmezo_jax.llama.task.TOKENS_AT_ONCE", tokens_at_once)  # the first leaves a batch to fill up
     _, setup, result = undisturbed
-    logits = np.asarray(setup.model.apply({"params": setup.base}, setup.test.tokens, result.lora), np.float64)
+    task = replace(setup.task)  # which has not been evaluated yet
+    logits = np.asarray(task.model.apply({"params": task.base}, task.test.tokens, result.lora), np.float64)
     losses = [
         np.log(np.exp(logits[row, position]).sum()) - logits[row, position, label]
-        for row, (_, *columns) in enumerate(zip(*setup.test, strict=True))
+        for row, (_, *columns) in enumerate(zip(*task.test, strict=True))
         for position, label, weight in zip(*columns, strict=True)
         if weight
     ]
-    assert len(losses) == setup.test.label_weights.sum() > 20
-    np.testing.assert_allclose(evaluator(setup)(result.lora), np.mean(losses), rtol=1e-6)
+    assert len(losses) == task.test.label_weights.sum() > 20
+    np.testing.assert_allclose(task.evaluate(result.lora), np.mean(losses), rtol=1e-6)
 
 
 def test_a_round_is_done_once_it_is_in_the_ledger(config, undisturbed, tmp_path, monkeypatch):
@@ -291,7 +291,8 @@ def test_both_uplinks_give_the_same_bits(config, undisturbed, tmp_path):
 def test_clients_in_blocks_end_as_all_at_once(config, undisturbed, tmp_path, monkeypatch):
     """To rounding: XLA may sum in another order for another number of clients, at μ = 0.1 worth 1e-6 of a step."""
     _, setup, whole = undisturbed
-    monkeypatch.setattr("fedmezo_jax.run.context.TOKENS_AT_ONCE", 2 * setup.train.tokens[0].size * config.batch_size)
+    at_once = 2 * setup.task.train.tokens[0].size * config.batch_size
+    monkeypatch.setattr("fedmezo_jax.llama.task.TOKENS_AT_ONCE", at_once)
     _, blocked = start(tmp_path, config)  # two of the three clients and then one
     jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=2e-6), blocked.lora, whole.lora)
     for record, expected in zip(blocked.metrics, whole.metrics, strict=True):

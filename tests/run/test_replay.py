@@ -105,7 +105,7 @@ def test_the_command_says_whether_it_is_the_same_adapter(run, place, tmp_path, m
         assert (tmp_path / "a" / "adapter" / file.name).read_bytes() == file.read_bytes()
     assert invoke(monkeypatch, folder / "run.ledger", "--round", 2, "--out", tmp_path / "b") == 0
     assert "not compared" in capsys.readouterr().out
-    adapter = load_adapter(tmp_path / "b" / "adapter", setup.model.config)
+    adapter = load_adapter(tmp_path / "b" / "adapter", setup.task.model.config)
     assert largest_difference(jax.device_get(adapter.lora), seen[1]) is None
     assert invoke(monkeypatch, folder / "run.ledger", "--round", 9, "--out", tmp_path / "c") == 2
     assert "ends after round 4" in capsys.readouterr().err

@@ -1,0 +1,156 @@
+"""A LLaMA with LoRA on token rows, as a :class:`~fedmezo_jax.core.task.Task`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedmezo_jax.core import federated, mezo
+from fedmezo_jax.core.task import Task
+from fedmezo_jax.data.batches import TOKENS_AT_ONCE
+from fedmezo_jax.data.buckets import Widths, bucketed_loss, bucketed_point_loss, computed_tokens, lengths
+from fedmezo_jax.data.examples import TokenBatch
+from fedmezo_jax.llama.checkpoints.adapter import save_adapter
+from fedmezo_jax.llama.checks import check_finite
+from fedmezo_jax.llama.lora import init_lora
+from fedmezo_jax.llama.loss import loss_of, loss_sums, pair_loss_of, point_loss_of
+from fedmezo_jax.llama.model import Base, Llama
+from fedmezo_jax.llama.precision import least_clients, least_rows
+
+
+def unpaired(model: Llama) -> Llama:
+    """The model for losses at one θ: ``paired`` needs two."""
+    return model.clone(precision="bfloat16") if model.precision == "paired" else model
+
+
+@dataclass(frozen=True, eq=False)
+class LlamaTask(Task):
+    """Instruction tuning of a LLaMA's LoRA.
+
+    Attributes:
+        model: the decoder, with the run's α/r and precision.
+        base: its frozen weights, on the device.
+        name: the model's, as the user gave it.
+        rank: r.
+        alpha: α.
+        targets: the projections with an adapter.
+        train: training rows.
+        test: test rows.
+        parts: for each client the indices of its rows in ``train``.
+        widths: at which steps run.
+        batch_size: rows of a step.
+        group_size: clients of a round that one group of devices works on.
+        place: puts the test rows on the devices.
+    """
+
+    model: Llama
+    base: Base
+    name: str
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    train: TokenBatch
+    test: TokenBatch
+    parts: list[np.ndarray]
+    widths: Widths
+    batch_size: int
+    group_size: int
+    place: Callable[[Any], Any] = jax.device_put
+
+    @property
+    def frozen(self) -> Base:
+        """The base."""
+        return self.base
+
+    @property
+    def least_width(self) -> int:
+        """See :func:`least_clients`."""
+        return least_clients(self.model.precision, self.batch_size)
+
+    @property
+    def block_size(self) -> int:
+        """As many clients as their batches' tokens allow."""
+        at_once = max(1, TOKENS_AT_ONCE // (self.batch_size * self.train.tokens.shape[1]))
+        return max(self.least_width, federated.block_width(self.group_size, at_once))
+
+    @property
+    def by_length(self) -> bool:
+        """Where steps run at several widths."""
+        return len(self.widths) > 1
+
+    @property
+    def _filled(self) -> Llama:
+        """The model for the clients' work, whose numbers do not depend on how many run at once."""
+        return self.model.clone(least_rows=least_rows(self.model.precision, self.block_size))
+
+    @property
+    def loss(self) -> mezo.LossFn:
+        """See :func:`loss.loss_of`."""
+        return bucketed_loss(loss_of(unpaired(self._filled), self.base), self.widths)
+
+    @property
+    def pair_loss(self) -> mezo.PairLoss:
+        """See :func:`loss.pair_loss_of`."""
+        return bucketed_loss(pair_loss_of(self._filled, self.base), self.widths)
+
+    @property
+    def point_loss(self) -> mezo.PointLoss:
+        """See :func:`loss.point_loss_of`."""
+        return bucketed_point_loss(point_loss_of(unpaired(self._filled), self.base), self.widths)
+
+    def init_params(self, key: jax.Array) -> mezo.Params:
+        """See :func:`lora.init_lora`."""
+        return init_lora(key, self.model.config, self.rank, self.targets)
+
+    def evaluate(self, params: mezo.Params) -> float:
+        """Mean cross-entropy over the label tokens of all test rows, in nats."""
+        return float(_mean_loss(unpaired(self.model), self.base, params, self._test_batches))
+
+    @cached_property
+    def _test_batches(self) -> TokenBatch:
+        """The test rows in batches of one shape, on the devices."""
+        count = len(self.test.tokens)
+        size = min(count, max(1, TOKENS_AT_ONCE // self.test.tokens.shape[1]))
+        # Copies of the first row fill the last batch up. They have no weight.
+        taken = np.pad(np.arange(count), (0, -count % size)).reshape(-1, size)
+        rows = TokenBatch(*(leaf[taken] for leaf in self.test))
+        rows.label_weights.reshape(taken.size, -1)[count:] = 0
+        return self.place(rows)
+
+    def loss_before(self, params: mezo.Params) -> float:
+        """The test loss of the base.
+
+        Raises:
+            UserError: it overflows.
+        """
+        loss = self.evaluate(params)
+        check_finite(math.isfinite(loss), "losses", self.model.config, self.base, {}, f"--model {self.name}")
+        return loss
+
+    def save(self, folder: Path, params: mezo.Params) -> None:
+        """Writes ``adapter/``, which PEFT loads."""
+        settings = {"rank": self.rank, "alpha": self.alpha, "targets": self.targets}
+        save_adapter(folder / "adapter", params, **settings, base_name=self.name)
+
+    def count_tokens(self, picks: np.ndarray) -> tuple[int, int]:
+        """See :func:`computed_tokens`."""
+        return computed_tokens(self._lengths[picks], self.widths)
+
+    @cached_property
+    def _lengths(self) -> np.ndarray:
+        return lengths(self.train)
+
+
+@partial(jax.jit, static_argnums=0)
+def _mean_loss(model: Llama, base: Base, lora: mezo.Params, rows: TokenBatch) -> jax.Array:
+    sums = jax.lax.map(lambda batch: loss_sums(model, base, lora, batch), rows)
+    total, labels = (jnp.sum(column) for column in sums)
+    return total / labels
