@@ -21,7 +21,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import tyro
@@ -33,7 +33,7 @@ from fedmezo_jax.data.buckets import lengths
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.parallel import multihost
 from fedmezo_jax.run import divergence, run_folder
-from fedmezo_jax.run.config import RunConfig, read_config
+from fedmezo_jax.run.config import RECIPES, RunConfig, read_config
 from fedmezo_jax.run.context import RunContext
 from fedmezo_jax.run.job import fine_tune
 from fedmezo_jax.run.loop import RunResult
@@ -48,6 +48,9 @@ class Config:
     """The main job's command line: what decides the run's numbers, and what does not."""
 
     run: RunConfig
+    recipe: Literal["fast", "paper"] | None = None
+    """start from the defaults (fast) or from the published method (paper), which sets --layers, --estimator,
+    --directions, --distribution, --learning-rate and --server-learning-rate"""
     config: Path | None = None
     """config.json of a run, whose options take the place of the defaults; options given beside it come before its own
     """
@@ -79,12 +82,18 @@ class Config:
 
     @classmethod
     def defaults(cls, arguments: Sequence[str]) -> Config | None:
-        """The options before those of the command line: the run's from the file after ``--config``, if there is one."""
+        """The options before those of the command line: from the file after ``--config``, or from ``--recipe``."""
         parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
         parser.add_argument("--config", type=Path)
+        parser.add_argument("--recipe", choices=list(RECIPES))
         with contextlib.suppress(argparse.ArgumentError):  # the command line's own parser says what is wrong
-            file = parser.parse_known_args(arguments)[0].config
-            return None if file is None else cls(read_config(file))
+            given, _ = parser.parse_known_args(arguments)
+            if given.config and given.recipe:
+                raise UserError("--recipe and --config both say where to start from: give one of them")
+            if given.config:
+                return cls(read_config(given.config))
+            if given.recipe:
+                return cls(RECIPES[given.recipe]())
         return None
 
 
@@ -171,15 +180,19 @@ def describe(setup: RunContext) -> None:
     config, llama = setup.config, setup.task.model.config
     print(
         f"{config.algorithm}: {config.model} ({llama.num_hidden_layers} layers of {llama.hidden_size}), "
-        f"{divergence.count(setup.lora):,} LoRA parameters at rank {config.lora_rank} on {config.targets}"
+        f"{divergence.count(setup.lora):,} LoRA parameters at rank {config.lora_rank} on {config.targets} "
+        f"of {len(setup.task.model.trained_layers)} layers"
     )
+    if config.algorithm == "fedmezo":
+        rate = "automatic learning rate" if config.learning_rate == "auto" else f"learning rate {config.learning_rate:g}"
+        print(f"{config.estimator}, {config.directions} {config.distribution} directions a step, {rate}")
     skipped = f", {setup.skipped} too long for {config.max_length} tokens left out" if setup.skipped else ""
     truncated = f", {setup.truncated} truncated to {config.max_length} tokens" if setup.truncated else ""
-    train, test = len(setup.task.train.tokens), len(setup.task.test.tokens)
+    train, test = len(setup.task.train.labels), len(setup.task.test.labels)
     print(f"{config.data}: {train} training and {test} test examples{skipped}{truncated}")
     if config.algorithm == "fedavg":
         print("no run.ledger: back-propagated steps are no scalars that could rebuild the run")
-    held, wide = lengths(setup.task.train).mean(), setup.task.train.tokens.shape[1]
+    held, wide = lengths(setup.task.train).mean(), setup.task.train[0].shape[1]
     offered = ", ".join(str(width.tokens) for width in setup.task.widths)
     print(
         f"rows of {held:.0f} tokens on average, padded to {offered} "

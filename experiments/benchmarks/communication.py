@@ -67,7 +67,7 @@ def main(config: Config) -> None:
     update = messages.Update(config.local_steps, config.clients - 1, 10_000, steps[0], steps[0, :, 0])
     begin = len(messages.pack_start(config.local_steps, 1e-5))
     rates = np.full(config.clients, 1e-5, np.float32)
-    outcome = messages.Outcome(config.local_steps, np.arange(config.clients), None, rates, steps[:, :, 0])
+    outcome = messages.Outcome(config.local_steps, np.arange(config.clients), None, rates, steps[:, :, 0], 1.0)
     up = len(messages.pack_update(update))
     everything = 2 * sum(int(np.prod(shape)) for shape in leaves(llama).values())
     table = {
@@ -75,7 +75,7 @@ def main(config: Config) -> None:
         "LoRA, float32": (lora(np.float32),) * 2,
         "LoRA, float16": (lora(np.float16),) * 2,
         "coefficients, per-client directions": (up, begin + len(messages.pack_outcome(outcome, config.clients, 0))),
-        "coefficients, shared directions": (up, begin + len(messages.pack_mean(config.local_steps, steps[0]))),
+        "coefficients, shared directions": (up, begin + len(messages.pack_mean(config.local_steps, steps[0], 1.0))),
     }
     rows = [{"sent": name, "uplink_bytes": up, "downlink_bytes": down} for name, (up, down) in table.items()]
     _cli.write_folder(config, rows, time.perf_counter() - start)

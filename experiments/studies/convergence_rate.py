@@ -138,8 +138,8 @@ def _over_a_run(point: dict[str, Any]) -> dict[str, float]:
     (init, round), loss = build(setup)
     everyone, ones = np.arange(config.clients, dtype=np.int32), np.ones(config.clients, np.float32)
     state, plain = init(setup.lora, config.clients), loss_of(unpaired(setup.task.model), setup.task.base)
-    picked = np.random.default_rng(0).permutation(len(setup.task.train.tokens))[: 64 - 64 % (2 * config.batch_size)]
-    halves = TokenBatch(*(jnp.asarray(leaf[picked].reshape(2, -1, *leaf.shape[1:])) for leaf in setup.task.train))
+    picked = np.random.default_rng(0).permutation(len(setup.task.train.labels))[: 64 - 64 % (2 * config.batch_size)]
+    halves = jax.tree.map(lambda leaf: jnp.asarray(leaf[picked].reshape(2, -1, *leaf.shape[1:])), setup.task.train)
     both, seen = jax.jit(gradients), []
     looks = set(np.linspace(0, config.rounds, point["looks"] + 1).round().astype(int)[1:].tolist())
     settings: dict[str, Any] = {

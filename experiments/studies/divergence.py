@@ -51,7 +51,7 @@ def main(config: Config) -> None:
     base = replace(run, **{name: value for name, value in changed.items() if value is not None})
     out = config.out or Path("runs") / f"divergence-{config.preset}"
     runs = [
-        replace(base, seed=seed, learning_rate=base.learning_rate * factor)
+        replace(base, seed=seed, learning_rate=base.fixed_rate * factor)
         for seed in range(config.seed, config.seed + (config.num_seeds or num_seeds))
         for factor in factors
     ]
@@ -92,7 +92,7 @@ def _outcome(point: dict[str, Any]) -> dict[str, Any]:
     row = {
         "learning_rate": run.learning_rate,
         "seed": run.seed,
-        "step_length": divergence.step_length(run.learning_rate, probe.noisy_gradient**0.5, trained),
+        "step_length": divergence.step_length(run.fixed_rate, probe.noisy_gradient**0.5, trained),
         "first_warning": first_warning,
         "first_divergence": diverged[0] if diverged else None,
         "divergences": len(diverged),

@@ -30,7 +30,7 @@ from experiments.studies.result_cache import measure
 from fedmezo_jax.core import federated
 from fedmezo_jax.core.random import run_key
 from fedmezo_jax.data.batches import round_batches
-from fedmezo_jax.data.examples import TokenBatch
+from fedmezo_jax.data.examples import Rows, TokenBatch
 from fedmezo_jax.data.partition import category_distances
 from fedmezo_jax.llama.loss import loss_of
 from fedmezo_jax.llama.task import unpaired
@@ -168,12 +168,12 @@ def _trajectory(point: dict[str, Any]) -> dict[str, Any]:
     return {"indices": indices, "gradient": truths, "halves": halves, "label": categories.tolist()}
 
 
-def _samples(train: TokenBatch, parts: Sequence[np.ndarray], count: int, seed: int) -> list[TokenBatch]:
+def _samples(train: Rows, parts: Sequence[np.ndarray], count: int, seed: int) -> list[Rows]:
     """Four disjoint quarters of ``count`` rows of each client, leaves ``[N, count/4, …]``; a client with fewer rows
     has some of them in several quarters."""
     rng = np.random.default_rng(seed)
     picked = np.stack([np.resize(rng.permutation(part), count) for part in parts])
-    return [TokenBatch(*(jnp.asarray(leaf[quarter]) for leaf in train)) for quarter in np.split(picked, 4, axis=1)]
+    return [jax.tree.map(lambda leaf: jnp.asarray(leaf[quarter]), train) for quarter in np.split(picked, 4, axis=1)]
 
 
 _gradients = jax.jit(heterogeneity.gradients)

@@ -26,9 +26,7 @@ def variants(learning_rate: float) -> runner.Variants:
     return {**strategies, "frozen, 1.25 η₀": {"learning_rate": 1.25 * learning_rate}}
 
 
-PRESETS = runner.standard_presets(
-    variants(runner.SMALL.learning_rate), variants(runner.PAPER.learning_rate), num_seeds=6
-)
+PRESETS = runner.standard_presets(variants(runner.SMALL.fixed_rate), variants(runner.PAPER.fixed_rate), num_seeds=6)
 
 
 def conclude(outcomes: Sequence[runner.Outcome]) -> list[dict[str, Any]]:

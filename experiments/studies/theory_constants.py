@@ -143,8 +143,8 @@ def _path(
     path, params, state = [setup.lora], setup.lora, optimizer.init(setup.lora)
     for _ in range(checkpoints - 1):
         for _ in range(between):
-            rows = rng.choice(len(setup.task.train.tokens), (4, run.batch_size))
-            batch = TokenBatch(*(jnp.asarray(leaf[rows]) for leaf in setup.task.train))
+            rows = rng.choice(len(setup.task.train.labels), (4, run.batch_size))
+            batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[rows]), setup.task.train)
             params, state = step(loss, params, state, batch)
         path.append(params)
     return setup, batches, path

@@ -13,6 +13,7 @@ import numpy as np
 
 from fedmezo_jax.core import mezo
 from fedmezo_jax.core.mezo import Params
+from fedmezo_jax.core.tree_hash import tree_hash
 from fedmezo_jax.errors import UserError
 
 
@@ -27,7 +28,7 @@ class Task(Protocol):
     Attributes:
         train: pytree of NumPy arrays with a leading axis of training examples.
         parts: for each client the indices of its examples in ``train``.
-        frozen: pytree of the weights that are not trained; the ledger records their hash.
+        frozen: pytree of the weights that are not trained.
         block_size: how many clients (of each group of a mesh) run at once; None means all.
         least_width: how many clients run at once at least, see :func:`federated.federated`.
         by_length: whether a client's examples of a round are sorted into steps by length (token rows only).
@@ -70,6 +71,19 @@ class Task(Protocol):
         if not math.isfinite(loss):
             raise UserError(f"{type(self).__name__}: the test loss before training is {loss}: check model and data")
         return loss
+
+    def validate(self, params: Params) -> float:
+        """The loss by which ``--learning-rate auto`` goes; by default that of some training examples.
+
+        A task that can spare examples for it keeps them out of ``train``.
+        """
+        count = len(jax.tree.leaves(self.train)[0])
+        some = np.unique(np.linspace(0, count - 1, 32).astype(int))
+        return float(self.loss(params, jax.tree.map(lambda leaf: leaf[some], self.train)))
+
+    def hash_frozen(self) -> str:
+        """The hash of ``frozen`` that the ledger records."""
+        return tree_hash(self.frozen)
 
     @abstractmethod
     def save(self, folder: Path, params: Params) -> None:

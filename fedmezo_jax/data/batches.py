@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from fedmezo_jax.data.examples import TokenBatch
 from fedmezo_jax.data.partition import Partition
 from fedmezo_jax.data.seeding import generator
 
@@ -92,6 +91,6 @@ def take(rows: Tree, picked: np.ndarray) -> Tree:
     return jax.tree.map(lambda leaf: leaf[picked], rows)
 
 
-def round_batches(rows: TokenBatch, *args: Any, **settings: Any) -> TokenBatch:
+def round_batches(rows: Tree, *args: Any, **settings: Any) -> Tree:
     """The rows of :func:`round_picks` themselves, of the same arguments: leaves [clients, H, batch, ...]."""
     return take(rows, round_picks(rows, *args, **settings))

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from fedmezo_jax.data.examples import HiddenBatch, TokenBatch
+from fedmezo_jax.data.examples import HiddenBatch, Rows, TokenBatch
 
 _MULTIPLE = 8
-Rows = TypeVar("Rows", TokenBatch, HiddenBatch)
+AnyRows = TypeVar("AnyRows", TokenBatch, HiddenBatch)
 
 
 class Width(NamedTuple):
@@ -38,7 +38,7 @@ Widths: TypeAlias = tuple[Width, ...]
 """Ascending; the last is the shape of the rows themselves."""
 
 
-def lengths(rows: TokenBatch) -> np.ndarray:
+def lengths(rows: Rows) -> np.ndarray:
     """Tokens of each row up to and with its last label, int64 [N]; the rest is padding."""
     return np.max(np.asarray(rows.label_positions), axis=-1).astype(np.int64) + 2
 
@@ -144,7 +144,7 @@ def _switch(among: Widths, rows: TokenBatch, work: Callable[[TokenBatch], Any]):
     return jax.lax.switch(index, [partial(lambda width: work(narrow(rows, width)), width) for width in among])
 
 
-def narrow(rows: Rows, width: Width) -> Rows:
+def narrow(rows: AnyRows, width: Width) -> AnyRows:
     """Rows that fit into a width, at that width."""
     first, *labelled = rows
     first = first[..., : width.tokens, :] if isinstance(rows, HiddenBatch) else first[..., : width.tokens]

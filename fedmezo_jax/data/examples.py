@@ -83,3 +83,7 @@ class HiddenBatch(NamedTuple):
     label_positions: Array
     labels: Array
     label_weights: Array
+
+
+Rows: TypeAlias = TokenBatch | HiddenBatch
+"""Examples from their tokens on, or from hidden states on."""

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from fedmezo_jax.core import mezo
-from fedmezo_jax.data.examples import HiddenBatch, TokenBatch
+from fedmezo_jax.data.examples import HiddenBatch, Rows
 from fedmezo_jax.llama.model import Base, Llama, Lora
 from fedmezo_jax.llama.precision import PAIR
 
@@ -44,7 +44,7 @@ def loss_sums(
     model: Llama,
     base: Base,
     lora: Lora,
-    rows: TokenBatch | HiddenBatch,
+    rows: Rows,
     perturbation: mezo.Perturbation | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Summed negative log-likelihood of the labels in nats, and the number of labels, float32 scalars.
@@ -69,12 +69,12 @@ def loss_sums(
     return jnp.sum(losses * rows.label_weights.reshape(-1)), jnp.sum(rows.label_weights)
 
 
-def _mean_loss(model: Llama, base: Base, lora: Lora, rows: TokenBatch | HiddenBatch, perturbation=None) -> jax.Array:
+def _mean_loss(model: Llama, base: Base, lora: Lora, rows: Rows, perturbation=None) -> jax.Array:
     total, count = loss_sums(model, base, lora, rows, perturbation)
     return total / jnp.maximum(count, 1)
 
 
-def _pair_loss(model: Llama, base: Base, lora: Lora, rows: TokenBatch | HiddenBatch, perturbation: mezo.Perturbation):
+def _pair_loss(model: Llama, base: Base, lora: Lora, rows: Rows, perturbation: mezo.Perturbation):
     def at(sign):
         return _mean_loss(model, base, lora, rows, replace(perturbation, scale=sign * perturbation.scale))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,15 @@ from fedmezo_jax.core import federated, mezo
 from fedmezo_jax.core.task import Task
 from fedmezo_jax.data.batches import TOKENS_AT_ONCE
 from fedmezo_jax.data.buckets import Widths, bucketed_loss, bucketed_point_loss, computed_tokens, lengths
-from fedmezo_jax.data.examples import TokenBatch
+from fedmezo_jax.data.examples import Rows, TokenBatch
+from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.checkpoints.adapter import save_adapter
 from fedmezo_jax.llama.checks import check_finite
 from fedmezo_jax.llama.lora import init_lora
 from fedmezo_jax.llama.loss import loss_of, loss_sums, pair_loss_of, point_loss_of
 from fedmezo_jax.llama.model import Base, Llama
 from fedmezo_jax.llama.precision import least_clients, least_rows
+from fedmezo_jax.llama.prefix import hidden_states, trained_part
 
 
 def unpaired(model: Llama) -> Llama:
@@ -37,12 +39,14 @@ class LlamaTask(Task):
 
     Attributes:
         model: the decoder, with the run's α/r and precision.
-        base: its frozen weights, on the device.
+        base: its frozen weights, on the device: all, or with hidden states for tokens what they are used with.
+        base_hash: names all of them.
         name: the model's, as the user gave it.
         rank: r.
         alpha: α.
         targets: the projections with an adapter.
-        train: training rows.
+        train: training rows; where layers below the first trained one are frozen, from their hidden states on.
+        validation: rows for the validation loss; none where it is not needed.
         test: test rows.
         parts: for each client the indices of its rows in ``train``.
         widths: at which steps run.
@@ -53,17 +57,42 @@ class LlamaTask(Task):
 
     model: Llama
     base: Base
+    base_hash: str
     name: str
     rank: int
     alpha: float
     targets: tuple[str, ...]
-    train: TokenBatch
-    test: TokenBatch
+    train: Rows
+    validation: Rows
+    test: Rows
     parts: list[np.ndarray]
     widths: Widths
     batch_size: int
     group_size: int
     place: Callable[[Any], Any] = jax.device_put
+
+    def from_hidden_states(self, folder: Path) -> LlamaTask:
+        """The same task from the hidden states below the first trained layer on, which are computed here.
+
+        Args:
+            folder: for hidden states that are too large for memory.
+
+        Raises:
+            UserError: the folder cannot hold them.
+        """
+        model = unpaired(self.model)
+        try:
+            train, validation, test = (
+                hidden_states(model, self.base, rows, folder, self.base_hash) if isinstance(rows, TokenBatch) else rows
+                for rows in (self.train, self.validation, self.test)
+            )
+        except OSError as error:
+            raise UserError(
+                f"{folder}: cannot hold the hidden states of the frozen layers ({error.strerror}): set FEDMEZO_CACHE "
+                "to a folder with room for them, or give --layers all"
+            ) from None
+        base = trained_part(self.model, self.base)
+        return replace(self, base=base, train=train, validation=validation, test=test)
 
     @property
     def frozen(self) -> Base:
@@ -78,7 +107,7 @@ class LlamaTask(Task):
     @property
     def block_size(self) -> int:
         """As many clients as their batches' tokens allow."""
-        at_once = max(1, TOKENS_AT_ONCE // (self.batch_size * self.train.tokens.shape[1]))
+        at_once = max(1, TOKENS_AT_ONCE // (self.batch_size * self.train[0].shape[1]))
         return max(self.least_width, federated.block_width(self.group_size, at_once))
 
     @property
@@ -108,22 +137,27 @@ class LlamaTask(Task):
 
     def init_params(self, key: jax.Array) -> mezo.Params:
         """See :func:`lora.init_lora`."""
-        return init_lora(key, self.model.config, self.rank, self.targets)
+        return init_lora(key, self.model.config, self.rank, self.targets, self.model.trained)
 
     def evaluate(self, params: mezo.Params) -> float:
         """Mean cross-entropy over the label tokens of all test rows, in nats."""
         return float(_mean_loss(unpaired(self.model), self.base, params, self._test_batches))
 
+    def validate(self, params: mezo.Params) -> float:
+        """The same of the validation rows."""
+        return float(_mean_loss(unpaired(self.model), self.base, params, self._validation_batches))
+
     @cached_property
-    def _test_batches(self) -> TokenBatch:
-        """The test rows in batches of one shape, on the devices."""
-        count = len(self.test.tokens)
-        size = min(count, max(1, TOKENS_AT_ONCE // self.test.tokens.shape[1]))
-        # Copies of the first row fill the last batch up. They have no weight.
-        taken = np.pad(np.arange(count), (0, -count % size)).reshape(-1, size)
-        rows = TokenBatch(*(leaf[taken] for leaf in self.test))
-        rows.label_weights.reshape(taken.size, -1)[count:] = 0
-        return self.place(rows)
+    def _test_batches(self) -> Any:
+        return self.place(_batched(self.test))
+
+    @cached_property
+    def _validation_batches(self) -> Any:
+        return self.place(_batched(self.validation))
+
+    def hash_frozen(self) -> str:
+        """The hash of the whole base."""
+        return self.base_hash
 
     def loss_before(self, params: mezo.Params) -> float:
         """The test loss of the base.
@@ -137,7 +171,7 @@ class LlamaTask(Task):
 
     def save(self, folder: Path, params: mezo.Params) -> None:
         """Writes ``adapter/``, which PEFT loads."""
-        settings = {"rank": self.rank, "alpha": self.alpha, "targets": self.targets}
+        settings = {"rank": self.rank, "alpha": self.alpha, "targets": self.targets, "trained": self.model.trained}
         save_adapter(folder / "adapter", params, **settings, base_name=self.name)
 
     def count_tokens(self, picks: np.ndarray) -> tuple[int, int]:
@@ -149,8 +183,18 @@ class LlamaTask(Task):
         return lengths(self.train)
 
 
+def _batched(rows: Rows) -> Rows:
+    """Rows in batches of one shape. Copies of the first row, without weight, fill the last batch up."""
+    count = len(rows.labels)
+    size = min(count, max(1, TOKENS_AT_ONCE // rows[0].shape[1]))
+    taken = np.pad(np.arange(count), (0, -count % size)).reshape(-1, size)
+    filled = type(rows)(*(leaf[taken] for leaf in rows))
+    np.asarray(filled.label_weights).reshape(taken.size, -1)[count:] = 0
+    return filled
+
+
 @partial(jax.jit, static_argnums=0)
-def _mean_loss(model: Llama, base: Base, lora: mezo.Params, rows: TokenBatch) -> jax.Array:
+def _mean_loss(model: Llama, base: Base, lora: mezo.Params, rows: Rows) -> jax.Array:
     sums = jax.lax.map(lambda batch: loss_sums(model, base, lora, batch), rows)
     total, labels = (jnp.sum(column) for column in sums)
     return total / labels

@@ -1,10 +1,10 @@
 """``--learning-rate auto``: no rate to tune.
 
 The first round's rate is low: a local step moves each entry of θ by :data:`FIRST_MOVE` in root mean square. After each
-round the server searches along the round's update, by the loss of validation examples of its own. Where the whole update
-does not raise that loss, it also tries twice the update and takes the better one; where it does, a quarter; and where
-that raises the loss too, none of it. What it took decides the next round's rate (:data:`STEPS`): a higher one for as
-long as larger steps help, and a lower one as soon as they do not.
+round the server searches along the round's update, by the loss of validation examples of its own. Where the whole
+update does not raise that loss, it also tries twice the update and takes the better one; where it does, a quarter; and
+where that raises the loss too, none of it. What it took decides the next round's rate (:data:`STEPS`): a higher one for
+as long as larger steps help, and a lower one as soon as they do not.
 
 So the validation loss never rises, and the rate follows the curvature, which grows as the adapter does: a rate that
 suits a whole run cannot be known at its start. What was taken stands in the ledger, so that a replay needs no losses.
@@ -19,6 +19,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from fedmezo_jax.core.federated import RoundReport
+
 FIRST_MOVE = 2e-3
 """Root mean square of the first local step's change, over the entries of θ."""
 STEPS = {2.0: 1.4, 1.0: 1.1, 0.25: 0.7, 0.0: 0.5}
@@ -27,18 +29,22 @@ VALIDATION = 32
 """Training examples that the server keeps for its validation loss."""
 
 
-def first_rate(mean_square: float, directions: int) -> float:
-    """η of the first round: with g ~ N(0, E‖∇F‖²) a step changes each entry of θ by η·√(E‖∇F‖²/n) in root mean square.
+def first_rate(report: RoundReport, trained: int) -> float:
+    """η of the first round: √(mean of a first step's (Δθ)²) = :data:`FIRST_MOVE` over the entries of θ, in expectation.
+
+    With g ~ N(0, E‖∇F‖²) along n directions that is η·√(E‖∇F‖²/n). Back-propagated steps move θ by η·∇F.
 
     Args:
-        mean_square: E‖∇F‖², of a single batch.
-        directions: n.
+        report: of a round at rate 0, all of whose steps are at θ's start.
+        trained: d, the trained parameters.
     """
-    return float(np.float32(FIRST_MOVE * math.sqrt(directions / max(mean_square, 1e-20))))
+    gradients = np.asarray(report.projected_gradients, np.float64)
+    square = np.mean(gradients**2) / gradients.shape[-1] if gradients.size else 1 / trained
+    return float(np.float32(FIRST_MOVE / math.sqrt(square))) if 0 < square < math.inf else FIRST_MOVE
 
 
-def choose_step(validation_loss: Callable[[float], float], before: float) -> tuple[float, float]:
-    """How much of a round's update the server takes, and its validation loss then.
+def choose_step(validation_loss: Callable[[float], float], before: float) -> float:
+    """How much of a round's update the server takes: that which lowers its validation loss most, or none.
 
     Args:
         validation_loss: the loss after so much of the update.
@@ -47,8 +53,7 @@ def choose_step(validation_loss: Callable[[float], float], before: float) -> tup
     whole = validation_loss(1.0)
     further = 2.0 if whole <= before else 0.25
     losses = {0.0: before, 1.0: whole, further: validation_loss(further)}
-    step = min(losses, key=lambda step: (losses[step] if math.isfinite(losses[step]) else math.inf, -step))
-    return step, losses[step]
+    return min(losses, key=lambda step: (losses[step] if math.isfinite(losses[step]) else math.inf, -step))
 
 
 def next_rate(rate: Any, step: float) -> np.float32:

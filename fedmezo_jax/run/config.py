@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,10 @@ PAPER: dict[str, Any] = {
 def paper_config(**options: Any) -> RunConfig:
     """The published method's configuration, with these options besides."""
     return RunConfig(**(PAPER | options))
+
+
+RECIPES: dict[str, Callable[..., RunConfig]] = {"fast": RunConfig, "paper": paper_config}
+"""What ``--recipe`` names."""
 
 
 def config_from(values: Mapping[str, Any], source: str) -> RunConfig:

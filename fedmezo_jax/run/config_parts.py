@@ -167,6 +167,12 @@ class LocalConfig(Options):
         self._require("personalize_scale", 0 <= self.personalize_scale < 1, "at least 0 and below 1")
 
     @property
+    def fixed_rate(self) -> float:
+        """``learning_rate`` of a run that has a number for it."""
+        assert self.learning_rate != "auto"
+        return self.learning_rate
+
+    @property
     def sent_directions(self) -> int:
         """Coefficients of a local step, n; back-propagated steps have none."""
         return self.directions if self.algorithm == "fedmezo" else 0

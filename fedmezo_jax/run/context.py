@@ -16,8 +16,10 @@ from jax.sharding import Mesh
 from jax.tree_util import Partial
 
 from fedmezo_jax.core import client, federated, mezo, personalization
+from fedmezo_jax.core.estimators import Estimator, ForwardGradient, TwoPoint
 from fedmezo_jax.core.random import init_key
 from fedmezo_jax.core.task import Task
+from fedmezo_jax.core.tree_hash import tree_hash
 from fedmezo_jax.data.buckets import lengths, widths
 from fedmezo_jax.data.examples import TokenBatch
 from fedmezo_jax.data.partition import heterogeneity
@@ -27,14 +29,18 @@ from fedmezo_jax.llama.checkpoints.base_model import load_base
 from fedmezo_jax.llama.checkpoints.weights import sixteen_bit
 from fedmezo_jax.llama.checks import check_ids
 from fedmezo_jax.llama.config import LlamaConfig
+from fedmezo_jax.llama.lora import parse_layers
 from fedmezo_jax.llama.model import Llama
 from fedmezo_jax.llama.precision import WARN_ABOVE, Precision, default_precision, expected_error
 from fedmezo_jax.llama.registry import cache_folder, load_tokenizer, resolve
 from fedmezo_jax.llama.task import LlamaTask
 from fedmezo_jax.parallel import sharding
+from fedmezo_jax.run.automatic_rate import VALIDATION
 from fedmezo_jax.run.config import RunConfig
 from fedmezo_jax.run.config_parts import DataConfig, LocalConfig, ServerConfig
 
+ESTIMATORS = {"two-point": TwoPoint, "forward-gradient": ForwardGradient}
+"""By their name on the command line."""
 AnyTask = TypeVar("AnyTask", bound=Task)
 
 
@@ -85,6 +91,8 @@ def resolve_defaults(config: RunConfig, notify: Callable[[str], None] = lambda n
 
 def precision_warnings(config: RunConfig) -> Iterator[str]:
     """What to say where the products of a LLaMA are likely too coarse for μ."""
+    if config.estimator != "two-point":
+        return  # a tangent's rounding is relative to the tangent
     if config.precision is None or (error := expected_error(config.precision, config.perturbation_scale)) <= WARN_ABOVE:
         return
     size = f"{error:.0%}" if error < 10 else "more than 1000%"
@@ -118,23 +126,31 @@ def prepare(config: RunConfig, mesh: Mesh | None = None) -> RunContext[LlamaTask
         raise UserError(
             f"--max-length {config.max_length}: the model takes {llama.max_position_embeddings} tokens at most"
         )
+    layers = parse_layers(config.layers, llama.num_hidden_layers)
     tokenizer = load_tokenizer(folder)
     table = table_of(config, config.seed, tokenizer)
     check_tokens(table.rows, llama, folder)
-    train, test = (TokenBatch(*(leaf[picked] for leaf in table.rows)) for picked in (table.train, table.test))
-    trained = [table.examples[i] for i in table.train]
+    kept, spared = spare(table.train, VALIDATION if config.learning_rate == "auto" else 0)
+    train, validation, test = (
+        TokenBatch(*(leaf[picked] for leaf in table.rows)) for picked in (kept, spared, table.test)
+    )
     how = (config.clients, config.dirichlet_alpha, config.seed)
     with data_named(config.data):
-        parts, categories = deal(config.partition, trained, lengths(train), *how)
+        parts, categories = deal(config.partition, [table.examples[i] for i in kept], lengths(train), *how)
 
+    trained = None if len(layers) == llama.num_hidden_layers else layers
+    model = Llama(llama, config.lora_alpha / config.lora_rank, config.precision, trained=trained)
+    base = load_base(folder, llama, stored_type(config.precision), sharding.base_sharding(mesh))
     task = LlamaTask(
-        Llama(llama, config.lora_alpha / config.lora_rank, config.precision),
-        load_base(folder, llama, stored_type(config.precision), sharding.base_sharding(mesh)),
+        model,
+        base,
+        tree_hash(base),
         config.model,
         config.lora_rank,
         config.lora_alpha,
         config.target_names,
         train,
+        validation,
         test,
         parts,
         widths(train, config.length_buckets),
@@ -142,8 +158,15 @@ def prepare(config: RunConfig, mesh: Mesh | None = None) -> RunContext[LlamaTask
         -(-config.participants // (1 if mesh is None else mesh.shape[federated.CLIENTS])),
         jax.device_put if mesh is None else partial(sharding.replicate, mesh),
     )
+    task = task.from_hidden_states(cache_folder() / "hidden") if layers[0] else task
     lora = sharding.replicate(mesh, task.init_params(init_key(config.seed)))
     return RunContext(config, task, lora, mesh, categories, table.skipped, table.truncated)
+
+
+def spare(train: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Training examples, and ``count`` evenly spaced ones that are kept from them (at most a quarter)."""
+    places = np.linspace(0, len(train) - 1, min(count, max(1, len(train) // 4)) if count else 0).astype(int)
+    return np.delete(train, places), train[places]
 
 
 def task_name(task: Task) -> str:
@@ -193,7 +216,10 @@ def check_tokens(rows: TokenBatch, llama: LlamaConfig, folder: Path) -> None:
 def build(setup: RunContext) -> tuple[federated.Federated, Any]:
     """The run's ``(init, round)`` and the loss that its rounds take."""
     config, task = setup.config, setup.task
-    loss = task.pair_loss if config.algorithm == "fedmezo" else task.loss
+    if config.algorithm == "fedavg":
+        loss = task.loss
+    else:
+        loss = task.pair_loss if config.estimator == "two-point" else task.point_loss
     loss = loss if isinstance(loss, Partial) else Partial(loss)
     return algorithm(config, task.block_size, setup.mesh, task.least_width), loss
 
@@ -203,14 +229,20 @@ def algorithm(
 ) -> federated.Federated:
     """The run's ``(init, round)``; its server's half needs neither model nor data."""
     if config.algorithm == "fedmezo":
-        settings = (config.perturbation_scale, config.directions, config.distribution, config.weight_decay)
-        work = client.mezo_client(mezo.MezoConfig(*settings))
+        work = client.estimator_client(estimator_of(config))
     else:
         work = client.sgd_client(local_optimizer(config))
-    rates = personalization.RateConfig(config.learning_rate, config.personalize, config.personalize_scale)
+    rate = 1.0 if config.learning_rate == "auto" else config.learning_rate
+    rates = personalization.RateConfig(rate, config.personalize, config.personalize_scale)
     return federated.federated(
         work, rates, server_optimizer(config), block_size, config.directions_shared, mesh, least_width
     )
+
+
+def estimator_of(config: LocalConfig) -> Estimator:
+    """The estimator of the local steps of fedmezo."""
+    settings = (config.perturbation_scale, config.directions, config.distribution, config.weight_decay)
+    return ESTIMATORS[config.estimator](mezo.MezoConfig(*settings))
 
 
 def local_optimizer(config: LocalConfig) -> Callable[[Any], optax.GradientTransformation]:

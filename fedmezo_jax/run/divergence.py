@@ -187,7 +187,7 @@ def growth(report: RoundReport, counted: np.ndarray) -> float | None:
 
 def warnings(probe: Probe, config: LocalConfig, trained: int) -> list[str]:
     """What there is to warn of before the first round."""
-    if config.learning_rate <= probe.largest_rate:
+    if config.learning_rate == "auto" or config.learning_rate <= probe.largest_rate:
         return []
     step = step_length(config.learning_rate, probe.noisy_gradient**0.5, trained)
     return [

@@ -49,7 +49,12 @@ def versions() -> dict[str, str]:
 
 
 def open_journal(
-    setup: RunContext, folder: Path, manager: ocp.CheckpointManager, fresh: Progress, notify: Callable[[str], None]
+    setup: RunContext,
+    folder: Path,
+    manager: ocp.CheckpointManager,
+    fresh: Progress,
+    first_rate: float,
+    notify: Callable[[str], None],
 ) -> Journal:
     """The journal of a folder, new or verified, cut back to where the run goes on.
 
@@ -61,6 +66,7 @@ def open_journal(
         folder: the run's.
         manager: of its checkpoints.
         fresh: progress before the first round.
+        first_rate: its base learning rate.
         notify: called with each thing that the user should know.
 
     Raises:
@@ -69,7 +75,7 @@ def open_journal(
     config, file, first_process = setup.config, folder / run_folder.LEDGER, multihost.is_coordinator()
     header = None  # back-propagated steps are no scalars that could rebuild the run
     if config.algorithm == "fedmezo":
-        header = ledger.make_header(asdict(config), ledger.tree_hash(setup.task.frozen), versions())
+        header = ledger.make_header(asdict(config), setup.task.hash_frozen(), versions(), first_rate)
     steps, written = manager.all_steps(), run_folder.metrics_bytes(folder).count(b"\n")
 
     def open_ledger() -> ledger.Ledger | None:

@@ -35,9 +35,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import msgpack
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
-from fedmezo_jax.core.mezo import Params
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.run.ledger_header import FORMAT, KEYS, VERSION, config_hash, unpack_header
 from fedmezo_jax.run.reader import Reader
@@ -135,28 +133,6 @@ def unpack_entry(payload: bytes, what: str = "the entry") -> Entry:
     return Entry(index, attempt, ids, weights, rates, updates, failed, clipped, rolled_back, step)
 
 
-def tree_hash(tree: Params) -> str:
-    """SHA-256 of a tree of arrays on the host: names, shapes, dtypes and bytes of its leaves."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}\n".encode())
-        for part in _on_host(leaf):
-            digest.update(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
-
-
-def _on_host(leaf: Any) -> Iterator[np.ndarray]:
-    """A leaf's rows in order, in one piece or, where other processes hold some of it, one by one: it may not fit."""
-    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
-        yield np.asarray(leaf)
-        return
-    assert isinstance(leaf.sharding, NamedSharding)
-    pick = jax.jit(lambda leaf, i: leaf[i], out_shardings=NamedSharding(leaf.sharding.mesh, PartitionSpec()))
-    # A layer of a stack at a time; a table, whose rows are many and small, by the thousand.
-    rows = np.arange(len(leaf)) if leaf.ndim > 2 else np.array_split(np.arange(len(leaf)), -(-len(leaf) // 1000))
-    yield from (np.asarray(pick(leaf, i)) for i in rows)
-
-
 def make_header(
     config: Mapping[str, Any], base_hash: str, versions: Mapping[str, str], first_rate: float
 ) -> dict[str, Any]:
@@ -164,7 +140,7 @@ def make_header(
 
     Args:
         config: the run's, complete.
-        base_hash: :func:`tree_hash` of the frozen weights.
+        base_hash: :func:`~fedmezo_jax.core.tree_hash.tree_hash` of the frozen weights.
         versions: of the packages that the numbers may hang on.
         first_rate: base learning rate of the first round.
     """

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fedmezo_jax.core import aggregation, federated, mezo, random, transforms
 from fedmezo_jax.core.random import run_key
 from fedmezo_jax.data.batches import round_picks, take
 from fedmezo_jax.parallel import multihost, sharding
-from fedmezo_jax.run import divergence, rounds, run_checkpoints, run_folder
+from fedmezo_jax.run import automatic_rate, divergence, ledger, rounds, run_checkpoints, run_folder
 from fedmezo_jax.run.config import RunConfig
 from fedmezo_jax.run.context import RunContext, build
 from fedmezo_jax.run.journal import open_journal
@@ -26,9 +27,12 @@ from fedmezo_jax.run.journal import open_journal
 def forward_passes(config: RunConfig) -> int:
     """Forward passes of a round over all clients; a back-propagated step counts as two.
 
-    With a frozen base the backward pass has as many products as the forward one: gradients of activations alone.
+    With a frozen base the backward pass has as many products as the forward one: gradients of activations alone. A
+    tangent of forward-mode differentiation has as many too.
     """
-    each = 2 * config.directions if config.algorithm == "fedmezo" else 2
+    each = 2
+    if config.algorithm == "fedmezo":
+        each = 2 * config.directions if config.estimator == "two-point" else 1 + config.directions
     return config.participants * config.local_steps * each
 
 
@@ -84,6 +88,8 @@ def train(
     key = run_key(config.seed)
     sizes = np.array([len(part) for part in setup.task.parts], np.float32)
     passes = forward_passes(config)
+    automatic = config.learning_rate == "auto"
+    adapts = automatic or config.on_divergence == "rollback"
     cohort = _cohorts(setup)
     clock = Stopwatch()
 
@@ -91,7 +97,7 @@ def train(
         def work(attempt: int, limit: float) -> rounds.Answers:
             current, _, _ = cohort(t, attempt)
             transform = transforms.clip(np.float32(limit)) if config.on_divergence == "clip" else None
-            damping = progress.damping if config.on_divergence == "rollback" else None
+            damping = progress.rate if adapts else None
             with clock:
                 report = round.work(progress.state, loss, current, key, transform, damping)
                 if t + 1 < config.rounds:
@@ -101,10 +107,21 @@ def train(
 
         return work
 
+    def search(progress: rounds.Progress, moved: federated.FederatedState) -> float:
+        def validation_loss(step: float) -> float:
+            return task.validate(rounds.take_step(progress.state, moved, step).params)
+
+        return automatic_rate.choose_step(validation_loss, validation_loss(0.0))
+
     loss_before = task.loss_before(setup.lora) if loss_before is None else loss_before
     with run_checkpoints.manager(folder) as manager:
-        fresh = sharding.replicate(mesh, rounds.begin(init(setup.lora, config.clients), config))
-        journal = open_journal(setup, folder, manager, fresh, notify)
+        state = init(setup.lora, config.clients)
+        first_rate = _recorded_rate(folder) if automatic else float(config.learning_rate)
+        if first_rate is None:  # the first round's work, at rate 0
+            report = round.work(state, loss, cohort(0, 0)[0], key, None, jnp.float32(0))
+            first_rate = automatic_rate.first_rate(report, divergence.count(setup.lora))
+        fresh = sharding.replicate(mesh, rounds.begin(state, config, first_rate))
+        journal = open_journal(setup, folder, manager, fresh, first_rate, notify)
         progress = journal.progress
         first = int(progress.state.round)
         for record in journal.metrics:
@@ -118,9 +135,18 @@ def train(
             (entry, chain), uploads = next(journal.known, (None, None)), None
             if entry is None:
                 entry, uploads = rounds.run_round(config, t, sizes, typical, work_of(progress, t), setup.lora)
+                with clock:
+                    moved = rounds.move(config, round, progress, entry, uploads, key)
+                    if automatic and moved is not None:
+                        entry = entry._replace(step=search(progress, moved))
                 chain = journal.append(entry)
+            else:
+                with clock:
+                    moved = rounds.move(config, round, progress, entry, None, key)
+            report = rounds.report_of(entry, config.local_steps, config.sent_directions)
+            traffic = rounds.traffic_of(config, round, progress, entry)
             with clock:
-                progress, report, traffic = rounds.conclude(config, round, progress, entry, uploads, key)
+                progress = jax.block_until_ready(rounds.advance(config, progress, entry, moved))
                 measured = float(task.evaluate(progress.state.params)) if last or (t + 1) % eval_every == 0 else None
             record = rounds.metrics_of(config, entry, report, traffic, typical)
             spent = [cohort(t, attempt)[1:] for attempt in range(entry.attempt + 1)]
@@ -149,6 +175,12 @@ def train(
     metrics = multihost.all_or_none(lambda: run_folder.read_metrics(folder))
     loss_after = metrics[-1]["test_loss"]
     return RunResult(setup, lora, loss_before, math.nan if loss_after is None else loss_after, metrics)
+
+
+def _recorded_rate(folder: Path) -> float | None:
+    """The first round's learning rate, from the ledger of an earlier session."""
+    file = folder / run_folder.LEDGER
+    return multihost.all_or_none(lambda: ledger.read_header(file)["first_rate"] if file.exists() else None)
 
 
 class Stopwatch:

@@ -16,6 +16,7 @@ import numpy as np
 from fedmezo_jax.core import mezo
 from fedmezo_jax.core.random import init_key, run_key
 from fedmezo_jax.core.task import Task
+from fedmezo_jax.core.tree_hash import tree_hash
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.checkpoints.base_model import load_base
 from fedmezo_jax.llama.checkpoints.layout import leaves
@@ -122,7 +123,7 @@ def _verify(
         init_params, name = partial(_init_lora, config, llama), f"--model {model or config.model}"
     else:
         llama, frozen, init_params, name = None, task.frozen, task.init_params, type(task).__name__
-    if ledger.tree_hash(frozen) != header["base_hash"]:
+    if tree_hash(frozen) != header["base_hash"]:
         raise UserError(f"{name}: its weights are not those that the run was on")
     return VerifiedLedger(file, header, config, llama, last.index, last.end), init_params
 
@@ -189,13 +190,16 @@ def reconstruct(
     """
     # The rates are in the ledger: what they came from need not be measured again.
     init, round = algorithm(replace(config, personalize="frozen"))
-    progress, key = rounds.begin(init(lora, config.clients), config), run_key(config.seed)
+    progress, key = rounds.begin(init(lora, config.clients), config, 1.0), run_key(config.seed)
     done = 0
     for entry in ledger_checks.entries(file, config):
         if done == until:
             break
         report = rounds.report_of(entry, config.local_steps, config.directions)
-        progress = rounds.advance(round, progress, entry, report, key)
+        moved = None
+        if entry.step and not entry.rolled_back:
+            moved = round.apply(progress.state, entry.ids, entry.weights, report, key)
+        progress = rounds.advance(config, progress, entry, moved)
         done += 1
         on_round(done)
     if until is not None and done < until:

@@ -18,10 +18,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from fedmezo_jax.core.tree_hash import tree_hash
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.orbax_logging import quiet_orbax
 from fedmezo_jax.parallel import multihost
-from fedmezo_jax.run import ledger, run_folder
+from fedmezo_jax.run import run_folder
 from fedmezo_jax.run.rounds import Progress
 
 SEAL = "seal.json"
@@ -33,7 +34,7 @@ class Seal(NamedTuple):
 
     Attributes:
         files: SHA-256 of each file of the checkpoint, by its path in it.
-        progress: SHA-256 of the whole progress (:func:`ledger.tree_hash`).
+        progress: SHA-256 of the whole progress (:func:`tree_hash`).
         ledger: chain value of the ledger's record of that round, in hexadecimal; None where there is no ledger.
         metrics: SHA-256 of ``metrics.jsonl`` as it was then.
         metrics_bytes: its length.
@@ -81,7 +82,7 @@ def save(manager: ocp.CheckpointManager, folder: Path, progress: Progress, chain
     manager.save(step, args=ocp.args.StandardSave(progress))
     if multihost.is_coordinator():
         checkpoint, metrics = Path(manager.directory / str(step)), run_folder.metrics_bytes(folder)
-        seal = Seal(_hashes(checkpoint), ledger.tree_hash(progress), chain, _sha256(metrics), len(metrics))
+        seal = Seal(_hashes(checkpoint), tree_hash(progress), chain, _sha256(metrics), len(metrics))
         run_folder.write_json(checkpoint / SEAL, seal._asdict() | {"sha256": _hash_of(seal)})
 
 
@@ -133,7 +134,7 @@ def _read(
         raise UserError(wrong)
     template = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     progress = cast(Progress, manager.restore(step, args=ocp.args.StandardRestore(template)))
-    if ledger.tree_hash(progress) != seal.progress or int(progress.state.round) != step:
+    if tree_hash(progress) != seal.progress or int(progress.state.round) != step:
         raise UserError("its contents do not match its checksum")
     if jax.process_count() == jax.device_count() == 1:
         # Orbax binds arrays to their device, for which JAX compiles a program again; those of a fresh run are free.

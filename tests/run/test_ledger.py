@@ -5,6 +5,7 @@ import errno
 import numpy as np
 import pytest
 
+from fedmezo_jax.core.tree_hash import tree_hash
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.run import ledger
 from fedmezo_jax.run.ledger import Entry
@@ -163,12 +164,12 @@ def test_a_full_disk_leaves_the_file_as_it_was(room, written, monkeypatch):
 
 def test_base_weights_are_told_apart():
     tree = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(2, np.float32)}
-    known = ledger.tree_hash(tree)
-    assert known == ledger.tree_hash({name: leaf.copy() for name, leaf in reversed(tree.items())})
+    known = tree_hash(tree)
+    assert known == tree_hash({name: leaf.copy() for name, leaf in reversed(tree.items())})
     others = [
         tree | {"b": np.array([1, np.nextafter(np.float32(1), np.float32(2))], np.float32)},
         tree | {"a": tree["a"].reshape(3, 2)},
         {"a": tree["a"], "c": tree["b"]},
         tree | {"b": np.ones(2, np.float64)},
     ]
-    assert known not in map(ledger.tree_hash, others)
+    assert known not in map(tree_hash, others)
