@@ -22,7 +22,6 @@ from experiments.studies.result_cache import measure
 from fedmezo_jax.core import federated
 from fedmezo_jax.core.random import run_key
 from fedmezo_jax.data.batches import round_batches
-from fedmezo_jax.data.examples import TokenBatch
 from fedmezo_jax.llama.loss import loss_of
 from fedmezo_jax.llama.task import unpaired
 from fedmezo_jax.run.config import RunConfig, paper_config

@@ -30,7 +30,7 @@ from experiments.studies.result_cache import measure
 from fedmezo_jax.core import federated
 from fedmezo_jax.core.random import run_key
 from fedmezo_jax.data.batches import round_batches
-from fedmezo_jax.data.examples import Rows, TokenBatch
+from fedmezo_jax.data.examples import Rows
 from fedmezo_jax.data.partition import category_distances
 from fedmezo_jax.llama.loss import loss_of
 from fedmezo_jax.llama.task import unpaired
