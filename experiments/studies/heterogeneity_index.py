@@ -29,7 +29,7 @@ from experiments.studies import runner
 from experiments.studies.result_cache import measure
 from fedmezo_jax.core import federated
 from fedmezo_jax.core.random import run_key
-from fedmezo_jax.data.batches import round_batches
+from fedmezo_jax.data.batches import round_batches, take
 from fedmezo_jax.data.examples import Rows
 from fedmezo_jax.data.partition import category_distances
 from fedmezo_jax.llama.loss import loss_of
@@ -173,7 +173,7 @@ def _samples(train: Rows, parts: Sequence[np.ndarray], count: int, seed: int) ->
     has some of them in several quarters."""
     rng = np.random.default_rng(seed)
     picked = np.stack([np.resize(rng.permutation(part), count) for part in parts])
-    return [jax.tree.map(lambda leaf: jnp.asarray(leaf[quarter]), train) for quarter in np.split(picked, 4, axis=1)]
+    return [jax.tree.map(jnp.asarray, take(train, quarter)) for quarter in np.split(picked, 4, axis=1)]
 
 
 _gradients = jax.jit(heterogeneity.gradients)

@@ -25,6 +25,7 @@ from experiments.studies import theory_bounds as bounds
 from experiments.studies.result_cache import measure
 from fedmezo_jax.core import mezo, random
 from fedmezo_jax.core.random import run_key
+from fedmezo_jax.data.batches import take
 from fedmezo_jax.data.examples import TokenBatch
 from fedmezo_jax.llama.loss import loss_of, pair_loss_of
 from fedmezo_jax.llama.task import unpaired
@@ -144,7 +145,7 @@ def _path(
     for _ in range(checkpoints - 1):
         for _ in range(between):
             rows = rng.choice(len(setup.task.train.labels), (4, run.batch_size))
-            batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[rows]), setup.task.train)
+            batch = jax.tree.map(jnp.asarray, take(setup.task.train, rows))
             params, state = step(loss, params, state, batch)
         path.append(params)
     return setup, batches, path

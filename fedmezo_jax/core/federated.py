@@ -22,7 +22,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fedmezo_jax.core import aggregation, mezo, personalization, random
-from fedmezo_jax.core.client import LocalWork
+from fedmezo_jax.core.blocks import in_blocks, map_blocks, out_of_blocks
+from fedmezo_jax.core.client import LocalResult, LocalWork
 from fedmezo_jax.core.mezo import Params
 
 CLIENTS = "clients"
@@ -143,6 +144,35 @@ def mean_losses(losses: np.ndarray) -> np.ndarray:
     return (total / np.maximum(known.sum(axis=1), 1)).astype(np.float32)
 
 
+def cohort_rates(
+    rates: personalization.RateConfig, state: FederatedState, ids: jax.Array, key: jax.Array, damping: Any = None
+) -> jax.Array:
+    """``[P]`` learning rates of a round's clients, for each of ``ids``; traceable."""
+    rates_key = jax.random.fold_in(jax.random.fold_in(key, random.RATES), state.round)
+    rate = personalization.learning_rates(rates, state.signals, rates_key)[ids]
+    return rate if damping is None else rate * damping
+
+
+def local_work(
+    work: LocalWork,
+    state: FederatedState,
+    loss: Any,
+    ids: jax.Array,
+    learning_rates: jax.Array,
+    batches: Any,
+    key: jax.Array,
+    directions_shared: bool,
+    transform: Any = None,
+) -> LocalResult:
+    """The work of clients side by side from θ, a :class:`LocalResult` with leading axis P; traceable."""
+    keys = random.shared_key(key, state.round)
+    if not directions_shared:
+        keys = jax.vmap(random.client_key, in_axes=(None, None, 0))(key, state.round, ids)
+    transforms = () if transform is None else (transform,)
+    axes = (None, None, 0, None if directions_shared else 0, 0, *(None for _ in transforms))
+    return jax.vmap(work, in_axes=axes)(loss, state.params, batches, keys, learning_rates, *transforms)
+
+
 def federated(
     work: LocalWork,
     rates: personalization.RateConfig,
@@ -188,28 +218,21 @@ def federated(
         state: FederatedState, loss: Any, cohort: Cohort, key: jax.Array, transform: Any = None, damping: Any = None
     ) -> RoundReport:
         ids = jnp.asarray(cohort.ids)
+        rate = cohort_rates(rates, state, ids, key, damping)
         clients, held = ids.shape[0], jax.tree.leaves(cohort.batches)[0].shape[0]
         places = jnp.where(jnp.arange(held) < clients, jnp.arange(held), 0)
-        rates_key = jax.random.fold_in(jax.random.fold_in(key, random.RATES), state.round)
-        rate = personalization.learning_rates(rates, state.signals, rates_key)[ids]
-        rate = rate if damping is None else rate * damping
-        transforms = () if transform is None else (transform,)
-        axes = (None, None, 0, None if directions_shared else 0, 0, *(None for _ in transforms))
 
         def run_block(block):
-            batches, ids, rate = block
-            keys = random.shared_key(key, state.round)
-            if not directions_shared:
-                keys = jax.vmap(random.client_key, in_axes=(None, None, 0))(key, state.round, ids)
-            done = jax.vmap(work, in_axes=axes)(loss, state.params, batches, keys, rate, *transforms)
+            ids, rate, batches = block
+            done = local_work(work, state, loss, ids, rate, batches, key, directions_shared, transform)
             return done.losses, done.projected_gradients, None if work.reconstruct else done.params
 
-        block = (cohort.batches, ids[places], rate[places])
-        blocks = _in_blocks(block, groups, block_size or held, least_width)
+        block = (ids[places], rate[places], cohort.batches)
+        blocks = in_blocks(block, groups, block_size or held, least_width)
         if mesh is not None:
             blocks = jax.lax.with_sharding_constraint(blocks, NamedSharding(mesh, P(None, CLIENTS)))
-        outcome = _map_blocks(run_block, blocks, state.round)
-        outcome = jax.tree.map(lambda leaf: leaf[:clients], _out_of_blocks(outcome, groups, held))
+        outcome = map_blocks(run_block, blocks, state.round)
+        outcome = jax.tree.map(lambda leaf: leaf[:clients], out_of_blocks(outcome, groups, held))
         if mesh is not None:
             outcome, rate = jax.lax.with_sharding_constraint((outcome, rate), NamedSharding(mesh, P()))
         losses, gradients, params = outcome
@@ -280,60 +303,3 @@ def federated(
 @jax.jit
 def _difference(new: Params, old: Params) -> Params:
     return jax.tree.map(jnp.subtract, new, old)
-
-
-def _map_blocks(run: Callable[[Any], Any], blocks: Any, round_index: jax.Array) -> Any:
-    """``jax.lax.map(run, blocks)`` with the same bits for one block as for several.
-
-    XLA unrolls a loop of one trip and fuses its body with what surrounds it, and the numbers of a single client then
-    differ from those that it has in a loop. So a single block becomes one trip, unknown to the compiler, over two.
-    """
-    if jax.tree.leaves(blocks)[0].shape[0] > 1:
-        return jax.lax.map(run, blocks)
-    blocks = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), blocks)
-
-    def step(i, outcome):
-        new = run(jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False), blocks))
-        return jax.tree.map(lambda old, new: jax.lax.dynamic_update_index_in_dim(old, new, i, 0), outcome, new)
-
-    shapes = jax.eval_shape(run, jax.tree.map(lambda leaf: leaf[0], blocks))
-    outcome = jax.tree.map(lambda shape: jnp.zeros((2, *shape.shape), shape.dtype), shapes)
-    trips = jnp.where(round_index < 0, 2, 1)  # always 1
-    return jax.tree.map(lambda leaf: leaf[:1], jax.lax.fori_loop(0, trips, step, outcome))
-
-
-def block_width(clients: int, block_size: int) -> int:
-    """How many of a group's clients run at once, in blocks of at most ``block_size``.
-
-    Blocks are made as even as they can be, so that little is spent on filling the last one up with copies.
-    """
-    blocks = -(-clients // block_size)
-    return -(-clients // blocks)
-
-
-def _in_blocks(tree: Any, groups: int, block_size: int, least_width: int) -> Any:
-    """Splits leading axes ``[P, …]`` into ``[blocks, groups·size, …]``: each group's clients stay with it."""
-
-    def split(leaf):
-        each = leaf.shape[0] // groups
-        size = max(least_width, block_width(each, block_size))
-        blocks = -(-each // size)
-        leaf = leaf.reshape(groups, each, *leaf.shape[1:])
-        if fill := blocks * size - each:
-            leaf = jnp.concatenate([leaf, jnp.repeat(leaf[:, :1], fill, axis=1)], axis=1)
-        leaf = jnp.swapaxes(leaf.reshape(groups, blocks, size, *leaf.shape[2:]), 0, 1)
-        return jax.lax.collapse(leaf, 1, 3)
-
-    return jax.tree.map(split, tree)
-
-
-def _out_of_blocks(tree: Any, groups: int, held: int) -> Any:
-    """Undoes :func:`_in_blocks`, the filling left out: ``[blocks, groups·size, …]`` into ``[held, …]``."""
-
-    def join(leaf):
-        blocks, width = leaf.shape[:2]
-        leaf = jnp.swapaxes(leaf.reshape(blocks, groups, width // groups, *leaf.shape[2:]), 0, 1)
-        leaf = jax.lax.collapse(leaf, 1, 3)[:, : held // groups]
-        return jax.lax.collapse(leaf, 0, 2)
-
-    return jax.tree.map(join, tree)

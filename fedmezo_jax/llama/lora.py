@@ -70,6 +70,12 @@ def parse_layers(layers: str, count: int) -> tuple[int, ...]:
     return tuple(sorted(chosen))
 
 
+def trained_layers(layers: str, config: LlamaConfig) -> tuple[int, ...] | None:
+    """:func:`parse_layers` for a model, with None where these are all of its layers."""
+    chosen = parse_layers(layers, config.num_hidden_layers)
+    return None if len(chosen) == config.num_hidden_layers else chosen
+
+
 def spread(lora: Mapping[str, Any], trained: tuple[int, ...], count: int) -> dict[str, Any]:
     """The same adapter with an entry for each of ``count`` layers, zero where a layer has none."""
     rows = jnp.array(trained)

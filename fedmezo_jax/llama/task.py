@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedmezo_jax.core import federated, mezo
+from fedmezo_jax.core import mezo
+from fedmezo_jax.core.blocks import block_width
 from fedmezo_jax.core.task import Task
 from fedmezo_jax.data.batches import TOKENS_AT_ONCE
 from fedmezo_jax.data.buckets import Widths, bucketed_loss, bucketed_point_loss, computed_tokens, lengths
@@ -108,7 +109,7 @@ class LlamaTask(Task):
     def block_size(self) -> int:
         """As many clients as their batches' tokens allow."""
         at_once = max(1, TOKENS_AT_ONCE // (self.batch_size * self.train[0].shape[1]))
-        return max(self.least_width, federated.block_width(self.group_size, at_once))
+        return max(self.least_width, block_width(self.group_size, at_once))
 
     @property
     def by_length(self) -> bool:

@@ -29,7 +29,7 @@ from fedmezo_jax.llama.checkpoints.base_model import load_base
 from fedmezo_jax.llama.checkpoints.weights import sixteen_bit
 from fedmezo_jax.llama.checks import check_ids
 from fedmezo_jax.llama.config import LlamaConfig
-from fedmezo_jax.llama.lora import parse_layers
+from fedmezo_jax.llama.lora import trained_layers
 from fedmezo_jax.llama.model import Llama
 from fedmezo_jax.llama.precision import WARN_ABOVE, Precision, default_precision, expected_error
 from fedmezo_jax.llama.registry import cache_folder, load_tokenizer, resolve
@@ -126,7 +126,7 @@ def prepare(config: RunConfig, mesh: Mesh | None = None) -> RunContext[LlamaTask
         raise UserError(
             f"--max-length {config.max_length}: the model takes {llama.max_position_embeddings} tokens at most"
         )
-    layers = parse_layers(config.layers, llama.num_hidden_layers)
+    trained = trained_layers(config.layers, llama)
     tokenizer = load_tokenizer(folder)
     table = table_of(config, config.seed, tokenizer)
     check_tokens(table.rows, llama, folder)
@@ -138,7 +138,6 @@ def prepare(config: RunConfig, mesh: Mesh | None = None) -> RunContext[LlamaTask
     with data_named(config.data):
         parts, categories = deal(config.partition, [table.examples[i] for i in kept], lengths(train), *how)
 
-    trained = None if len(layers) == llama.num_hidden_layers else layers
     model = Llama(llama, config.lora_alpha / config.lora_rank, config.precision, trained=trained)
     base = load_base(folder, llama, stored_type(config.precision), sharding.base_sharding(mesh))
     task = LlamaTask(
@@ -158,7 +157,7 @@ def prepare(config: RunConfig, mesh: Mesh | None = None) -> RunContext[LlamaTask
         -(-config.participants // (1 if mesh is None else mesh.shape[federated.CLIENTS])),
         jax.device_put if mesh is None else partial(sharding.replicate, mesh),
     )
-    task = task.from_hidden_states(cache_folder() / "hidden") if layers[0] else task
+    task = task.from_hidden_states(cache_folder() / "hidden") if trained and trained[0] else task
     lora = sharding.replicate(mesh, task.init_params(init_key(config.seed)))
     return RunContext(config, task, lora, mesh, categories, table.skipped, table.truncated)
 

@@ -148,5 +148,5 @@ def warnings(context: RunContext, check_rate: bool) -> Iterator[str]:
     if config.algorithm != "fedmezo":
         return
     yield from precision_warnings(config)
-    if check_rate and config.precision != "bfloat16":
+    if check_rate and config.learning_rate != "auto" and config.precision != "bfloat16":
         yield from divergence.warnings(probe_start(context), config, divergence.count(context.lora))

@@ -210,13 +210,12 @@ PROBE_DIRECTIONS, PROBE_BATCHES, PROBE_SCALE = 8, 8, 1e-2
 
 def probe_start(setup: RunContext) -> divergence.Probe:
     """Measures at θ's start how large a learning rate may be, on batches of the first round."""
-    _, loss = build(setup)
     picks = _picks(setup, 0, 0)[1]
     picks = picks.reshape(-1, picks.shape[-1])
     some = np.linspace(0, len(picks) - 1, PROBE_BATCHES).astype(int)
     batches = sharding.replicate(setup.mesh, take(setup.task.train, picks[some]))
     key = jax.random.fold_in(run_key(setup.config.seed), random.PROBE)
-    return divergence.probe(loss, setup.lora, batches, key, PROBE_SCALE, PROBE_DIRECTIONS)
+    return divergence.probe(setup.task.pair_loss, setup.lora, batches, key, PROBE_SCALE, PROBE_DIRECTIONS)
 
 
 def _picks(setup: RunContext, t: int, attempt: int) -> tuple[np.ndarray, np.ndarray]:

@@ -21,7 +21,7 @@ from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.checkpoints.base_model import load_base
 from fedmezo_jax.llama.checkpoints.layout import leaves
 from fedmezo_jax.llama.config import LlamaConfig
-from fedmezo_jax.llama.lora import init_lora, lora_shapes
+from fedmezo_jax.llama.lora import init_lora, lora_shapes, trained_layers
 from fedmezo_jax.llama.registry import resolve, resolve_local
 from fedmezo_jax.run import ledger, ledger_checks, rounds
 from fedmezo_jax.run.config import RunConfig
@@ -137,7 +137,7 @@ def _check_task(file: Path, config: ModelConfig, task: Task | None) -> None:
 
 
 def _init_lora(config: LoraConfig, llama: LlamaConfig, key: jax.Array) -> mezo.Params:
-    return init_lora(key, llama, config.lora_rank, config.target_names)
+    return init_lora(key, llama, config.lora_rank, config.target_names, trained_layers(config.layers, llama))
 
 
 def _base(file: Path, config: ModelConfig, model: str | None) -> Path:
@@ -155,7 +155,7 @@ def _base(file: Path, config: ModelConfig, model: str | None) -> Path:
 
 def _check_rank(config: LoraConfig, llama: LlamaConfig, file: Path) -> None:
     """Refuses an adapter that is larger than its base and than a gigabyte, before there is room made for it."""
-    shapes = lora_shapes(llama, config.lora_rank, config.target_names)
+    shapes = lora_shapes(llama, config.lora_rank, config.target_names, trained_layers(config.layers, llama))
     size = sum(math.prod(shape) for half in shapes.values() for shape in half.values())
     base = sum(map(math.prod, leaves(llama).values()))
     if size > max(base, 2**28):

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedmezo_jax.core import aggregation, client, federated, mezo, personalization, random
+from fedmezo_jax.core import aggregation, client, federated, mezo, personalization
 from fedmezo_jax.core.random import run_key
 from fedmezo_jax.data.batches import TOKENS_AT_ONCE, round_batches
 from fedmezo_jax.errors import UserError
@@ -159,13 +159,9 @@ def _round(config: RunConfig, knobs: SweepAxes, states, loss, cohorts: federated
         else:
             work = client.sgd_client(local_optimizer(config))
         rates = personalization.RateConfig(knobs.learning_rate, config.personalize, knobs.personalize_scale)
-        rates_key = jax.random.fold_in(jax.random.fold_in(key, random.RATES), state.round)
-        rate = personalization.learning_rates(rates, state.signals, rates_key)[ids]
-        if config.directions_shared:
-            work_keys = jnp.stack([random.shared_key(key, state.round)] * config.participants)
-        else:
-            work_keys = jax.vmap(random.client_key, in_axes=(None, None, 0))(key, state.round, ids)
-        done = jax.vmap(work, in_axes=(None, None, 0, 0, 0))(loss, state.params, cohort.batches, work_keys, rate)
+        rate = federated.cohort_rates(rates, state, ids, key)
+        shared = config.directions_shared
+        done = federated.local_work(work, state, loss, ids, rate, cohort.batches, key, shared)
         deltas = jax.tree.map(jnp.subtract, done.params, state.params)
         share = cohort.weights / jnp.sum(cohort.weights)
         mean = jax.tree.map(lambda leaf: jnp.tensordot(share, leaf, 1, precision=jax.lax.Precision.HIGHEST), deltas)
