@@ -184,10 +184,10 @@ def describe(setup: RunContext) -> None:
         f"of {len(setup.task.model.trained_layers)} layers"
     )
     if config.algorithm == "fedmezo":
-        rate = (
-            "automatic learning rate" if config.learning_rate == "auto" else f"learning rate {config.learning_rate:g}"
+        print(
+            f"{config.estimator} along {config.directions} {config.distribution} "
+            f"direction{'s' if config.directions > 1 else ''} a step, learning rate {config.learning_rate}"
         )
-        print(f"{config.estimator}, {config.directions} {config.distribution} directions a step, {rate}")
     skipped = f", {setup.skipped} too long for {config.max_length} tokens left out" if setup.skipped else ""
     truncated = f", {setup.truncated} truncated to {config.max_length} tokens" if setup.truncated else ""
     train, test = len(setup.task.train.labels), len(setup.task.test.labels)

@@ -21,6 +21,7 @@ from rich.progress import Progress
 
 from experiments import _cli
 from fedmezo_jax.llama.checkpoints.adapter import load_adapter, save_adapter
+from fedmezo_jax.llama.lora import trained_layers
 from fedmezo_jax.run.replay import VerifiedLedger, largest_difference, replay
 
 
@@ -60,6 +61,8 @@ def main(config: Config) -> None:
     run = found.config
 
     settings: dict[str, Any] = {"rank": run.lora_rank, "alpha": run.lora_alpha, "targets": run.target_names}
+    if found.llama is not None:
+        settings["trained"] = trained_layers(run.layers, found.llama)
     save_adapter(config.out / "adapter", lora, **settings, base_name=config.model or run.model)
     beside = config.ledger.parent / "adapter"
     row: dict[str, Any] = {"rounds": done, "ledger_bytes": found.size, "verify_seconds": verified - begin}

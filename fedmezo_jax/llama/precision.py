@@ -30,14 +30,19 @@ PAIR = "pair"
 """The ``vmap`` axis, of size 2 in the order (+, −), under which ``paired`` must run."""
 
 
-def default_precision(sixteen_bit: bool) -> tuple[Precision, str]:
+def default_precision(sixteen_bit: bool, tangents: bool = False) -> tuple[Precision, str]:
     """The precision to use where none is asked for, and the reason.
 
     Args:
         sixteen_bit: whether the model's weights are stored in sixteen bits.
+        tangents: whether the loss is differentiated forward instead of being evaluated at pairs θ ± μz.
     """
     if not sixteen_bit:
         return "float32", "the weights are stored in float32"
+    if tangents and jax.default_backend() == "cpu":
+        return "float32", "tangents in bfloat16 are no faster on a CPU"
+    if tangents:
+        return "bfloat16", "the weights are stored in sixteen bits"
     if jax.default_backend() == "cpu" and not _multiplies_bfloat16():
         return "float32", "this CPU has no bfloat16 products, without which paired is slower"
     return "paired", "the weights are stored in sixteen bits, and this device multiplies bfloat16"

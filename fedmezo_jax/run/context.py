@@ -84,7 +84,8 @@ def resolve_defaults(config: RunConfig, notify: Callable[[str], None] = lambda n
     if config.precision:
         return config
     folder = resolve(config.model)
-    precision, reason = default_precision(sixteen_bit(folder, LlamaConfig.from_json(folder)))
+    tangents = config.algorithm == "fedmezo" and config.estimator == "forward-gradient"
+    precision, reason = default_precision(sixteen_bit(folder, LlamaConfig.from_json(folder)), tangents)
     notify(f"precision {precision}: {reason}")
     return replace(config, precision=precision)
 

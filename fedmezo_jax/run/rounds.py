@@ -297,7 +297,9 @@ def notices(config: LocalConfig, record: dict[str, Any], trained: int) -> list[s
         for event in record["failed"]
         if event["why"] not in (client_failures.DROPPED, client_failures.LATE)
     ]
-    if record["diverged"] or record["rolled_back"]:
+    if config.learning_rate == "auto":
+        pass  # the search along the update has dealt with it
+    elif record["diverged"] or record["rolled_back"]:
         then = (
             "rolled back, learning rates halved"
             if record["rolled_back"]
