@@ -25,7 +25,9 @@ from rich.table import Table
 from rich.text import Text
 
 from experiments import STOPS
+from fedmezo_jax.compilation_cache import keep_compiled
 from fedmezo_jax.errors import UserError
+from fedmezo_jax.llama.registry import cache_folder
 from fedmezo_jax.parallel import multihost
 from fedmezo_jax.run.run_folder import write_json
 
@@ -43,6 +45,7 @@ def run(main: Callable[[T], None], config: type[T], description: str | None) -> 
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that knows no η prints ? and does not fail
+    keep_compiled(cache_folder() / "compiled")
     try:
         with _stops():
             main(_parse(config, description))
