@@ -26,11 +26,12 @@ from jax.sharding import SingleDeviceSharding
 from experiments import _cli
 from experiments._growth_plot import plot_growth
 from fedmezo_jax.core import client, mezo
-from fedmezo_jax.data.examples import TokenBatch
+from fedmezo_jax.core.estimators import ForwardGradient
+from fedmezo_jax.data.examples import HiddenBatch, TokenBatch
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.checkpoints.layout import base_shapes
-from fedmezo_jax.llama.lora import lora_shapes
-from fedmezo_jax.llama.loss import loss_of, pair_loss_of
+from fedmezo_jax.llama.lora import lora_shapes, trained_layers
+from fedmezo_jax.llama.loss import loss_of, pair_loss_of, point_loss_of
 from fedmezo_jax.llama.model import Llama
 from fedmezo_jax.llama.precision import Precision
 from fedmezo_jax.llama.shapes import named_shape
@@ -60,6 +61,11 @@ class Config:
     """LoRA rank"""
     targets: str = "q_proj,v_proj"
     """projections with an adapter"""
+    layers: str = "all"
+    """layers with an adapter, as in experiments.fedmezo; with frozen layers below them, all but the forward pass starts
+    from their hidden states, and has the weights above alone"""
+    directions: int = 4
+    """tangents of a forward-gradient step"""
     clients_per_device: int = 1
     """clients that run at once on a device, one row each"""
     precision: Precision = "paired"
@@ -73,7 +79,7 @@ class Config:
         """Refuses what cannot be compiled."""
         if self.topology and self.device:
             raise UserError("--topology and --device exclude each other: give one")
-        for name in ("length", "rank", "clients_per_device"):
+        for name in ("length", "rank", "clients_per_device", "directions"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
 
@@ -108,6 +114,7 @@ def measure(config: Config, target: hardware.Topology) -> Iterator[dict[str, Any
             "model": config.model,
             "length": config.length,
             "clients_per_device": config.clients_per_device,
+            "layers": config.layers,
             "what": what,
             "precision": precision,
             "peak_bytes": plan.peak,
@@ -133,7 +140,8 @@ def programs(config: Config, device: Any) -> list[tuple[str, Precision, Callable
 
     clients, labels = config.clients_per_device, max(1, config.length // 2)
     base = tree(jnp.float32 if config.precision == "float32" else jnp.bfloat16, base_shapes(llama))
-    shapes = lora_shapes(llama, config.rank, config.targets.split(","))
+    trained = trained_layers(config.layers, llama)
+    shapes = lora_shapes(llama, config.rank, config.targets.split(","), trained)
     lora = tree(
         jnp.float32, jax.tree.map(lambda s: (clients, *s), shapes, is_leaf=lambda leaf: isinstance(leaf, tuple))
     )
@@ -144,14 +152,30 @@ def programs(config: Config, device: Any) -> list[tuple[str, Precision, Callable
     keys = abstract(keys.dtype, keys.shape)
 
     unpaired: Precision = "bfloat16" if config.precision == "paired" else config.precision
-    single = Llama(llama, 2.0, unpaired)
+    single = Llama(llama, 2.0, unpaired, trained=trained)
     checkpointed = single.clone(checkpointed=True)
+
+    part, inputs = base, rows
+    if first := single.trained_layers[0]:
+        hidden = abstract(jnp.float32, (*tokens.shape, llama.hidden_size))
+        inputs = HiddenBatch(hidden, *rows[1:])
+        above = jax.tree.map(
+            lambda leaf: abstract(leaf.dtype, (leaf.shape[0] - first, *leaf.shape[1:])), base["layers"]
+        )
+        part = base | {"layers": above}
+        if not llama.tie_word_embeddings:
+            del part["embed_tokens"]
 
     def forward(base, lora, rows):
         return jax.vmap(loss_of(single, base))(lora, jax.tree.map(lambda leaf: leaf[:, 0], rows))
 
     def step(model, base, lora, rows, keys):
         work, loss = client.mezo_client(mezo.MezoConfig()), pair_loss_of(model, base)
+        return jax.vmap(lambda lora, rows, key: work(loss, lora, rows, key, jnp.float32(1e-5)))(lora, rows, keys)
+
+    def tangents(base, lora, rows, keys):
+        estimator = ForwardGradient(mezo.MezoConfig(directions=config.directions))
+        work, loss = client.estimator_client(estimator), point_loss_of(single, base)
         return jax.vmap(lambda lora, rows, key: work(loss, lora, rows, key, jnp.float32(1e-5)))(lora, rows, keys)
 
     def backprop(model, base, lora, rows):
@@ -163,14 +187,15 @@ def programs(config: Config, device: Any) -> list[tuple[str, Precision, Callable
 
     precisions: dict[Precision, None] = dict.fromkeys((config.precision, unpaired))  # each once
     steps: list[tuple[str, Precision, Callable[..., Any], tuple[Any, ...]]] = [
-        ("fedmezo", precision, partial(step, single.clone(precision=precision)), (base, lora, rows, keys))
+        ("fedmezo", precision, partial(step, single.clone(precision=precision)), (part, lora, inputs, keys))
         for precision in precisions
     ]
     return [
         ("forward", unpaired, forward, (base, lora, rows)),
         *steps,
-        ("backprop", unpaired, partial(backprop, single), (base, lora, rows)),
-        ("backprop_checkpointed", unpaired, partial(backprop, checkpointed), (base, lora, rows)),
+        ("forward_gradient", unpaired, tangents, (part, lora, inputs, keys)),
+        ("backprop", unpaired, partial(backprop, single), (part, lora, inputs)),
+        ("backprop_checkpointed", unpaired, partial(backprop, checkpointed), (part, lora, inputs)),
     ]
 
 

@@ -1,4 +1,4 @@
-"""JAX's persistent compilation cache in this package's cache folder: a second run of the same shapes compiles nothing."""
+"""JAX's persistent compilation cache in this package's cache folder: equal programs are compiled once a machine."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ def test_a_run_leaves_its_files(place, finished):
     names = {"config.json", "run.ledger", "results.json", "loss.png", "metrics.jsonl", "adapter", "checkpoints"}
     assert {file.name for file in folder.iterdir()} >= names
     config = json.loads((folder / "config.json").read_text())
-    assert (config["clients"], config["targets"], config["learning_rate"]) == (3, "v_proj", 1e-3)  # given and default
+    assert (config["clients"], config["targets"], config["learning_rate"]) == (3, "v_proj", "auto")  # given and default
     assert config["model"] == str(place / "model")
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 3
@@ -110,7 +110,7 @@ def test_results_hold_the_printed_table(place, finished):
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for row in (lora, coefficients):
         assert row["loss_after"] == metrics[-1]["test_loss"] != row["loss_before"]
-        assert row["forward_passes"] == 3 * 3 * 2 * 2  # rounds, clients, steps, two points
+        assert row["forward_passes"] == 3 * 3 * 2 * 9  # rounds, clients, steps, a loss and eight tangents
         assert row["seconds_per_round"] in [record["seconds"] for record in metrics[1:]]
         assert f"{row['loss_before']:.4g}" in done.stdout
         assert f"{row['uplink_bytes']:,}" in done.stdout
@@ -197,7 +197,7 @@ BAD = {
     "broken JSON": ({"data": "{place}/broken.jsonl"}, "broken.jsonl, line 3"),
     "no data folder": ({"data": "gsm8k", "data-dir": "{place}/empty"}, "gsm8k"),
     "no categories": ({"data": "{place}/plain.jsonl"}, "no categories"),
-    "more clients than rows": ({"clients": 189}, "189 clients but only 188 rows"),
+    "more clients than rows": ({"clients": 189}, "189 clients but only 156 rows"),
     "no training rows": ({"test-examples": 198}, "198 test examples of 198"),
     "no row fits": ({"max-length": 8}, "--max-length"),
     "longer than the model": ({"max-length": 65}, "--max-length 65: the model takes 64"),

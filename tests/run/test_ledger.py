@@ -11,7 +11,7 @@ from fedmezo_jax.run import ledger
 from fedmezo_jax.run.ledger import Entry
 
 CONFIG = {"distribution": "gaussian", "seed": 0, "rounds": 4, "learning_rate": 1e-3}
-HEADER = ledger.make_header(CONFIG, "ab" * 32, {"jax": "1.2.3"})
+HEADER = ledger.make_header(CONFIG, "ab" * 32, {"jax": "1.2.3"}, 1e-3)
 
 
 def entry(t):
@@ -108,12 +108,12 @@ def test_another_run_is_refused(written):
     file, _ = written
     whole = file.read_bytes()
     for other, named in (
-        (ledger.make_header(CONFIG | {"seed": 1}, "ab" * 32, {"jax": "1.2.3"}), "configuration"),
-        (ledger.make_header(CONFIG, "cd" * 32, {"jax": "1.2.3"}), "base weights"),
+        (ledger.make_header(CONFIG | {"seed": 1}, "ab" * 32, {"jax": "1.2.3"}, 1e-3), "configuration"),
+        (ledger.make_header(CONFIG, "cd" * 32, {"jax": "1.2.3"}, 1e-3), "base weights"),
     ):
         with pytest.raises(UserError, match=named):
             ledger.reopen(file, other)
-    _, (notice,) = ledger.reopen(file, ledger.make_header(CONFIG, "ab" * 32, {"jax": "1.2.4"}))
+    _, (notice,) = ledger.reopen(file, ledger.make_header(CONFIG, "ab" * 32, {"jax": "1.2.4"}, 1e-3))
     assert "other versions" in notice
     assert file.read_bytes() == whole
 

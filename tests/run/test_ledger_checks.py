@@ -28,7 +28,7 @@ CONFIG = paper_config(
         "precision": "float32",
     },
 )
-HEADER = ledger.make_header(asdict(CONFIG), "ab" * 32, {"jax": "1.2.3"})
+HEADER = ledger.make_header(asdict(CONFIG), "ab" * 32, {"jax": "1.2.3"}, CONFIG.fixed_rate)
 DRAW = np.random.RandomState(0)
 
 
@@ -372,7 +372,7 @@ def test_it_is_refused_in_one_line_and_nothing_is_made_of_it(name, tmp_path, mon
     ],
 )
 def test_a_run_too_large_to_be_real_is_refused_by_its_configuration_alone(changes, why, tmp_path):
-    header = ledger.make_header(asdict(CONFIG) | changes, "ab" * 32, {"jax": "1.2.3"})
+    header = ledger.make_header(asdict(CONFIG) | changes, "ab" * 32, {"jax": "1.2.3"}, CONFIG.fixed_rate)
     with pytest.raises(UserError, match=why):
         ledger_checks.run_config(header, tmp_path)
 

@@ -32,7 +32,7 @@ def test_an_outcome_comes_back_with_the_recipients_own_numbers(data, clients, we
     ids = np.sort(DRAW.choice(clients, count, replace=False))
     gradients = numbers(count, 4)
     rates = np.full(count, 0.1, np.float32) if alike else numbers(count)
-    sent = messages.Outcome(9, ids, numbers(count) if weighted else None, rates, gradients)
+    sent = messages.Outcome(9, ids, numbers(count) if weighted else None, rates, gradients, 0.25)
     for recipient in (None, int(ids[-1]), clients + 1):
         message = messages.pack_outcome(sent, clients, recipient)
         own = gradients[-1].reshape(2, 2) if recipient == ids[-1] else None
@@ -40,6 +40,7 @@ def test_an_outcome_comes_back_with_the_recipients_own_numbers(data, clients, we
         np.testing.assert_array_equal(got.ids, ids)
         assert got.projected_gradients.tobytes() == gradients.tobytes()
         assert got.learning_rates.tobytes() == rates.tobytes()
+        assert got.step == 0.25
         assert (got.weights is None) == (not weighted)
         assert not weighted or got.weights.tobytes() == sent.weights.tobytes()
 
@@ -51,16 +52,16 @@ def test_thirty_steps_go_up_in_256_bytes(round_index, client, samples):
 
 
 def test_thirty_clients_of_thirty_steps_come_down_in_3600_bytes():
-    outcome = messages.Outcome(499, np.arange(30), None, np.full(30, 1e-5, np.float32), numbers(30, 30))
+    outcome = messages.Outcome(499, np.arange(30), None, np.full(30, 1e-5, np.float32), numbers(30, 30), 1.0)
     for recipient in range(30):
         sent = len(messages.pack_start(499, 1e-5)) + len(messages.pack_outcome(outcome, 30, recipient))
         assert 29 * 30 * 4 < sent <= 3600
 
 
 def test_shared_directions_come_down_in_256_bytes_however_many_the_clients_are():
-    message = messages.pack_mean(499, numbers(30, 1))
+    message = messages.pack_mean(499, numbers(30, 1), 2.0)
     assert 30 * 4 < len(messages.pack_start(499, 1e-5)) + len(message) <= 256
-    assert messages.unpack_mean(message)[0] == 499
+    assert messages.unpack_mean(message)[::2] == (499, 2.0)
 
 
 def test_a_lora_comes_back_bit_for_bit():

@@ -22,7 +22,7 @@ def numbers(*shape):
 
 LORA = {"q_proj": {"A": numbers(2, 3, 2), "B": numbers(2, 2, 3)}, "v_proj": {"A": numbers(2, 3, 2), "B": numbers(1)}}
 UPDATE = messages.Update(3, 1, 10, numbers(4, 2), numbers(4))
-OUTCOME = messages.Outcome(9, np.array([0, 2, 5]), numbers(3), numbers(3), numbers(3, 4))
+OUTCOME = messages.Outcome(9, np.array([0, 2, 5]), numbers(3), numbers(3), numbers(3, 4), 0.25)
 ENTRY = ledger.Entry(
     2,
     1,
@@ -41,7 +41,7 @@ MESSAGES = {
         messages.pack_outcome(OUTCOME, 8, 2),
         lambda message: messages.unpack_outcome(message, 2, numbers(2, 2)),
     ),
-    "mean": (messages.pack_mean(3, numbers(4, 2)), messages.unpack_mean),
+    "mean": (messages.pack_mean(3, numbers(4, 2), 1.0), messages.unpack_mean),
     "LoRA update": (
         messages.pack_lora_update(UPDATE, LORA),
         lambda message: messages.unpack_lora_update(message, LORA),
