@@ -158,11 +158,12 @@ def programs(config: Config, device: Any) -> list[tuple[str, Precision, Callable
     part, inputs = base, rows
     if first := single.trained_layers[0]:
         hidden = abstract(jnp.float32, (*tokens.shape, llama.hidden_size))
-        inputs = HiddenBatch(hidden, *rows[1:])
-        above = jax.tree.map(
-            lambda leaf: abstract(leaf.dtype, (leaf.shape[0] - first, *leaf.shape[1:])), base["layers"]
-        )
-        part = base | {"layers": above}
+        inputs = HiddenBatch(hidden, *rows[1:])  # pyright: ignore
+
+        def above(leaf):
+            return abstract(leaf.dtype, (leaf.shape[0] - first, *leaf.shape[1:]))
+
+        part = base | {"layers": jax.tree.map(above, base["layers"])}
         if not llama.tie_word_embeddings:
             del part["embed_tokens"]
 

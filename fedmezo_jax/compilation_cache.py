@@ -18,7 +18,7 @@ def keep_compiled(folder: Path) -> None:
     Args:
         folder: of the cache; a folder that cannot be written is only warned of by JAX.
     """
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
         processor = hashlib.sha256(_processor().encode()).hexdigest()[:16]
         jax.config.update("jax_compilation_cache_dir", str(folder / processor))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
