@@ -16,7 +16,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 
 from fedmezo_jax.core.federated import RoundReport
@@ -56,6 +55,6 @@ def choose_step(validation_loss: Callable[[float], float], before: float) -> flo
     return min(losses, key=lambda step: (losses[step] if math.isfinite(losses[step]) else math.inf, -step))
 
 
-def next_rate(rate: Any, step: float) -> np.float32:
-    """The rate after a round of which the server took ``step``; ``rate`` is the round's, a float32 scalar."""
-    return np.float32(jax.device_get(rate)) * np.float32(STEPS[step])
+def next_rate(rate: Any, step: float) -> Any:
+    """The rate after a round of which the server took ``step``; ``rate`` is the round's, float32 of NumPy or JAX."""
+    return rate * np.float32(STEPS[step])

@@ -57,7 +57,11 @@ def entries(file: Path, config: RunConfig, first: int = 0) -> Iterator[Entry]:
                 f"{file}: the record of round {index + 1} does not fit the run: {wrong}: give the ledger as the run "
                 "wrote it"
             )
-        rate = float(next_rate(rate, entry.step)) if config.learning_rate == "auto" else rate / (1 + entry.rolled_back)
+        rate = (
+            float(next_rate(np.float32(rate), entry.step))
+            if config.learning_rate == "auto"
+            else rate / (1 + entry.rolled_back)
+        )
         if index >= first:
             yield entry
 

@@ -76,7 +76,7 @@ def advance(config: RunConfig, progress: Progress, entry: Entry, moved: federate
     """
     state = progress.state
     if config.learning_rate == "auto":
-        progress = progress._replace(rate=jnp.asarray(next_rate(progress.rate, entry.step)))
+        progress = progress._replace(rate=next_rate(progress.rate, entry.step))
     if entry.rolled_back:
         assert progress.before is not None  # as RunConfig.on_divergence says
         params, optimizer = progress.before
