@@ -294,7 +294,7 @@ def rounded(text, value):
 
 def test_the_plans_are_those_of_the_results():
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in SCALING.splitlines() if "| clients=" in line]
-    plans = iter(("plan_3b_a100", "plan_3b_v5e", "plan_7b_a100", "plan_70b_h100"))
+    plans = iter(("plan_3b_a100", "plan_3b_v5e", "plan_7b_a100", "plan_8b_h100", "plan_70b_h100"))
     meshes = {}
     for title, mesh, at_once, gibibytes, gigabytes, seconds in cells:
         if title:
