@@ -27,6 +27,8 @@ STEPS = {2.0: 1.4, 1.0: 1.1, 0.25: 0.7, 0.0: 0.5}
 """How much of an update the server may take, and by what the rate is multiplied then."""
 VALIDATION = 32
 """Training examples that the server keeps for its validation loss."""
+LOWEST, HIGHEST = 1e-30, 1e30
+"""The rate stays between these: float32 would otherwise end at 0 or at infinity, and no step leads back from there."""
 
 
 def first_rate(report: RoundReport, trained: int) -> float:
@@ -40,7 +42,7 @@ def first_rate(report: RoundReport, trained: int) -> float:
     """
     gradients = np.asarray(report.projected_gradients, np.float64)
     square = np.mean(gradients**2) / gradients.shape[-1] if gradients.size else 1 / trained
-    return float(np.float32(FIRST_MOVE / math.sqrt(square))) if 0 < square < math.inf else FIRST_MOVE
+    return float(_bounded(FIRST_MOVE / math.sqrt(square))) if 0 < square < math.inf else FIRST_MOVE
 
 
 def choose_step(validation_loss: Callable[[float], float], before: float) -> float:
@@ -58,4 +60,8 @@ def choose_step(validation_loss: Callable[[float], float], before: float) -> flo
 
 def next_rate(rate: Any, step: float) -> np.float32:
     """The rate after a round of which the server took ``step``; ``rate`` is the round's, a float32 scalar."""
-    return np.float32(jax.device_get(rate)) * np.float32(STEPS[step])
+    return _bounded(np.float32(jax.device_get(rate)) * np.float32(STEPS[step]))
+
+
+def _bounded(rate: Any) -> np.float32:
+    return np.float32(np.clip(rate, LOWEST, HIGHEST))
