@@ -387,7 +387,8 @@ def stopped_and_resumed(setup, folder, setting, stop, monkeypatch):
         patch.setattr(automatic_rate, "first_rate", lambda *_: pytest.fail("the rate was measured again"))
         patch.setattr(automatic_rate, "choose_step", lambda *given: searched.append(1) or choose(*given))
         run = start(folder, setup)
-    assert len(searched) <= ROUNDS - stop  # what is in the ledger is decided
+    # What is in the ledger is decided, and a round without numbers of use has no update to search along.
+    assert len(searched) == sum(bool(entry.weights.any()) for entry in run.entries[stop:])
     return run
 
 
@@ -632,6 +633,20 @@ def test_a_ledger_made_in_the_same_way_is_accepted(name, steady, tmp_path):
     file = changed(GOOD[name], steady.folder, tmp_path / "run.ledger")
     config = ledger_checks.run_config(ledger.read_header(file), file)
     assert len(list(ledger_checks.entries(file, config))) == begun(file.parent)
+
+
+def test_a_run_of_the_task_itself_replays_with_the_task(setup, steady, tmp_path):
+    """Whose weights are only those that are used with hidden states; the ledger names all of them."""
+
+    def of_the_task(header, payloads):
+        header["config"]["model"] = "task:LlamaTask"
+        header["config_hash"] = ledger.config_hash(header["config"])
+
+    file = changed(of_the_task, steady.folder, tmp_path / "run.ledger")
+    assert largest_difference(replay(file, task=setup.task).lora, steady.result.lora) is None
+    other = replace(setup.task, base_hash="cd" * 32)
+    with pytest.raises(UserError, match="weights are not those"):
+        replay(file, task=other)
 
 
 @pytest.mark.parametrize("name", BAD)
