@@ -80,7 +80,7 @@ def _greedy(model: Llama, new: int, base: Base, lora: Lora, prompts, lengths, en
 
     Prompts [B, P] are padded on the right, lengths [B].
     """
-    decoder = Decoder(model.config, model.lora_scale, model.precision)
+    decoder = Decoder(model.config, model.lora_scale, model.precision, trained=model.trained)
     rows, width = prompts.shape
     cache = empty_cache(model.config, rows, width + new)
     start = jnp.zeros(rows, jnp.int32)

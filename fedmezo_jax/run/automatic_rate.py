@@ -26,6 +26,8 @@ STEPS = {2.0: 1.4, 1.0: 1.1, 0.25: 0.7, 0.0: 0.5}
 """How much of an update the server may take, and by what the rate is multiplied then."""
 VALIDATION = 32
 """Training examples that the server keeps for its validation loss."""
+LOWEST, HIGHEST = 1e-30, 1e30
+"""The rate stays between these: float32 would otherwise end at 0 or at infinity, and no step leads back from there."""
 
 
 def first_rate(report: RoundReport, trained: int) -> float:
@@ -39,7 +41,8 @@ def first_rate(report: RoundReport, trained: int) -> float:
     """
     gradients = np.asarray(report.projected_gradients, np.float64)
     square = np.mean(gradients**2) / gradients.shape[-1] if gradients.size else 1 / trained
-    return float(np.float32(FIRST_MOVE / math.sqrt(square))) if 0 < square < math.inf else FIRST_MOVE
+    rate = FIRST_MOVE / math.sqrt(square) if 0 < square < math.inf else FIRST_MOVE
+    return float(np.float32(np.clip(rate, LOWEST, HIGHEST)))
 
 
 def choose_step(validation_loss: Callable[[float], float], before: float) -> float:
@@ -57,4 +60,4 @@ def choose_step(validation_loss: Callable[[float], float], before: float) -> flo
 
 def next_rate(rate: Any, step: float) -> Any:
     """The rate after a round of which the server took ``step``; ``rate`` is the round's, float32 of NumPy or JAX."""
-    return rate * np.float32(STEPS[step])
+    return (rate * np.float32(STEPS[step])).clip(np.float32(LOWEST), np.float32(HIGHEST))

@@ -119,11 +119,11 @@ def _verify(
         folder = _base(file, config, model)
         llama = LlamaConfig.from_json(folder)
         _check_rank(config, llama, file)
-        frozen = load_base(folder, llama, stored_type(config.precision or "float32"))
+        base_hash = tree_hash(load_base(folder, llama, stored_type(config.precision or "float32")))
         init_params, name = partial(_init_lora, config, llama), f"--model {model or config.model}"
     else:
-        llama, frozen, init_params, name = None, task.frozen, task.init_params, type(task).__name__
-    if tree_hash(frozen) != header["base_hash"]:
+        llama, base_hash, init_params, name = None, task.hash_frozen(), task.init_params, type(task).__name__
+    if base_hash != header["base_hash"]:
         raise UserError(f"{name}: its weights are not those that the run was on")
     return VerifiedLedger(file, header, config, llama, last.index, last.end), init_params
 
