@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from fedmezo_jax.core.federated import RoundReport
 from fedmezo_jax.run.automatic_rate import FIRST_MOVE, STEPS, choose_step, first_rate, next_rate
 
 
@@ -63,11 +64,26 @@ def test_rates_are_rounded_to_float32_as_the_ledger_holds_them():
     assert float(rate) == pytest.approx(0.1 * 1.4 * 1.1 * 0.7 * 0.5)
 
 
+def report_of(gradients):
+    return RoundReport(np.zeros(gradients.shape[:2]), gradients, np.zeros(len(gradients)))
+
+
 def test_the_first_step_moves_each_entry_by_what_it_says():
     """Simulated: g = ⟨∇F, z⟩ for n directions, Δθ = −(η/n)·Σ g·z."""
     random = np.random.default_rng(1)
     gradient, directions = random.standard_normal(400) * 3, 4
-    rate = first_rate(float(gradient @ gradient), directions)
     z = random.standard_normal((2000, directions, 400))
-    moves = rate / directions * np.einsum("sk,skd->sd", z @ gradient, z)
+    slopes = z @ gradient
+    rate = first_rate(report_of(slopes[None]), 400)
+    moves = rate / directions * np.einsum("sk,skd->sd", slopes, z)
     assert np.sqrt(np.mean(moves**2)) == pytest.approx(FIRST_MOVE, rel=0.1)
+
+
+@pytest.mark.parametrize("gradient", [0.0, np.nan, np.inf, 1e-30, 1e30])
+def test_whatever_was_measured_there_is_a_first_rate(gradient):
+    rate = first_rate(report_of(np.full((2, 3, 1), gradient)), 400)
+    assert 0 < np.float32(rate) < np.inf
+
+
+def test_back_propagated_steps_have_one_too():
+    assert 0 < first_rate(report_of(np.zeros((2, 3, 0))), 400) < np.inf
