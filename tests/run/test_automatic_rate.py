@@ -18,14 +18,14 @@ def along(**losses):
 @pytest.mark.parametrize(
     ("losses", "expected"),
     [
-        ({"at1": 0.9, "at2": 0.8}, (2.0, 0.8)),
-        ({"at1": 0.8, "at2": 0.9}, (1.0, 0.8)),
-        ({"at1": 0.8, "at2": math.nan}, (1.0, 0.8)),
-        ({"at1": 1.1, "at0_25": 0.95}, (0.25, 0.95)),
-        ({"at1": 1.1, "at0_25": 1.05}, (0.0, 1.0)),
-        ({"at1": math.inf, "at0_25": 0.99}, (0.25, 0.99)),
-        ({"at1": math.nan, "at0_25": math.nan}, (0.0, 1.0)),
-        ({"at1": 1.0, "at2": 1.0}, (2.0, 1.0)),  # where nothing changes the loss, the rate is too small
+        ({"at1": 0.9, "at2": 0.8}, 2.0),
+        ({"at1": 0.8, "at2": 0.9}, 1.0),
+        ({"at1": 0.8, "at2": math.nan}, 1.0),
+        ({"at1": 1.1, "at0_25": 0.95}, 0.25),
+        ({"at1": 1.1, "at0_25": 1.05}, 0.0),
+        ({"at1": math.inf, "at0_25": 0.99}, 0.25),
+        ({"at1": math.nan, "at0_25": math.nan}, 0.0),
+        ({"at1": 1.0, "at2": 1.0}, 2.0),  # where nothing changes the loss, the rate is too small
     ],
 )
 def test_the_server_takes_what_lowers_its_loss_most(losses, expected):
@@ -39,8 +39,8 @@ def test_the_loss_never_rises_whatever_the_update_is():
     for _ in range(200):
         losses = dict.fromkeys(STEPS)
         losses |= {step: random.choice([math.nan, math.inf, random.normal(1, 1)]) for step in (0.25, 1.0, 2.0)}
-        step, loss = choose_step(losses.__getitem__, 1.0)
-        assert loss <= 1.0
+        step = choose_step(losses.__getitem__, 1.0)
+        assert step == 0 or losses[step] <= 1.0
         assert step in STEPS
 
 
@@ -49,9 +49,7 @@ def test_a_rate_below_the_edge_of_stability_is_found_from_anywhere(start):
     """On L = θ²/2 a move of −η·θ lowers the loss for η < 2, and most at η = 1."""
     rate, seen = np.float32(start), []
     for _ in range(60):
-        step, loss = choose_step(lambda s, rate=rate: 0.5 * (1 - s * rate) ** 2, 0.5)
-        assert loss <= 0.5
-        rate = next_rate(rate, step)
+        rate = next_rate(rate, choose_step(lambda step, rate=rate: 0.5 * (1 - step * rate) ** 2, 0.5))
         seen.append(float(rate))
     assert all(0.5 < rate < 2.3 for rate in seen[-20:])
 
