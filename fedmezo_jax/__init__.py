@@ -43,7 +43,7 @@ from fedmezo_jax.core.task import Task
 from fedmezo_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from fedmezo_jax.run.config import RunConfig
+    from fedmezo_jax.run.config import RunConfig, paper_config
     from fedmezo_jax.run.job import fine_tune
     from fedmezo_jax.run.loop import RunResult
     from fedmezo_jax.run.replay import Replay, replay
@@ -61,6 +61,7 @@ __all__ = [
     "fine_tune",
     "mezo_client",
     "pair_loss_of",
+    "paper_config",
     "replay",
     "run_key",
     "sgd_client",
@@ -69,6 +70,7 @@ __version__ = "0.2.0"
 
 _LATER = {
     "RunConfig": "fedmezo_jax.run.config",
+    "paper_config": "fedmezo_jax.run.config",
     "fine_tune": "fedmezo_jax.run.job",
     "RunResult": "fedmezo_jax.run.loop",
     "Replay": "fedmezo_jax.run.replay",

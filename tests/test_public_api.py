@@ -31,6 +31,7 @@ HOMES = {
     "fine_tune": "run.job",
     "mezo_client": "core.client",
     "pair_loss_of": "core.mezo",
+    "paper_config": "run.config",
     "replay": "run.replay",
     "run_key": "core.random",
     "sgd_client": "core.client",
