@@ -87,8 +87,7 @@ def tabulate(
             )
     else:
         train, test = np.arange(0), np.arange(len(kept_examples))
-    return Table(kept_examples, encoded.rows, train, test, encoded.skipped, encoded.truncated)  # pyright:
-    ignore[reportArgumentType]
+    return Table(kept_examples, encoded.rows, train, test, encoded.skipped, encoded.truncated)  # pyright: ignore[reportArgumentType]
 
 
 @contextmanager

@@ -162,8 +162,7 @@ def _joined(tree: dict[str, Any]) -> dict[str, Any]:
         raise _Damaged("an array in chunks lacks some") from None
     if count != prod(shape):
         raise _Damaged(f"an array of shape {list(shape)} has {count} entries")
-    return _Stored(shape, dtype, tuple(piece for chunk in chunks for piece in chunk.pieces))  # pyright:
-    ignore[reportReturnType]
+    return _Stored(shape, dtype, tuple(piece for chunk in chunks for piece in chunk.pieces))  # pyright: ignore[reportReturnType]
 
 
 def _header(stream: BufferedReader) -> tuple[str, Any]:
