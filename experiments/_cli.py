@@ -1,4 +1,4 @@
-"""What every experiment shares: the command line, the results file and the table."""
+"""The parts that all experiments share: the command line, the results file and the table."""
 
 from __future__ import annotations
 
@@ -37,30 +37,35 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers
 
 
 def run(main: Callable[[T], None], config: type[T], description: str | None) -> None:
-    """Runs an experiment's ``main`` on its config as parsed from the command line.
+    """Runs an experiment's ``main`` on its config from the command line.
 
-    Whatever the user can mend ends in one line on standard error and exit code 2; a signal that stops the command, in
-    one line and 128 plus its number.
+    A ``UserError`` is printed as one line on standard error, with exit code 2. A signal that stops the command is
+    reported in one line, with exit code 128 plus its number.
+
+    Args:
+        main: the experiment.
+        config: the dataclass of its options.
+        description: text for ``--help``.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that knows no η prints ? and does not fail
+            stream.reconfigure(errors="replace")  # a terminal without η prints ? instead of failing
     keep_compiled(cache_folder() / "compiled")
     try:
         with _stops():
             main(_parse(config, description))
     except UserError as error:
-        _leave("error: " + " ".join(str(error).splitlines()), 2)  # a file's name may hold a line break
+        _leave("error: " + " ".join(str(error).splitlines()), 2)  # a file's name may contain a line break
     except StoppedError as stop:
         hint = "; go on with --resume" if hasattr(config, "resume") else ""
         _leave(f"stopped by {stop.signal.name}{hint}", 128 + stop.signal)
 
 
 class StoppedError(KeyboardInterrupt):
-    """A signal has stopped the command; what handles Ctrl-C handles it too."""
+    """A signal has stopped the command; handlers of Ctrl-C handle it too."""
 
     def __init__(self, number: int):
-        """Of the signal of this number."""
+        """Takes the signal's number."""
         super().__init__()
         self.signal = signal.Signals(number)
 
@@ -72,14 +77,14 @@ def _raise(number: int, frame: Any) -> None:
 @contextlib.contextmanager
 def _stops() -> Iterator[None]:
     """Raises :class:`StoppedError` in the block for signals that the process does not ignore."""
-    before = {number: signal.getsignal(number) for number in STOPS}
+    previous_handlers = {number: signal.getsignal(number) for number in STOPS}
     try:
-        for number, handler in before.items():
+        for number, handler in previous_handlers.items():
             if handler is not signal.SIG_IGN:
                 signal.signal(number, _raise)
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)
 
 
@@ -90,34 +95,34 @@ def _leave(message: str, code: int) -> None:
 
 
 def _parse(config: type[T], description: str | None) -> T:
-    """tyro's parser, whose framed error messages are brought to one line.
+    """Parses the command line with tyro, and reduces tyro's framed error messages to one line.
 
-    A config with a method ``defaults(arguments)`` says itself where it starts from.
+    A config class may have a method ``defaults(arguments)`` that returns the defaults.
     """
-    complaint = io.StringIO()
+    stderr = io.StringIO()
     default = config.defaults(sys.argv[1:]) if hasattr(config, "defaults") else None  # pyright: ignore[reportAttributeAccessIssue]
-    start = {} if default is None else {"default": default}
+    default_option = {} if default is None else {"default": default}
     try:
-        with contextlib.redirect_stderr(complaint):
-            return tyro.cli(config, description=description, config=(tyro.conf.OmitArgPrefixes,), **start)
+        with contextlib.redirect_stderr(stderr):
+            return tyro.cli(config, description=description, config=(tyro.conf.OmitArgPrefixes,), **default_option)
     except SystemExit as stop:
         if not stop.code:
             raise
-        # The frame is of box characters or, for a terminal without them, of dashes; the message ends at its first rule.
-        lines = (line.strip(" │") for line in complaint.getvalue().splitlines()[1:])
+        # The frame consists of box characters, or of dashes on simple terminals. The message ends at the first rule.
+        lines = (line.strip(" │") for line in stderr.getvalue().splitlines()[1:])
         parts = itertools.groupby(lines, key=lambda line: set(line) <= set("─-╰╯"))
-        message = next((" ".join(part) for is_rule, part in parts if not is_rule), complaint.getvalue().strip())
+        message = next((" ".join(part) for is_rule, part in parts if not is_rule), stderr.getvalue().strip())
         raise UserError(message) from None
 
 
 def write_folder(config: Any, rows: Sequence[Row], seconds: float, **more: Any) -> None:
-    """Writes ``config.json`` and ``results.json`` into the folder ``config.out``, which is made if it is missing.
+    """Writes ``config.json`` and ``results.json`` into the folder ``config.out``, which is created if it is missing.
 
     Args:
         config: the dataclass of the command's options.
-        rows: of the results.
-        seconds: spent on them.
-        more: what ``config.json`` holds beside the options.
+        rows: rows of the results.
+        seconds: time spent on them.
+        more: further contents of ``config.json``.
     """
     config.out.mkdir(parents=True, exist_ok=True)
     options = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()}
@@ -128,7 +133,7 @@ def write_folder(config: Any, rows: Sequence[Row], seconds: float, **more: Any) 
 def write_results(folder: Path, rows: Sequence[Row], seconds: float) -> None:
     """Writes ``results.json``: ``command``, ``versions``, ``host``, ``seconds`` and ``rows``.
 
-    Numbers that are not finite become null, as JSON has none.
+    Numbers that are not finite become null, because JSON has none.
     """
     rows = [{key: _in_json(value) for key, value in row.items()} for row in rows]
     versions = {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES}
@@ -151,10 +156,10 @@ def _in_json(value: Any) -> Any:
 
 
 def print_table(title: str, rows: Sequence[Row]) -> None:
-    """Prints rows of one shape; their keys become the heads of the columns.
+    """Prints rows with the same keys, which become the column heads.
 
-    No value is ever cut or broken: where a table is wider than the console, each row is printed as a block of lines,
-    one for each value.
+    No value is cut or broken: if the table is wider than the console, each row is printed as a block of lines, one per
+    value.
     """
     console = Console()
     heads = [key.replace("_", " ") for key in rows[0]]
@@ -179,7 +184,7 @@ def print_table(title: str, rows: Sequence[Row]) -> None:
 
 
 def shown(value: Any) -> str:
-    """A cell of a table."""
+    """Returns the text of a table's cell."""
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "-"}[value]
     if isinstance(value, float):

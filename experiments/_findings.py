@@ -1,6 +1,6 @@
-"""What an experiment's rows say on the paper's question: the figures in short, and whether the paper's finding is seen.
+"""The answer of an experiment's rows to the paper's question: the main figures, and whether they agree with the paper.
 
-Means are held to differ where their 90 % intervals do not overlap.
+Means differ if their 90 % intervals do not overlap.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ Rows = Sequence[dict[str, Any]]
 AGREES, DIFFERS, NO_DIFFERENCE = "as in the paper", "not as in the paper", "no difference seen"
 OPEN, NOT_COMPARABLE = "open in the paper", "not comparable"
 LITTLE = 0.02
-"""Losses of which the largest exceeds the smallest by no more than this share differ little."""
+"""Losses differ little if the largest exceeds the smallest by at most this share."""
 
 
 class Finding(NamedTuple):
-    """A result in short.
+    """The summary of a result.
 
     Attributes:
         here: the figures.
-        verdict: how they stand to the paper's finding.
+        verdict: how they compare with the paper's finding.
     """
 
     here: str
@@ -32,7 +32,7 @@ class Finding(NamedTuple):
 
 
 def finding(name: str, rows: Rows) -> Finding:
-    """The finding of an experiment, by the name of its module; rows that lack something give none."""
+    """Returns the finding of an experiment by the name of its module; "see the table" for incomplete rows."""
     try:
         return _RULES[name](rows)
     except (KeyError, TypeError, ValueError, IndexError, StopIteration):
@@ -45,74 +45,74 @@ def _loss(row: dict[str, Any]) -> str:
     return f"{row['loss_after']:.3f}" + ("" if row["band_90"] is None else f" ± {row['band_90']:.3f}")
 
 
-def _listed(rows: Rows) -> str:
+def _losses(rows: Rows) -> str:
     return "; ".join(f"{row['variant']}: {_loss(row)}" for row in rows)
 
 
 def _change(before: dict[str, Any], after: dict[str, Any]) -> float:
-    """Difference of two mean losses; 0 where their intervals overlap. One seed has no interval."""
+    """Difference of two mean losses; 0 if their intervals overlap. A single seed has no interval."""
     means = [inf if row["loss_after"] is None else row["loss_after"] for row in (before, after)]
     difference = means[1] - means[0]
     return difference if abs(difference) > before["band_90"] + after["band_90"] else 0.0
 
 
-def _judged(change: float) -> str:
-    """The verdict where the paper's finding is a change below 0."""
+def _verdict(change: float) -> str:
+    """The verdict if the paper's finding is a change below 0."""
     return AGREES if change < 0 else DIFFERS if change > 0 else NO_DIFFERENCE
 
 
 def _falls(rows: Rows) -> Finding:
-    return Finding(_listed(rows), _judged(_change(rows[0], rows[-1])))
+    return Finding(_losses(rows), _verdict(_change(rows[0], rows[-1])))
 
 
 def _rises(rows: Rows) -> Finding:
-    return Finding(_listed(rows), _judged(_change(rows[-1], rows[0])))
+    return Finding(_losses(rows), _verdict(_change(rows[-1], rows[0])))
 
 
 def _flat(rows: Rows) -> Finding:
     losses = [row["loss_after"] for row in rows]
-    return Finding(_listed(rows), AGREES if max(losses) <= (1 + LITTLE) * min(losses) else DIFFERS)
+    return Finding(_losses(rows), AGREES if max(losses) <= (1 + LITTLE) * min(losses) else DIFFERS)
 
 
 def _open(rows: Rows) -> Finding:
-    return Finding(_listed(rows), OPEN)
+    return Finding(_losses(rows), OPEN)
 
 
 def _convergence(rows: Rows) -> Finding:
     best = {row["variant"].rpartition(", η = ")[0]: row for row in rows if row["best"]}
-    return Finding(_listed(list(best.values())), _judged(_change(best["FedAvg, SGD"], best["FedMeZO"])))
+    return Finding(_losses(list(best.values())), _verdict(_change(best["FedAvg, SGD"], best["FedMeZO"])))
 
 
 def _model_size(rows: Rows) -> Finding:
     if all(row["variant"] in QUESTIONS["model_size"].by_variant for row in rows):
         return _rises(rows)
-    return Finding(_listed(rows), NOT_COMPARABLE)  # other models, with tokenizers of their own
+    return Finding(_losses(rows), NOT_COMPARABLE)  # other models, with tokenizers of their own
 
 
 def _divergence(rows: Rows) -> Finding:
     rounds: dict[float, list[float]] = {}
     for row in rows:
         rounds.setdefault(row["learning_rate"], []).append(row["first_divergence"] or inf)
-    middle = [sorted(each)[len(each) // 2] for _, each in sorted(rounds.items())]
+    medians = [sorted(first_rounds)[len(first_rounds) // 2] for _, first_rounds in sorted(rounds.items())]
     here = "; ".join(
-        f"η = {rate:g}: {', '.join('never' if t == inf else f'{t:.0f}' for t in each)}"
-        for rate, each in sorted(rounds.items())
+        f"η = {rate:g}: {', '.join('never' if t == inf else f'{t:.0f}' for t in first_rounds)}"
+        for rate, first_rounds in sorted(rounds.items())
     )
-    earlier = middle == sorted(middle, reverse=True)
-    verdict = NO_DIFFERENCE if len(set(middle)) == 1 else AGREES if earlier else DIFFERS
+    is_earlier = medians == sorted(medians, reverse=True)
+    verdict = NO_DIFFERENCE if len(set(medians)) == 1 else AGREES if is_earlier else DIFFERS
     return Finding(f"first round of divergence: {here}", verdict)
 
 
 def _personalised_rates(rows: Rows) -> Finding:
-    by = {row["variant"]: row for row in rows}
-    own = by["model-diff"]
-    here = f"{_listed([by['frozen'], own])}; paired p = {own['p_paired']:.2f}"
-    return Finding(here, _judged(own["over_frozen"] if own["p_paired"] < 0.05 else 0.0))
+    by_variant = {row["variant"]: row for row in rows}
+    model_diff = by_variant["model-diff"]
+    here = f"{_losses([by_variant['frozen'], model_diff])}; paired p = {model_diff['p_paired']:.2f}"
+    return Finding(here, _verdict(model_diff["over_frozen"] if model_diff["p_paired"] < 0.05 else 0.0))
 
 
 def _heterogeneity_index(rows: Rows) -> Finding:
-    own = [abs(row["to_gradient"]) for row in rows if row["index"] == "model-diff"]
-    return Finding(f"model-diff and gradient disparity: Spearman's |ρ| is at most {max(own):.2f}", OPEN)
+    correlations = [abs(row["to_gradient"]) for row in rows if row["index"] == "model-diff"]
+    return Finding(f"model-diff and gradient disparity: Spearman's |ρ| is at most {max(correlations):.2f}", OPEN)
 
 
 def _effective_rank(rows: Rows) -> Finding:
@@ -120,7 +120,7 @@ def _effective_rank(rows: Rows) -> Finding:
     for row in rows:
         if row["state"] == "trained" and row["layer"] == "all":
             ranks.setdefault(f"{row['model']}, {row['data']}", []).append(row["effective_rank"])
-    return Finding("; ".join(f"{name}: {_range(each, '.1f')}" for name, each in ranks.items()), OPEN)
+    return Finding("; ".join(f"{name}: {_range(values, '.1f')}" for name, values in ranks.items()), OPEN)
 
 
 def _best_rank(rows: Rows) -> Finding:
@@ -139,8 +139,8 @@ def _theory_constants(rows: Rows) -> Finding:
 def _convergence_rate(rows: Rows) -> Finding:
     fits = [row for row in rows if "slope" in row]
     here = "; ".join(f"{row['varied']}: {row['slope']:+.2f} ± {row['error']:.2f}" for row in fits)
-    seen = all(abs(row["slope"] - row["theorem"]) <= 2 * row["error"] for row in fits)
-    return Finding(f"log-log slopes: {here}", AGREES if seen else "not confirmed; the theorem is an upper bound")
+    agrees = all(abs(row["slope"] - row["theorem"]) <= 2 * row["error"] for row in fits)
+    return Finding(f"log-log slopes: {here}", AGREES if agrees else "not confirmed; the theorem is an upper bound")
 
 
 def _task_metrics(rows: Rows) -> Finding:
@@ -151,7 +151,7 @@ def _task_metrics(rows: Rows) -> Finding:
     gain, error = last["exact_match"] - first["exact_match"], last["standard_error"]
     here = "{:.1f} → {:.1f} ± {:.1f} % right; ".format(*matches)
     return Finding(
-        f"{here}test loss {first['test_loss']:.3f} → {last['test_loss']:.3f}", _judged(-gain * (abs(gain) > 2 * error))
+        f"{here}test loss {first['test_loss']:.3f} → {last['test_loss']:.3f}", _verdict(-gain * (abs(gain) > 2 * error))
     )
 
 
@@ -165,20 +165,20 @@ def _communication(rows: Rows) -> Finding:
 
 
 def _memory(rows: Rows) -> Finding:
-    over = {
-        what: [row["over_forward"] for row in rows if row["what"] == what and row["over_forward"]]
-        for what in ("fedmezo", "backprop")
+    ratios = {
+        program: [row["over_forward"] for row in rows if row["what"] == program and row["over_forward"]]
+        for program in ("fedmezo", "backprop")
     }
     here = "of a forward pass: step {}, back-propagation {} times".format(
-        *(_range(each, ".2f") for each in over.values())
+        *(_range(values, ".2f") for values in ratios.values())
     )
-    return Finding(here, AGREES if max(over["fedmezo"]) < min(over["backprop"]) else DIFFERS)
+    return Finding(here, AGREES if max(ratios["fedmezo"]) < min(ratios["backprop"]) else DIFFERS)
 
 
 def _step(rows: Rows) -> Finding:
     here = f"{_range([row['step_over_two_forwards'] for row in rows], '.2f')} times two forward passes"
-    peer = [row["speedup_over_peer"] for row in rows if row["speedup_over_peer"]]
-    return Finding(here + (f"; {_range(peer, '.2f')} times as fast as PyTorch" if peer else ""), NOT_COMPARABLE)
+    speedups = [row["speedup_over_peer"] for row in rows if row["speedup_over_peer"]]
+    return Finding(here + (f"; {_range(speedups, '.2f')} times as fast as PyTorch" if speedups else ""), NOT_COMPARABLE)
 
 
 def _range(values: Sequence[float], form: str) -> str:
@@ -207,4 +207,4 @@ _RULES: dict[str, Callable[[Rows], Finding]] = {
     "memory": _memory,
     "step": _step,
 }
-"""Module → how its rows are read; each question that the paper treats has one."""
+"""Module → function from its rows to the finding, for each question that the paper treats."""

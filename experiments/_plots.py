@@ -1,6 +1,6 @@
-"""Pictures of results, drawn without a display.
+"""Plots of results, drawn without a display.
 
-Matplotlib is imported where the first picture is drawn: it would be a fifth of the time that a command takes to start.
+Matplotlib is imported when the first plot is drawn; it would take a fifth of a command's start-up time.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 def subplots(*shape: int, figsize: tuple[float, float] | None = None, **options: Any) -> tuple[Figure, Any]:
-    """A figure and its axes, as ``plt.subplots`` gives them, with a layout that leaves room for all labels.
+    """Returns a figure and its axes like ``plt.subplots``, with a layout that leaves room for all labels.
 
-    The figure is none of pyplot's, so it needs no display and is freed like any other object.
+    The figure does not belong to pyplot, so it needs no display and is freed like any other object.
     """
     from matplotlib.figure import Figure
 
@@ -32,8 +32,8 @@ def ticks_at(axes: Any, values: Iterable[float], *, log: bool = False) -> None:
     """Puts the ticks of the x axis at the values that were run, and nowhere else."""
     if log:
         axes.set_xscale("log")
-    run = sorted(set(values))
-    axes.set_xticks(run, [f"{value:g}" for value in run])
+    run_values = sorted(set(values))
+    axes.set_xticks(run_values, [f"{value:g}" for value in run_values])
     axes.set_xticks([], minor=True)
 
 
@@ -44,9 +44,11 @@ def whole_rounds(axes: Any) -> None:
 
 
 def legend(figure: Figure, *axes: Any, columns: int = 3) -> None:
-    """The labels of these axes below the figure, where they cover no data."""
+    """Puts one legend for these axes below the figure, where it covers no data."""
     labels = [axis.get_legend_handles_labels() for axis in axes]
-    handles, names = ([entry for each in column for entry in each] for column in zip(*labels, strict=True))
+    handles, names = (
+        [entry for entries in entries_by_axis for entry in entries] for entries_by_axis in zip(*labels, strict=True)
+    )
     figure.legend(handles, names, loc="outside lower center", ncols=min(columns, len(names)), fontsize="small")
 
 
@@ -56,7 +58,7 @@ def save(figure: Figure, file: Path | str, dpi: int = 100) -> None:
 
 
 def plot_loss(file: Path, loss_before: float, metrics: Sequence[dict[str, Any]], config: RunConfig) -> None:
-    """Training and test loss over rounds, as a PNG."""
+    """Plots training and test loss over rounds, as a PNG."""
     figure, axes = subplots(figsize=(6.4, 4))
     rounds = [record["round"] for record in metrics]
     axes.plot(rounds, [record["train_loss"] for record in metrics], color="0.65", label="training, mean over clients")
@@ -71,7 +73,7 @@ def plot_loss(file: Path, loss_before: float, metrics: Sequence[dict[str, Any]],
 
 
 def plot_partition(file: Path, setup: RunContext) -> None:
-    """Rows of each client as a bar stacked by category, as a PNG; beyond 19 categories the smaller ones are one."""
+    """Plots examples per client as bars stacked by category, as a PNG; small categories beyond 19 are merged."""
     from matplotlib import colormaps
     from matplotlib.ticker import MaxNLocator
 
@@ -86,7 +88,9 @@ def plot_partition(file: Path, setup: RunContext) -> None:
     for i, (name, heights) in enumerate(stacks):
         axes.bar(range(len(counts)), heights, 0.85, bottom, label=name, color=colormaps["tab20"](i))
         bottom = [below + height for below, height in zip(bottom, heights, strict=True)]
-    axes.set(xlabel="client", ylabel="training rows", title=f"{setup.config.data}, {setup.config.partition} partition")
+    axes.set(
+        xlabel="client", ylabel="training examples", title=f"{setup.config.data}, {setup.config.partition} partition"
+    )
     axes.set_title(f"mean TV distance {setup.heterogeneity:.3f}", loc="right", fontsize="small")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.legend(loc="outside right upper", fontsize="x-small")

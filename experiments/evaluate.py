@@ -1,11 +1,11 @@
-"""Measures a model, with or without an adapter: test loss and perplexity, GSM8K answers, multiple choice.
+"""Evaluates a model, with or without an adapter: test loss and perplexity, GSM8K answers, multiple choice.
 
     python -m experiments.evaluate --adapter runs/fedmezo/adapter
     python -m experiments.evaluate --model smollm2-135m --data gsm8k --data-dir FOLDER --metric loss,gsm8k
     python -m experiments.evaluate --model smollm2-135m --data mmlu.jsonl --metric choice --test-examples 0
 
-The rows are those that a run with the same data options, --max-length, --test-examples and --seed holds out.
---test-examples 0 takes all rows, for a file that is a test set as a whole.
+The examples are those that a run with the same data options, --max-length, --test-examples and --seed holds out.
+--test-examples 0 takes all examples, for a file that is a test set.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Config(DataConfig, ModelConfig):
     """folder for config.json, results.json and, for gsm8k, generations.jsonl"""
 
     def __post_init__(self):
-        """Refuses what no evaluation can have."""
+        """Checks the options."""
         super().__post_init__()
         if unknown := [name for name in self.metrics if name not in METRICS]:
             raise UserError(f"--metric: unknown {', '.join(map(repr, unknown))}; choose from {','.join(METRICS)}")
@@ -75,19 +75,19 @@ class Config(DataConfig, ModelConfig):
 
     @property
     def metrics(self) -> list[str]:
-        """``metric``, taken apart."""
+        """The names in ``metric``."""
         return [name.strip() for name in self.metric.split(",")]
 
 
 class LoadedModel(NamedTuple):
-    """The model to measure.
+    """The model to evaluate.
 
     Attributes:
         model: the decoder.
         base: its frozen weights.
         lora: the adapter, ``{}`` for none.
         tokenizer: its tokenizer.
-        name: what error messages call it.
+        name: what error messages call the model.
     """
 
     model: Llama
@@ -98,7 +98,7 @@ class LoadedModel(NamedTuple):
 
 
 def main(config: Config) -> None:
-    """Loads, measures, prints the table and writes the folder."""
+    """Loads and evaluates the model, prints the table and writes the folder."""
     start = time.perf_counter()
     with out_folder(config.out):
         if (config.out / "metrics.jsonl").exists():
@@ -116,14 +116,14 @@ def _evaluate(config: Config, start: float) -> None:
     table = table_of(config, config.seed, tokenizer) if set(config.metrics) - {"choice"} else None
     if table:
         check_tokens(table.rows, llama, folder)
-    asked = _questions(config) if "choice" in config.metrics else []
-    candidates = _encoded(config, asked, tokenizer, llama) if asked else None
+    questions = _questions(config) if "choice" in config.metrics else []
+    candidates = _encoded(config, questions, tokenizer, llama) if questions else None
     if candidates:
         check_tokens(candidates, llama, folder)
-    stored = jnp.float32 if config.precision == "float32" else jnp.bfloat16
-    base = jax.tree.map(jnp.asarray, load_base(folder, llama, stored))
+    weight_dtype = jnp.float32 if config.precision == "float32" else jnp.bfloat16
+    base = jax.tree.map(jnp.asarray, load_base(folder, llama, weight_dtype))
     model = Llama(llama, scale, config.precision, trained=trained)
-    subject = LoadedModel(model, base, lora, tokenizer, f"--model {config.model}")
+    loaded = LoadedModel(model, base, lora, tokenizer, f"--model {config.model}")
 
     rows: list[dict[str, Any]] = []
     generations: list[dict[str, str]] = []
@@ -132,16 +132,16 @@ def _evaluate(config: Config, start: float) -> None:
         rows.append({"metric": metric, "value": value, "count": count})
 
     if table and "loss" in config.metrics:
-        rows_of_test = TokenBatch(*(leaf[table.test] for leaf in table.rows))
-        found = likelihood.mean_loss(*subject[:3], rows_of_test, subject.name)
-        add("loss (nats/token)", found.loss, len(table.test))
-        add("perplexity", found.perplexity, len(table.test))
+        test_batch = TokenBatch(*(leaf[table.test] for leaf in table.rows))
+        test_loss = likelihood.mean_loss(*loaded[:3], test_batch, loaded.name)
+        add("loss (nats/token)", test_loss.loss, len(table.test))
+        add("perplexity", test_loss.perplexity, len(table.test))
     if table and "gsm8k" in config.metrics:
-        examples = [row for i in table.test if isinstance(row := table.examples[i], Example)]
+        examples = [example for i in table.test if isinstance(example := table.examples[i], Example)]
         if not examples:
             raise UserError("--metric gsm8k is for data with questions and answers, not for chats")
         prompts = prompt_ids(examples, tokenizer, config.prompt_style)
-        solutions = generator(subject, config.max_new_tokens)(prompts)
+        solutions = generator(loaded, config.max_new_tokens)(prompts)
         score = gsm8k.score(solutions, [example.response for example in examples])
         add("gsm8k exact match", score.accuracy, score.count)
         add("gsm8k answers stated", score.stated, score.count)
@@ -150,12 +150,12 @@ def _evaluate(config: Config, start: float) -> None:
             for example, solution in zip(examples, solutions, strict=True)
         ]
     if candidates:
-        losses = likelihood.row_losses(*subject[:3], candidates, subject.name)
-        add("choice accuracy", choice.accuracy(asked, losses), len(asked))
-        add("choice by chance", float(np.mean([1 / len(one.choices) for one in asked])), len(asked))
+        losses = likelihood.row_losses(*loaded[:3], candidates, loaded.name)
+        add("choice accuracy", choice.accuracy(questions, losses), len(questions))
+        add("choice by chance", float(np.mean([1 / len(question.choices) for question in questions])), len(questions))
 
     if generations:
-        lines = (json.dumps(one, ensure_ascii=False) + "\n" for one in generations)
+        lines = (json.dumps(entry, ensure_ascii=False) + "\n" for entry in generations)
         (config.out / "generations.jsonl").write_text("".join(lines), encoding="utf-8")
     _cli.write_folder(config, rows, time.perf_counter() - start)
     _cli.print_table(f"{config.model}{f' with {config.adapter}' if adapter else ''} on {config.data}", rows)
@@ -163,37 +163,39 @@ def _evaluate(config: Config, start: float) -> None:
 
 
 def generator(subject: LoadedModel, max_new_tokens: int) -> Callable[[list[list[int]]], list[str]]:
-    """``generate(prompts)``: the texts with which the model goes on, in batches of prompts of like length."""
+    """Returns ``generate(prompts)``, which returns the model's continuations; similar lengths share a batch."""
 
     def run(prompts: list[list[int]]) -> list[str]:
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        found = [""] * len(prompts)
-        for at in track(range(0, len(order), ROWS_AT_ONCE), "generating", transient=True):
-            batch = order[at : at + ROWS_AT_ONCE]
-            new = generate(*subject[:3], [prompts[i] for i in batch], max_new_tokens, name=subject.name)
-            for i, row in zip(batch, new, strict=True):
-                found[i] = subject.tokenizer.decode(row, skip_special_tokens=True)
-        return found
+        texts = [""] * len(prompts)
+        for start in track(range(0, len(order), ROWS_AT_ONCE), "generating", transient=True):
+            batch = order[start : start + ROWS_AT_ONCE]
+            generated = generate(*subject[:3], [prompts[i] for i in batch], max_new_tokens, name=subject.name)
+            for i, ids in zip(batch, generated, strict=True):
+                texts[i] = subject.tokenizer.decode(ids, skip_special_tokens=True)
+        return texts
 
     return run
 
 
 def _questions(config: Config) -> list[choice.Question]:
-    found = [choice.question(record) for record in load_records(config.data, data_dir=config.data_dir)]
-    if config.test_examples in range(1, len(found)):
-        picked = hold_out(len(found), config.test_examples, config.seed, [one.category for one in found])[1]
-        found = [found[i] for i in picked]
-    return found
+    questions = [choice.question(record) for record in load_records(config.data, data_dir=config.data_dir)]
+    if config.test_examples in range(1, len(questions)):
+        picks = hold_out(
+            len(questions), config.test_examples, config.seed, [question.category for question in questions]
+        )[1]
+        questions = [questions[i] for i in picks]
+    return questions
 
 
-def _encoded(config: Config, asked: list[choice.Question], tokenizer: Any, llama: LlamaConfig) -> TokenBatch:
-    """One row for each choice of each question."""
-    examples = [example for one in asked for example in choice.candidates(one)]
-    room = llama.max_position_embeddings
-    encoded = encode(examples, tokenizer, room, style=config.prompt_style, source=f"--data {config.data}")
+def _encoded(config: Config, questions: list[choice.Question], tokenizer: Any, llama: LlamaConfig) -> TokenBatch:
+    """One tokenised example per choice of each question."""
+    examples = [example for question in questions for example in choice.candidates(question)]
+    limit = llama.max_position_embeddings
+    encoded = encode(examples, tokenizer, limit, style=config.prompt_style, source=f"--data {config.data}")
     if encoded.skipped:
         raise UserError(
-            f"--data {config.data}: a question with its choices is longer than the model's {room} tokens: leave it out"
+            f"--data {config.data}: a question with its choices is longer than the model's {limit} tokens: leave it out"
         )
     return encoded.rows
 

@@ -1,4 +1,4 @@
-"""Goes on from prompts with the likeliest tokens, with or without an adapter.
+"""Continues prompts with the most likely tokens, with or without an adapter.
 
 python -m experiments.generate --model smollm2-135m --prompt "The capital of France is"
 python -m experiments.generate --adapter runs/fedmezo/adapter --instruct --prompt "Name three colours."
@@ -32,7 +32,7 @@ class Config:
     """Model, adapter and prompts."""
 
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """text to go on from; give it several times for several, which run as one batch"""
+    """text to continue; give the option several times for several prompts, which run as one batch"""
     model: str = "tiny"
     """tiny, smollm2-135m, a model folder, a .gguf file or a hub id owner/name"""
     adapter: Path | None = None
@@ -48,7 +48,7 @@ class Config:
 
 
 def main(config: Config) -> None:
-    """Loads, generates, prints and writes the folder."""
+    """Loads the model, generates, prints the texts and writes the folder."""
     start = time.perf_counter()
     if not config.prompt:
         raise UserError('no prompt is given: add --prompt "…", once or several times')
@@ -68,15 +68,15 @@ def _generate(config: Config, start: float) -> None:
     base = load_base(folder, llama, jnp.float32 if config.precision == "float32" else jnp.bfloat16)
     model = Llama(llama, scale, config.precision, trained=trained)
     lora, name = {} if adapter is None else adapter.lora, f"--model {config.model}"
-    found = generate(model, base, lora, tokens, config.max_new_tokens, name=name)
+    generated = generate(model, base, lora, tokens, config.max_new_tokens, name=name)
     rows = [
         {
             "prompt": text,
-            "response": tokenizer.decode(new, skip_special_tokens=True),
-            "prompt_tokens": len(given),
-            "new_tokens": len(new),
+            "response": tokenizer.decode(new_tokens, skip_special_tokens=True),
+            "prompt_tokens": len(prompt_tokens),
+            "new_tokens": len(new_tokens),
         }
-        for text, given, new in zip(config.prompt, tokens, found, strict=True)
+        for text, prompt_tokens, new_tokens in zip(config.prompt, tokens, generated, strict=True)
     ]
     _cli.write_folder(config, rows, time.perf_counter() - start)
     _cli.print_table(f"{config.model}{f' with {config.adapter}' if config.adapter else ''}", rows)

@@ -1,10 +1,10 @@
-"""Peak memory of a FedMeZO step, of a forward pass and of back-propagation, as the compiler plans it. Needs no weights.
+"""Peak memory of a FedMeZO step, of a forward pass and of back-propagation, as planned by the compiler.
 
     python -m experiments.memory --model llama-3b --topology v5e:2x2
     python -m experiments.memory --model smollm2-135m --device cpu --length 128 --rank 8 --precision float32
     python -m experiments.memory --model llama-3b --topology a100-40gb --sweep length
 
-A topology is compiled for ahead of time, with no such device here.
+Programs are compiled ahead of time for the topology; no such device is needed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # shapes are compiled, nothing is run
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # programs are compiled and not run
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,7 @@ class Config:
     device: Literal["cpu"] | None = None
     """compile for this machine instead"""
     length: int = 1024
-    """tokens in a row, half of them labels"""
+    """tokens per example, half of them labels"""
     rank: int = 128
     """LoRA rank"""
     targets: str = "q_proj,v_proj"
@@ -67,7 +67,7 @@ class Config:
     directions: int = 4
     """tangents of a forward-gradient step"""
     clients_per_device: int = 1
-    """clients that run at once on a device, one row each"""
+    """clients that run at once on a device, with one example each"""
     precision: Precision = "paired"
     """of the step's products with frozen weights; with paired, the step in plain bfloat16 is shown beside it"""
     sweep: Literal["model", "length", "clients"] | None = None
@@ -76,7 +76,7 @@ class Config:
     """folder for config.json, results.json and, for a sweep, growth.png"""
 
     def __post_init__(self):
-        """Refuses what cannot be compiled."""
+        """Checks the options."""
         if self.topology and self.device:
             raise UserError("--topology and --device exclude each other: give one")
         for name in ("length", "rank", "clients_per_device", "directions"):
@@ -103,10 +103,10 @@ def main(config: Config) -> None:
 
 
 def measure(config: Config, target: hardware.Topology) -> Iterator[dict[str, Any]]:
-    """One row for each program; ``over_forward`` is the ratio of the peaks."""
+    """Yields one row per program; ``over_forward`` is the ratio of its peak to that of the forward pass."""
     forward = None
     for what, precision, function, arguments in programs(config, target.devices[0]):
-        donated = (1,) if what != "forward" else ()  # the LoRA, which these return moved
+        donated = (1,) if what != "forward" else ()  # the LoRA, which these programs return updated
         lowered = jax.jit(function, donate_argnums=donated).lower(*arguments)
         plan = hardware.plan(lowered, target)
         forward = forward or plan.peak
@@ -125,9 +125,9 @@ def measure(config: Config, target: hardware.Topology) -> Iterator[dict[str, Any
 
 
 def programs(config: Config, device: Any) -> list[tuple[str, Precision, Callable[..., Any], tuple[Any, ...]]]:
-    """Name, precision, function and abstract arguments of each program. The LoRA, argument 1, may be donated.
+    """Returns name, precision, function and abstract arguments of each program. Argument 1, the LoRA, may be donated.
 
-    Paired precision is for two losses at once. Programs of one loss have bfloat16 instead.
+    Precision ``paired`` needs two losses. Programs with one loss use bfloat16 instead.
     """
     llama = named_shape(config.model)
     sharding = SingleDeviceSharding(device)
@@ -180,13 +180,13 @@ def programs(config: Config, device: Any) -> list[tuple[str, Precision, Callable
         return jax.vmap(lambda lora, rows, key: work(loss, lora, rows, key, jnp.float32(1e-5)))(lora, rows, keys)
 
     def backprop(model, base, lora, rows):
-        def one(lora, row):
-            loss, gradient = jax.value_and_grad(loss_of(model, base))(lora, jax.tree.map(lambda leaf: leaf[0], row))
+        def client_step(lora, batch):
+            loss, gradient = jax.value_and_grad(loss_of(model, base))(lora, jax.tree.map(lambda leaf: leaf[0], batch))
             return jax.tree.map(lambda p, g: p - 1e-5 * g, lora, gradient), loss
 
-        return jax.vmap(one)(lora, rows)
+        return jax.vmap(client_step)(lora, rows)
 
-    precisions: dict[Precision, None] = dict.fromkeys((config.precision, unpaired))  # each once
+    precisions: dict[Precision, None] = dict.fromkeys((config.precision, unpaired))  # without duplicates
     steps: list[tuple[str, Precision, Callable[..., Any], tuple[Any, ...]]] = [
         ("fedmezo", precision, partial(step, single.clone(precision=precision)), (part, lora, inputs, keys))
         for precision in precisions

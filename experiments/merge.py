@@ -1,4 +1,4 @@
-"""Writes a model folder anew: with an adapter merged into its weights, or in another format or dtype.
+"""Writes a model folder with an adapter merged into its weights, or in another format or dtype.
 
 python -m experiments.merge --model smollm2-135m --adapter runs/fedmezo/adapter --out merged
 python -m experiments.merge --model llama.Q4_K_M.gguf --out llama --dtype bfloat16
@@ -35,7 +35,7 @@ class Config:
 
 
 def main(config: Config) -> None:
-    """Merges, writes and lists what was written."""
+    """Merges, writes the folder and lists its files."""
     folder = resolve(config.model)
     adapter = None if config.adapter is None else load_adapter(config.adapter, LlamaConfig.from_json(folder))
     export(folder, config.out, adapter, config.dtype, config.form)

@@ -1,10 +1,10 @@
-"""Plans a run before anything is rented: what fits, what is sent, how long a round takes at the least.
+"""Plans a run on given devices: what fits, how much is communicated, and the least time of a round.
 
     python -m experiments.plan --model llama-3b --topology v5e:2x4 --clients 64 --length 1024 --rank 128
     python -m experiments.plan --model llama-70b --topology h100:8 --clients 16 --length 1024
 
-The round is compiled ahead of time by the real compiler for these devices, of which there need be none. All meshes are
-compared unless one is given; each takes about four compilations, to find the most clients that a chip holds.
+The round is compiled ahead of time by the devices' own compiler; no device is needed. All meshes are compared unless
+one is given. Each takes about four compilations, which find the most clients per chip.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # shapes are compiled, nothing is run
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # programs are compiled and not run
 
 from rich.progress import track
 
@@ -27,7 +27,7 @@ from fedmezo_jax.parallel.sharding import parse_mesh
 from fedmezo_jax.planning import cost_model, hardware
 
 MOST = 1024
-"""Clients at once beyond which none are looked for."""
+"""Most clients at once that are tried."""
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,15 @@ class Config:
     topology: str = "v5e:2x4"
     """devices: v5e:2x4, v5p:2x2x1, v6e:2x2, a100-40gb:4, a100-80gb:8, h100:8"""
     mesh: str | None = None
-    """the only mesh to look at, e.g. clients=4,model=2"""
+    """the only mesh to consider, e.g. clients=4,model=2"""
     clients: int = 64
     """clients of a round"""
     local_steps: int = 30
     """local steps H"""
     batch_size: int = 1
-    """rows a step"""
+    """examples per step"""
     length: int = 1024
-    """tokens a row, half of them labels"""
+    """tokens per example, half of them labels"""
     rank: int = 128
     """LoRA rank"""
     targets: str = "q_proj,v_proj"
@@ -55,12 +55,12 @@ class Config:
     precision: Precision = "paired"
     """of the products with frozen weights"""
     directions_shared: bool = False
-    """whether clients draw directions of their own or share them"""
+    """whether all clients share their directions"""
     out: Path = Path("runs/plan")
     """folder for config.json and results.json"""
 
     def __post_init__(self):
-        """Refuses what cannot be planned."""
+        """Checks the options."""
         for name in ("clients", "local_steps", "batch_size", "length", "rank"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
@@ -78,28 +78,28 @@ def main(config: Config) -> None:
     shapes = cost_model.meshes(len(target.devices), llama)
     if config.mesh:
         mesh = parse_mesh(config.mesh, target.devices)
-        asked = tuple(mesh.shape.values()) if mesh else (1, 1)
-        if asked not in shapes:
+        mesh_shape = tuple(mesh.shape.values()) if mesh else (1, 1)
+        if mesh_shape not in shapes:
             raise UserError(f"--mesh {config.mesh} does not divide the heads or the MLP width of {config.model}")
-        shapes = [asked]
+        shapes = [mesh_shape]
     rows = []
     for shape in track(shapes, "compiling", transient=True):
-        most = most_at_once(planned, target, shape)
-        at_once = max(1, min(most, -(-planned.clients // shape[0])))
-        found = cost_model.compile_round(planned, target, shape, at_once)
-        fits = found.peak is not None and found.peak <= target.memory
+        most_clients = most_at_once(planned, target, shape)
+        at_once = max(1, min(most_clients, -(-planned.clients // shape[0])))
+        compiled = cost_model.compile_round(planned, target, shape, at_once)
+        fits = compiled.peak is not None and compiled.peak <= target.memory
         rows.append(
             {
                 "mesh": f"clients={shape[0]},model={shape[1]}",
                 "clients_at_once": at_once,
-                "most_clients_per_chip": most / shape[1],
-                "peak_bytes_per_chip": found.peak,
+                "most_clients_per_chip": most_clients / shape[1],
+                "peak_bytes_per_chip": compiled.peak,
                 "fits": fits,
-                "collective_bytes_per_round": found.received,
-                "between_clients_bytes_per_round": found.between,
+                "collective_bytes_per_round": compiled.received,
+                "between_clients_bytes_per_round": compiled.between,
                 "flops_per_round": cost_model.operations(planned),
                 "roofline_seconds_per_round": cost_model.roofline(
-                    planned, cost_model.CHIPS[kind], shape, at_once, found
+                    planned, cost_model.CHIPS[kind], shape, at_once, compiled
                 )
                 if fits
                 else None,
@@ -120,21 +120,21 @@ def main(config: Config) -> None:
 
 
 def most_at_once(planned: cost_model.RoundSpec, target: hardware.Topology, shape: tuple[int, int]) -> int:
-    """The most clients that a group could run at once, had it as many: a power of two, or 0 where not one fits.
+    """Returns the most clients that a group can run at once, a power of two; 0 if not even one fits.
 
-    Peaks grow in a straight line, so two of them say where to look; what is said to fit was compiled.
+    Peaks grow linearly, so two of them give a first estimate. The result was always compiled.
     """
 
     def peak(count: int) -> int | None:
-        found = cost_model.compile_round(planned._replace(clients=count * shape[0]), target, shape, count).peak
-        return found if found is not None and found <= target.memory else None
+        peak_bytes = cost_model.compile_round(planned._replace(clients=count * shape[0]), target, shape, count).peak
+        return peak_bytes if peak_bytes is not None and peak_bytes <= target.memory else None
 
     first = peak(1)
     second = first and peak(2)
     if first is None or second is None:
         return 0 if first is None else 1
-    room = 2 + int((target.memory - second) / max(second - first, 1))
-    most = 1 << (min(room, MOST).bit_length() - 1)
+    estimate = 2 + int((target.memory - second) / max(second - first, 1))
+    most = 1 << (min(estimate, MOST).bit_length() - 1)
     while most > 2 and peak(most) is None:
         most //= 2
     return most

@@ -3,8 +3,8 @@
     python -m experiments.report
     python -m experiments.report --results runs
 
-The summary has one row for each question of the paper that the results answer. The page holds its pictures itself and
-needs no network.
+The summary has one row for each question of the paper that the results answer. The page includes its plots and needs no
+network.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ img { max-width: 100% } code { background: #f4f4f4; padding: .1rem .3rem; overfl
 
 @dataclass(frozen=True)
 class Config:
-    """What to gather, and where to."""
+    """The results to gather, and where to write the page."""
 
     results: Path = Path("experiments/results")
     """folder with NAME.json and NAME.png, or with folders that hold a results.json"""
@@ -75,15 +75,15 @@ class Section(NamedTuple):
     """One result of the page.
 
     Attributes:
-        name: of the results file or its folder.
-        module: the experiment's, without its package.
+        name: name of the results file or its folder.
+        module: name of the experiment's module, without its package.
         asked: its question, if the table of questions has one.
-        finding: what the rows say on it; None beyond the paper and for the preset ``smoke``, which proves nothing.
-        command: that made it.
+        finding: its finding; None for questions beyond the paper and for the preset ``smoke``, which is only a test.
+        command: the command that made it.
         facts: time, machine and versions.
         pictures: PNGs in base 64.
-        heads: of the table.
-        rows: its cells.
+        heads: column heads of the table.
+        rows: cells of the table.
     """
 
     name: str
@@ -98,49 +98,49 @@ class Section(NamedTuple):
 
 
 def main(config: Config) -> None:
-    """Reads the results, writes the page and prints what it holds."""
+    """Reads the results, writes the page and prints its contents."""
     start = time.perf_counter()
     if not config.results.is_dir():
         raise UserError(f"--results {config.results} is no folder: give one with results, e.g. runs")
-    sections = [found for file in sorted(config.results.rglob("*.json")) if (found := section(file))]
+    sections = [result_section for file in sorted(config.results.rglob("*.json")) if (result_section := section(file))]
     if not sections:
         raise UserError(f"--results {config.results} holds no results: run an experiment first")
     config.out.mkdir(parents=True, exist_ok=True)
     (config.out / "report.html").write_text(PAGE.render(sections=sections, summary=summary(sections)), encoding="utf-8")
-    rows = [{"result": one.name, "rows": len(one.rows), "pictures": len(one.pictures)} for one in sections]
+    rows = [{"result": part.name, "rows": len(part.rows), "pictures": len(part.pictures)} for part in sections]
     _cli.write_folder(config, rows, time.perf_counter() - start)
     _cli.print_table(f"results in {config.results}", rows)
     print(f"{config.out / 'report.html'}")
 
 
 def summary(sections: Sequence[Section]) -> list[Section]:
-    """The first result of each question that the paper treats, in the order of the table of questions."""
-    first = {one.module: one for one in reversed(sections) if one.finding}
-    return [first[module] for module in QUESTIONS if module in first]
+    """Returns the first result of each question that the paper treats, in the order of the table of questions."""
+    by_module = {part.module: part for part in reversed(sections) if part.finding}
+    return [by_module[module] for module in QUESTIONS if module in by_module]
 
 
 def section(file: Path) -> Section | None:
-    """The page's section of a results file; None for another JSON file."""
+    """Returns the page's section of a results file; None for another JSON file."""
     try:
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        command, rows = found["command"], found["rows"]
+        results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        command, rows = results["command"], results["rows"]
         facts = (
-            f"{found['seconds']:.0f} s on {found['host']['cores']} cores, {found['host']['platform']}; "
-            + ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+            f"{results['seconds']:.0f} s on {results['host']['cores']} cores, {results['host']['platform']}; "
+            + ", ".join(f"{name} {version}" for name, version in results["versions"].items())
         )
         heads = list(dict.fromkeys(key for row in rows for key in row))
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
-    whole = file.name == "results.json"
-    name = file.parent.name if whole else file.stem
+    in_own_folder = file.name == "results.json"
+    name = file.parent.name if in_own_folder else file.stem
     module = command.split(" ")[2].rpartition(".")[2] if command.startswith("python -m ") else name
-    pictures = sorted(file.parent.glob("*.png") if whole else file.parent.glob(f"{name}.png"))
-    coded = [base64.b64encode(picture.read_bytes()).decode() for picture in pictures]
+    pictures = sorted(file.parent.glob("*.png") if in_own_folder else file.parent.glob(f"{name}.png"))
+    encoded = [base64.b64encode(picture.read_bytes()).decode() for picture in pictures]
     cells = [[_cli.shown(row.get(head)) for head in heads] for row in rows]
-    asked = QUESTIONS.get(module)
-    of_paper = asked is not None and asked.paper != NOT_IN_PAPER and "--preset smoke" not in command
+    question = QUESTIONS.get(module)
+    of_paper = question is not None and question.paper != NOT_IN_PAPER and "--preset smoke" not in command
     return Section(
-        name, module, asked, finding(module, rows) if of_paper else None, command, facts, coded, heads, cells
+        name, module, question, finding(module, rows) if of_paper else None, command, facts, encoded, heads, cells
     )
 
 

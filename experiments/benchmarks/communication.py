@@ -1,10 +1,9 @@
-"""What a client and the server send each other in a round (App. F.1 of arXiv 2402.05926), read off packed messages.
+"""The bytes that a client and the server exchange in a round (App. F.1 of arXiv 2402.05926).
 
     python -m experiments.benchmarks.communication
     python -m experiments.benchmarks.communication --model llama-70b --clients 30
 
-The model's shape is all that is needed. The messages are those of ``fedmezo_jax.run.messages``, filled with random
-numbers.
+Only the model's shape is needed. The messages are those of ``fedmezo_jax.run.messages``, filled with random numbers.
 """
 
 from __future__ import annotations
@@ -39,12 +38,12 @@ class Config:
     local_steps: int = 30
     """local steps H"""
     seed: int = 0
-    """of the numbers in the messages"""
+    """seed of the numbers in the messages"""
     out: Path = Path("runs/communication")
     """folder for config.json, results.json and communication.png"""
 
     def __post_init__(self):
-        """Refuses what no round can have."""
+        """Checks the options."""
         for name in ("rank", "clients", "local_steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
@@ -65,32 +64,40 @@ def main(config: Config) -> None:
 
     steps = draw.standard_normal((config.clients, config.local_steps, 1)).astype(np.float32)
     update = messages.Update(config.local_steps, config.clients - 1, 10_000, steps[0], steps[0, :, 0])
-    begin = len(messages.pack_start(config.local_steps, 1e-5))
+    start_bytes = len(messages.pack_start(config.local_steps, 1e-5))
     rates = np.full(config.clients, 1e-5, np.float32)
     outcome = messages.Outcome(config.local_steps, np.arange(config.clients), None, rates, steps[:, :, 0], 1.0)
-    up = len(messages.pack_update(update))
-    everything = 2 * sum(int(np.prod(shape)) for shape in leaves(llama).values())
+    update_bytes = len(messages.pack_update(update))
+    all_weights = 2 * sum(int(np.prod(shape)) for shape in leaves(llama).values())
     table = {
-        "all weights, 16 bits (counted)": (everything, everything),
+        "all weights, 16 bits (counted)": (all_weights, all_weights),
         "LoRA, float32": (lora(np.float32),) * 2,
         "LoRA, float16": (lora(np.float16),) * 2,
-        "coefficients, per-client directions": (up, begin + len(messages.pack_outcome(outcome, config.clients, 0))),
-        "coefficients, shared directions": (up, begin + len(messages.pack_mean(config.local_steps, steps[0], 1.0))),
+        "coefficients, per-client directions": (
+            update_bytes,
+            start_bytes + len(messages.pack_outcome(outcome, config.clients, 0)),
+        ),
+        "coefficients, shared directions": (
+            update_bytes,
+            start_bytes + len(messages.pack_mean(config.local_steps, steps[0], 1.0)),
+        ),
     }
-    rows = [{"sent": name, "uplink_bytes": up, "downlink_bytes": down} for name, (up, down) in table.items()]
+    rows = [
+        {"sent": name, "uplink_bytes": uplink, "downlink_bytes": downlink} for name, (uplink, downlink) in table.items()
+    ]
     _cli.write_folder(config, rows, time.perf_counter() - start)
     plot(config.out / "communication.png", config, table)
     _cli.print_table(f"{config.model}, {parameters:,} LoRA parameters: bytes of a client and round", rows)
 
 
 def plot(file: Path, config: Config, table: dict[str, tuple[int, int]]) -> None:
-    """The bytes of each form as bars on a logarithmic axis."""
+    """Plots the bytes of each message as bars on a logarithmic axis."""
     figure, axes = _plots.subplots(figsize=(7, 3))
-    places = np.arange(len(table))
-    for shift, which, label in ((-0.2, 0, "up"), (0.2, 1, "down")):
-        bars = axes.barh(places + shift, [sizes[which] for sizes in table.values()], 0.38, label=label)
-        axes.bar_label(bars, [f"{sizes[which]:,}" for sizes in table.values()], padding=3, fontsize="x-small")
-    axes.set_yticks(places, list(table))
+    positions = np.arange(len(table))
+    for shift, column, label in ((-0.2, 0, "up"), (0.2, 1, "down")):
+        bars = axes.barh(positions + shift, [sizes[column] for sizes in table.values()], 0.38, label=label)
+        axes.bar_label(bars, [f"{sizes[column]:,}" for sizes in table.values()], padding=3, fontsize="x-small")
+    axes.set_yticks(positions, list(table))
     axes.invert_yaxis()
     axes.set(xscale="log", xlim=(10, 1e13), xlabel="bytes of a client and round")
     axes.set_title(f"{config.model}, r = {config.rank}, H = {config.local_steps}, {config.clients} clients")

@@ -3,8 +3,8 @@
     python -m experiments.benchmarks.precision
     python -m experiments.benchmarks.precision --model smollm2-135m --data gsm8k --data-dir FOLDER --partition iid
 
-The truth is the exact directional derivative zᵀ∇L in float32, by forward-mode differentiation. The frozen weights are
-rounded to bfloat16 in all of it, so that what is measured is the arithmetic alone.
+The reference is the exact directional derivative zᵀ∇L in float32, by forward-mode differentiation. The frozen weights
+are rounded to bfloat16 for all precisions, so only the error of the arithmetic is measured.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from fedmezo_jax.run.context import RunContext, prepare
 
 @dataclass(frozen=True)
 class Config:
-    """The run whose model, data and LoRA are measured, and how."""
+    """The run whose model, data and LoRA are used, and the measurement."""
 
     run: RunConfig
     scales: str = "1e-4,3e-4,1e-3,3e-3,1e-2,3e-2"
     """perturbation scales μ"""
     rows: int = 2
-    """training rows in the loss"""
+    """training examples in the loss"""
     probes: int = 12
     """directions z"""
     out: Path = Path("runs/precision")
@@ -70,35 +70,35 @@ def main(config: Config) -> None:
 
 
 def measure(setup: RunContext, scales: list[float], count: int, probes: int) -> Iterator[dict[str, Any]]:
-    """One row for each precision and scale: √(Σ(g − zᵀ∇L)² / Σ(zᵀ∇L)²) over the probes."""
+    """Yields one row per precision and scale: √(Σ(g − zᵀ∇L)² / Σ(zᵀ∇L)²) over the probes."""
     base = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), setup.task.base)
     rows = TokenBatch(*(jnp.asarray(leaf[:count]) for leaf in setup.task.train))
     keys = jax.random.split(jax.random.fold_in(run_key(setup.config.seed), random.PRECISION), probes)
-    law: mezo.Distribution = setup.config.distribution
+    distribution: mezo.Distribution = setup.config.distribution
     zeros = jax.tree.map(jnp.zeros_like, setup.lora)
     exact_loss = loss_of(setup.task.model.clone(precision="float32"), base)
 
     @jax.jit
     def slope(loss, key):
-        z = mezo.shift(zeros, mezo.Perturbation(key, 1.0, law))
+        z = mezo.shift(zeros, mezo.Perturbation(key, 1.0, distribution))
         return jax.jvp(lambda lora: loss(lora, rows), (setup.lora,), (z,))[1]
 
     @jax.jit
     def projected(pair_loss, key, scale):
-        plus, minus = pair_loss(setup.lora, rows, mezo.Perturbation(key, scale, law))
+        plus, minus = pair_loss(setup.lora, rows, mezo.Perturbation(key, scale, distribution))
         return (plus - minus) / (2 * scale)
 
     exact = np.array([slope(exact_loss, key) for key in keys])
     for precision in get_args(Precision):
         loss = pair_loss_of(setup.task.model.clone(precision=precision), base)
         for scale in scales:
-            found = np.array([projected(loss, key, jnp.float32(scale)) for key in keys])
-            error = np.linalg.norm(found - exact) / np.linalg.norm(exact)
+            estimates = np.array([projected(loss, key, jnp.float32(scale)) for key in keys])
+            error = np.linalg.norm(estimates - exact) / np.linalg.norm(exact)
             yield {"precision": precision, "perturbation_scale": scale, "error": float(error), "probes": probes}
 
 
 def plot(file: Path, rows: list[dict[str, Any]], title: str) -> None:
-    """Error over μ, a line for each precision, as a PNG."""
+    """Plots the error over μ with a line per precision, as a PNG."""
     figure, axes = _plots.subplots(figsize=(6.4, 4))
     for precision in get_args(Precision):
         line = [(row["perturbation_scale"], row["error"]) for row in rows if row["precision"] == precision]

@@ -1,7 +1,7 @@
-"""FedMeZO's client step in PyTorch and PEFT, as the paper's reference does it: what ``benchmarks.step`` compares with.
+"""FedMeZO's client step in PyTorch and PEFT, like the paper's reference code; the baseline of ``benchmarks.step``.
 
-Clients run one after another. A step moves every LoRA parameter in place by +μz, −2μz and +μz, drawing z anew from its
-seed each time, evaluates the loss in between, and draws z once more for the update.
+Clients run one after another. A step moves every LoRA parameter in place by +μz, −2μz and +μz, evaluates the loss in
+between, and then makes the update. It draws z again from its seed for each of these.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fedmezo_jax.llama.config import LlamaConfig, to_json
 def peer_step(
     config: LlamaConfig, clients: int, batch: int, length: int, rank: int, targets: list[str], dtype: str
 ) -> Callable[[], None]:
-    """A function that takes one local step of all clients on random weights and rows, half of each labelled.
+    """Returns a function that runs one local step of all clients on random weights and examples, half of each labelled.
 
     Raises:
         UserError: PyTorch or PEFT is not installed.
@@ -23,15 +23,15 @@ def peer_step(
     try:
         import torch
         from peft import LoraConfig, get_peft_model
-        from transformers import LlamaConfig as TheirConfig
+        from transformers import LlamaConfig as TransformersConfig
         from transformers import LlamaForCausalLM
     except ImportError as error:
         raise UserError(f"the peer needs PyTorch and PEFT ({error}): pip install torch peft, or --no-peer") from None
 
-    their_dtype = getattr(torch, dtype)
+    torch_dtype = getattr(torch, dtype)
     lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
-    model = LlamaForCausalLM(TheirConfig(**to_json(config))).to(their_dtype)  # pyright: ignore[reportArgumentType]
-    model = get_peft_model(model, lora).to(their_dtype).eval()
+    model = LlamaForCausalLM(TransformersConfig(**to_json(config))).to(torch_dtype)  # pyright: ignore[reportArgumentType]
+    model = get_peft_model(model, lora).to(torch_dtype).eval()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     tokens = torch.randint(0, config.vocab_size, (clients, batch, length))
     labels = tokens.clone()

@@ -1,8 +1,8 @@
-"""Times rounds of more and more clients in blocks: memory stays flat, and a client costs the same.
+"""Times rounds with a growing number of clients in blocks; memory and the time per client should stay the same.
 
     python -m experiments.benchmarks.scale
 
-``over_smallest`` is the time of a client over that in rounds of the smallest number, timed beside.
+``over_smallest`` is the time per client, divided by that of the smallest rounds, which are timed alternately.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Config:
     block: int = 8
     """clients that run at once"""
     length: int = 32
-    """tokens in the one row of a client, half of them labelled"""
+    """tokens in a client's single example, half of them labelled"""
     rank: int = 8
     """LoRA rank"""
     targets: str = "q_proj,v_proj"
@@ -44,46 +44,46 @@ class Config:
     precision: Precision = "float32"
     """of the products with frozen weights"""
     seconds: float = 10
-    """how long each number is timed at least, in whole rounds"""
+    """least time for each number of clients, in whole rounds"""
     beside: int = 8
-    """rounds of the smallest number timed before and after each other round"""
+    """rounds of the smallest number that are timed before and after every other round"""
     seed: int = 0
-    """of weights and rows"""
+    """seed of weights and examples"""
     out: Path = Path("runs/scale")
     """folder for config.json and results.json"""
 
 
 def main(config: Config) -> None:
     """Times rounds of one local step at each number, prints the table and writes the folder."""
-    begin = time.perf_counter()
+    start = time.perf_counter()
     counts, rows = [int(count) for count in config.clients.split(",")], []
     smallest, _ = ready(config, counts[0])
     for count in counts:
-        work, temporary = ready(config, count)
-        # Machines slow down and recover within a minute: the smallest round is timed before and after.
-        beside, seconds = [], []
+        run_round, temporary = ready(config, count)
+        # The speed of machines varies within a minute, so the smallest round is timed before and after.
+        smallest_seconds, seconds = [], []
         while sum(seconds) < config.seconds:
-            beside += _times(smallest, config.beside)
-            seconds += _times(work, 1)
-        beside += _times(smallest, config.beside)
-        each = statistics.mean(seconds) / count
+            smallest_seconds += _times(smallest, config.beside)
+            seconds += _times(run_round, 1)
+        smallest_seconds += _times(smallest, config.beside)
+        seconds_per_client = statistics.mean(seconds) / count
         rows.append(
             {
                 "clients": count,
                 "temp_bytes": temporary,
                 "rounds": len(seconds),
                 "seconds": statistics.mean(seconds),
-                "seconds_per_client": each,
-                "over_smallest": each / statistics.mean(beside) * counts[0],
+                "seconds_per_client": seconds_per_client,
+                "over_smallest": seconds_per_client / statistics.mean(smallest_seconds) * counts[0],
             }
         )
         print(f"{count} clients: {rows[-1]['seconds']:.2f} s, {rows[-1]['over_smallest']:.3f}", flush=True)
-    _cli.write_folder(config, rows, time.perf_counter() - begin)
+    _cli.write_folder(config, rows, time.perf_counter() - start)
     _cli.print_table(f"{config.model}, {config.length} tokens a client, {config.block} clients at once", rows)
 
 
 def ready(config: Config, count: int) -> tuple[Callable[[], Any], int]:
-    """A round of so many clients, compiled, and its temporary bytes."""
+    """Returns a compiled round of ``count`` clients, and its temporary bytes."""
     llama, setting = named_shape(config.model), Setting(count, 1, config.length, config.rank)
     case = random_case(llama, setting, config.targets.split(","), config.precision, config.seed)
     work = client.mezo_client(mezo.MezoConfig())
@@ -91,12 +91,12 @@ def ready(config: Config, count: int) -> tuple[Callable[[], Any], int]:
     arguments = (init(case.lora, count), pair_loss_of(case.model, case.base), case.cohort, case.key)
     compiled = jax.jit(round.work).lower(*arguments).compile()
     plan = compiled.memory_analysis()
-    assert plan is not None  # on this machine's own devices there is one
-    whole = replace(round, work=compiled)
+    assert plan is not None  # present devices have a plan
+    compiled_round = replace(round, work=compiled)
     steps = np.zeros((count, 1), np.float32)
-    report = federated.RoundReport(steps, steps[..., None], steps[:, 0])  # compiles the server's half and runs no round
-    jax.block_until_ready(whole.apply(arguments[0], case.cohort.ids, case.cohort.weights, report, case.key))
-    return lambda: whole(*arguments), plan.temp_size_in_bytes
+    report = federated.RoundReport(steps, steps[..., None], steps[:, 0])  # compiles the server's part without a round
+    jax.block_until_ready(compiled_round.apply(arguments[0], case.cohort.ids, case.cohort.weights, report, case.key))
+    return lambda: compiled_round(*arguments), plan.temp_size_in_bytes
 
 
 def _times(work: Callable[[], Any], count: int) -> list[float]:

@@ -1,9 +1,9 @@
-"""Times a FedMeZO round against forwards alone, bare matrix products and PyTorch/PEFT, alternately in one run.
+"""Times a FedMeZO round, forward passes, matrix products alone and PyTorch/PEFT, alternately in one run.
 
     python -m experiments.benchmarks.step
     python -m experiments.benchmarks.step --settings 8x1x128x8 --no-peer
 
-Weights and rows are random: their values change no time.
+Weights and examples are random; their values do not affect the time.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Config:
     model: str = "smollm2-135m"
     """a shape known by name (smollm2-135m, llama-3b, …) or the path of a config.json"""
     settings: str = "8x1x128x8,3x1x128x8,8x1x32x8,20x1x64x8,3x1x256x128"
-    """clients x batch x tokens x LoRA rank, separated by commas; half of each row is labelled"""
+    """clients x batch x tokens x LoRA rank, separated by commas; half of each example is labelled"""
     targets: str = "q_proj,v_proj"
     """projections with an adapter"""
     precisions: str = "float32,paired"
@@ -51,15 +51,22 @@ class Config:
     peer: bool = True
     """time PyTorch and PEFT too (they must be installed)"""
     repeats: int = 5
-    """rounds timed, after one that compiles; the others' runs come in between"""
+    """rounds timed, after one that compiles, alternating with the other programs"""
     seed: int = 0
-    """of weights and rows"""
+    """seed of weights and examples"""
     out: Path = Path("runs/step")
     """folder for config.json and results.json"""
 
 
 class Setting(NamedTuple):
-    """One case: clients at once, rows each, tokens a row, LoRA rank."""
+    """The sizes of one case.
+
+    Attributes:
+        clients: clients at once.
+        batch: examples per client.
+        length: tokens per example.
+        rank: LoRA rank.
+    """
 
     clients: int
     batch: int
@@ -91,15 +98,15 @@ def bench(config: Config, llama: LlamaConfig, setting: Setting) -> list[dict[str
         programs = _programs(config, llama, setting, precision)
         works |= {f"{precision} {name}": work for name, work in programs.items()}
     if config.peer:
-        peers = ("float32", "bfloat16") if set(precisions) != {"float32"} else ("float32",)
+        peer_dtypes = ("float32", "bfloat16") if set(precisions) != {"float32"} else ("float32",)
         shape = (setting.clients, setting.batch, setting.length, setting.rank, config.targets.split(","))
-        works |= {f"peer {dtype}": peer_step(llama, *shape, dtype) for dtype in peers}
+        works |= {f"peer {dtype}": peer_step(llama, *shape, dtype) for dtype in peer_dtypes}
     times = alternate(works, config.repeats)
-    best = {name: min(found) for name, found in times.items()}
+    best = {name: min(seconds) for name, seconds in times.items()}
     tokens = setting.clients * setting.batch * setting.length
     rows = []
     for precision in precisions:
-        # The local update is the server's to make, from the coefficients: a step is the whole round.
+        # The server makes the update from the coefficients, so a step is the whole round.
         step, products = best[f"{precision} round"], best[f"{precision} products"]
         forwards = best[f"{precision} forward"] * 2
         rate = 2 * _operations(llama, setting, ()) / products
@@ -124,7 +131,7 @@ def bench(config: Config, llama: LlamaConfig, setting: Setting) -> list[dict[str
 
 
 def alternate(works: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each work, ``repeats`` times in turn after one that warms up: a slow moment hits all of them."""
+    """Returns the seconds of each program, run ``repeats`` times in turn after a warm-up, so slow phases affect all."""
     for work in works.values():
         jax.block_until_ready(work())
     times: dict[str, list[float]] = {name: [] for name in works}
@@ -137,7 +144,15 @@ def alternate(works: dict[str, Callable[[], Any]], repeats: int) -> dict[str, li
 
 
 class Case(NamedTuple):
-    """Random weights and rows of one setting at one precision."""
+    """Random weights and examples of one setting at one precision.
+
+    Attributes:
+        model: the decoder.
+        base: its frozen weights.
+        lora: the initial adapter.
+        cohort: a cohort with one batch per client.
+        key: the run's key.
+    """
 
     model: Llama
     base: Any
@@ -147,17 +162,17 @@ class Case(NamedTuple):
 
 
 def random_case(llama: LlamaConfig, setting: Setting, targets: list[str], precision: Any, seed: int) -> Case:
-    """A cohort of one local step, half of each row labelled; weights in float32 for float32 and else in bfloat16."""
+    """Returns a cohort of one local step, half of each example labelled; weights are float32 only for float32."""
     clients, batch, length, rank = setting
-    stored = jnp.float32 if precision == "float32" else jnp.bfloat16
-    draw = np.random.default_rng(seed)
+    weight_dtype = jnp.float32 if precision == "float32" else jnp.bfloat16
+    rng = np.random.default_rng(seed)
 
     def weights(shape):
-        return jnp.asarray(0.02 * draw.standard_normal(shape, np.float32), stored)
+        return jnp.asarray(0.02 * rng.standard_normal(shape, np.float32), weight_dtype)
 
     base = jax.tree.map(weights, base_shapes(llama), is_leaf=lambda leaf: isinstance(leaf, tuple))
     key = jax.random.key(seed, impl="threefry2x32")
-    tokens = draw.integers(0, llama.vocab_size, (clients, 1, batch, length)).astype(np.int32)
+    tokens = rng.integers(0, llama.vocab_size, (clients, 1, batch, length)).astype(np.int32)
     labelled = np.arange(length - _labels(setting), length, dtype=np.int32)
     positions = np.broadcast_to(labelled - 1, (clients, 1, batch, len(labelled)))
     labels = np.take_along_axis(tokens, positions + 1, axis=-1)
@@ -167,7 +182,7 @@ def random_case(llama: LlamaConfig, setting: Setting, targets: list[str], precis
 
 
 def _programs(config: Config, llama: LlamaConfig, setting: Setting, precision: Any) -> dict[str, Callable[[], Any]]:
-    """A round of one local step, a forward of all clients, and the bare products of two forwards."""
+    """A round of one local step, a forward pass of all clients, and the matrix products of two forward passes."""
     case = random_case(llama, setting, config.targets.split(","), precision, config.seed)
     init, round = federated.federated(client.mezo_client(mezo.MezoConfig()), personalization.RateConfig(1e-5))
     single = case.model.clone(precision="bfloat16") if precision == "paired" else case.model
@@ -189,9 +204,9 @@ def _programs(config: Config, llama: LlamaConfig, setting: Setting, precision: A
 
 
 def _products(llama: LlamaConfig, base: Any, setting: Setting, precision: Any) -> jax.Array:
-    """The products of two forwards with frozen weights and next to nothing else: the machine's peak for these shapes.
+    """The products of two forward passes with frozen weights and little else: the machine's peak for these shapes.
 
-    ``paired`` has twice the rows in one product, of a mean and a difference.
+    ``paired`` has one product with twice the rows, of a mean and a difference.
     """
     passes, times = (1, 2) if precision == "paired" else (2, 1)
     tokens = setting.clients * setting.batch
@@ -226,10 +241,10 @@ def _products(llama: LlamaConfig, base: Any, setting: Setting, precision: Any) -
 
 
 def _operations(llama: LlamaConfig, setting: Setting, targets: Sequence[str]) -> int:
-    """Floating-point operations of the products of one forward of all clients.
+    """Floating-point operations of the products of one forward pass of all clients.
 
-    Without targets, of those with frozen weights alone; with them also of the adapters' and attention's, of which
-    causality leaves half.
+    Without targets only products with frozen weights count. With targets those of the adapters and of causal attention
+    count too.
     """
     frozen, rest = cost_model.forward_operations(llama, setting.length, setting.rank, targets)
     return setting.clients * setting.batch * (frozen + (rest if targets else 0))

@@ -1,10 +1,10 @@
-"""Weak scaling as far as compiled programs show it: the same clients for each device, on 1 to 256 devices.
+"""Weak scaling of compiled programs: the same number of clients per device, on 1 to 256 devices.
 
     python -m experiments.benchmarks.weak_scaling --model llama-3b --topology a100-80gb
     python -m experiments.benchmarks.weak_scaling --model smollm2-135m --topology v5e --devices 4,16,64,256
 
-Peak memory and traffic of a device are the compiler's, its operations are counted; nothing is run. Each round is
-compiled in ``paired`` precision, the default of runs, and in plain bfloat16.
+Peak memory and traffic per device come from the compiler, and operations are counted; nothing is run. Each round is
+compiled in ``paired`` precision and in plain bfloat16.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from math import nan
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # shapes are compiled, nothing is run
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # programs are compiled and not run
 
 from rich.progress import track
 
@@ -28,35 +28,35 @@ from fedmezo_jax.llama.shapes import named_shape
 from fedmezo_jax.planning import cost_model, hardware
 
 PRECISIONS: tuple[Precision, ...] = ("paired", "bfloat16")
-"""The default of runs, and plain bfloat16 for comparison."""
+"""Two losses at once, and plain bfloat16 for comparison."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """What grows and what does not."""
+    """The model, the devices and the round."""
 
     model: str = "llama-3b"
     """llama-3b, llama-7b, llama3-8b, llama-13b, llama-70b, smollm2-135m, or the path of a config.json"""
     topology: str = "a100-80gb"
     """kind of device: v5e, v6e, a100-40gb, a100-80gb or h100"""
     devices: str = "1,4,16,64,256"
-    """numbers of devices; of TPUs those that fill a square slice"""
+    """numbers of devices; TPUs must fill a square slice"""
     clients_per_device: int = 1
-    """clients of each device in a round"""
+    """clients per device in a round"""
     local_steps: int = 30
     """local steps H"""
     length: int = 1024
-    """tokens a row, half of them labels"""
+    """tokens per example, half of them labels"""
     rank: int = 128
     """LoRA rank"""
     directions_shared: bool = False
-    """whether clients draw directions of their own or share them"""
+    """whether all clients share their directions"""
     out: Path = Path("runs/weak_scaling")
     """folder for config.json, results.json and weak_scaling.png"""
 
     @property
     def counts(self) -> list[int]:
-        """``devices``, taken apart."""
+        """The numbers in ``devices``."""
         try:
             counts = [int(part) for part in self.devices.split(",")]
         except ValueError:
@@ -77,16 +77,16 @@ def main(config: Config) -> None:
         sizes = (clients, config.local_steps, 1, config.length, config.rank)
         for precision in PRECISIONS:
             planned = cost_model.RoundSpec(llama, *sizes, ("q_proj", "v_proj"), precision, config.directions_shared)
-            found = cost_model.compile_round(planned, target, (count, 1), config.clients_per_device)
+            compiled = cost_model.compile_round(planned, target, (count, 1), config.clients_per_device)
             rows.append(
                 {
                     "devices": count,
                     "clients": clients,
                     "precision": precision,
-                    "program_bytes": found.code,
-                    "peak_bytes_per_device": found.peak,
+                    "program_bytes": compiled.code,
+                    "peak_bytes_per_device": compiled.peak,
                     "flops_per_device": cost_model.operations(planned) // count,
-                    "collective_bytes_per_round": found.received,
+                    "collective_bytes_per_round": compiled.received,
                 }
             )
     _cli.write_folder(config, rows, time.perf_counter() - start)
@@ -104,15 +104,18 @@ def _slice(kind: str, count: int) -> str:
 
 
 def plot(file: Path, config: Config, rows: list[dict[str, Any]]) -> None:
-    """Memory and traffic of a device over the number of devices."""
+    """Plots memory and traffic per device over the number of devices."""
     figure, (left, right) = _plots.subplots(1, 2, figsize=(8, 3.6))
     devices = list(dict.fromkeys(row["devices"] for row in rows))
     for precision, style in zip(PRECISIONS, ("o-", "v--"), strict=True):
-        own = [row for row in rows if row["precision"] == precision]
+        precision_rows = [row for row in rows if row["precision"] == precision]
         left.plot(
-            devices, [(row["peak_bytes_per_device"] or nan) / hardware.GIB for row in own], style, label=precision
+            devices,
+            [(row["peak_bytes_per_device"] or nan) / hardware.GIB for row in precision_rows],
+            style,
+            label=precision,
         )
-        right.plot(devices, [row["collective_bytes_per_round"] for row in own], style)
+        right.plot(devices, [row["collective_bytes_per_round"] for row in precision_rows], style)
     left.set(ylabel="peak GiB of a device", ylim=(0, 1.1 * left.get_ylim()[1]))
     right.set(ylabel="bytes received in a round")
     for axes in (left, right):

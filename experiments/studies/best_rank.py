@@ -3,8 +3,8 @@
     python -m experiments.studies.effective_rank
     python -m experiments.studies.best_rank --effective-rank runs/effective_rank/results.json
 
-FedMeZO at each LoRA rank and several learning rates, for the best rate depends on the rank; α = 2r. The conjecture has
-the best LoRA rank at or above the effective rank, whose ``results.json`` the second command names.
+Runs FedMeZO at each LoRA rank with several learning rates, because the best rate depends on the rank; α = 2r. According
+to the conjecture the best LoRA rank is at least the effective rank, which the second command reads from a file.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fedmezo_jax.errors import UserError
 
 
 def _variants(ranks: Sequence[int], products: Sequence[float]) -> dict[str, dict[str, Any]]:
-    """Each rank at rates of these products η·r: the rates at which runs diverge fall about as 1/r."""
+    """Each rank at learning rates with these products η·r: runs diverge at rates that fall about as 1/r."""
     return {
         f"r = {rank}, η = {product / rank:g}": {
             "lora_rank": rank,
@@ -47,14 +47,14 @@ PRESETS: dict[runner.PresetName, runner.Preset] = {
 
 @dataclass(frozen=True)
 class Config(runner.Config):
-    """Which preset, and what of it to change."""
+    """The preset, and changes to it."""
 
     effective_rank: Path | None = None
     """results.json of experiments.studies.effective_rank, of the same model and data"""
 
 
 def main(config: Config) -> None:
-    """Runs the study, with a plot of its own."""
+    """Runs the study and draws its plot."""
     measured = _effective_ranks(config)
     out, outcomes = runner.run(
         config, "best_rank", PRESETS, title="best LoRA rank", conclude=partial(conclude, measured=measured)
@@ -63,19 +63,19 @@ def main(config: Config) -> None:
 
 
 def conclude(outcomes: Sequence[runner.Outcome], measured: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row a LoRA rank: the loss at its best η, and its gap to the best rank, paired by seed."""
-    tuned = {rank: runner.best_of(own) for rank, own in _by_rank(outcomes).items()}
-    winner = runner.best_of([best for best, _ in tuned.values()]).best
+    """Returns a row per LoRA rank: the loss at its best η, and its gap to the best rank, paired by seed."""
+    tuned = {rank: runner.best_of(sweep) for rank, sweep in _by_rank(outcomes).items()}
+    winner = runner.best_of([outcome for outcome, _ in tuned.values()]).best
     rows = []
-    for rank, (one, at_an_end) in tuned.items():
-        gap = one.after - winner.after
+    for rank, (best, at_an_end) in tuned.items():
+        gap = best.after - winner.after
         row = {
             "lora_rank": rank,
-            "best_learning_rate": one.config.learning_rate,
+            "best_learning_rate": best.config.learning_rate,
             "at_an_end_of_the_sweep": at_an_end,
-            "seeds": len(one.after),
-            "loss_after": float(one.after.mean()),
-            "band_90": runner.half_width(one.after),
+            "seeds": len(best.after),
+            "loss_after": float(best.after.mean()),
+            "band_90": runner.half_width(best.after),
             "above_the_best": float(gap.mean()),
             "above_band_90": runner.half_width(gap),
         }
@@ -86,12 +86,12 @@ def conclude(outcomes: Sequence[runner.Outcome], measured: dict[int, dict[str, A
 
 
 def _by_rank(outcomes: Sequence[runner.Outcome]) -> dict[int, list[runner.Outcome]]:
-    ranks = dict.fromkeys(one.config.lora_rank for one in outcomes)
-    return {rank: [one for one in outcomes if one.config.lora_rank == rank] for rank in ranks}
+    ranks = dict.fromkeys(outcome.config.lora_rank for outcome in outcomes)
+    return {rank: [outcome for outcome in outcomes if outcome.config.lora_rank == rank] for rank in ranks}
 
 
 def _effective_ranks(config: Config) -> dict[int, dict[str, Any]]:
-    """Rows of the whole Hessian after training, by LoRA rank; ``{}`` where no file is given."""
+    """Rows of the whole Hessian after training, by LoRA rank; ``{}`` if no file is given."""
     if config.effective_rank is None:
         return {}
     run = PRESETS[config.preset].run
@@ -107,27 +107,29 @@ def _effective_ranks(config: Config) -> dict[int, dict[str, Any]]:
 
 
 def plot(file: Path, rows: Sequence[dict[str, Any]], outcomes: Sequence[runner.Outcome]) -> None:
-    """Test loss over the LoRA rank, at each η and at each rank's best; the effective rank as a line of its own."""
+    """Test loss over the LoRA rank, at each η and at each rank's best; the effective rank as a separate line."""
     figure, axes = _plots.subplots(figsize=(6.4, 4.6))
-    for i, rate in enumerate(dict.fromkeys(one.config.learning_rate for one in outcomes)):
-        own = [one for one in outcomes if one.config.learning_rate == rate]
-        ranks = [one.config.lora_rank for one in own]
-        axes.plot(ranks, [one.after.mean() for one in own], ".:", color=f"C{i}", label=f"η = {rate:g}")
+    for i, rate in enumerate(dict.fromkeys(outcome.config.learning_rate for outcome in outcomes)):
+        at_rate = [outcome for outcome in outcomes if outcome.config.learning_rate == rate]
+        ranks = [outcome.config.lora_rank for outcome in at_rate]
+        axes.plot(ranks, [outcome.after.mean() for outcome in at_rate], ".:", color=f"C{i}", label=f"η = {rate:g}")
     ranks, after = ([row[name] for row in rows] for name in ("lora_rank", "loss_after"))
     band = [row["band_90"] or 0 for row in rows]
     axes.errorbar(ranks, after, band, fmt="ko-", capsize=3, label="at the rank's best η, 90 %")
-    top = np.max([one.after.mean() for one in outcomes if one.config.learning_rate == rows[0]["best_learning_rate"]])
+    top = np.max(
+        [outcome.after.mean() for outcome in outcomes if outcome.config.learning_rate == rows[0]["best_learning_rate"]]
+    )
     axes.set(xlabel="LoRA rank", ylabel="test loss (nats/token)", ylim=(None, top + 0.3))
     _plots.ticks_at(axes, ranks, log=True)
     axes.set_title("best LoRA rank")
     axes.grid(alpha=0.3)
-    shown = [axes]
+    all_axes = [axes]
     if any("effective_rank_positive" in row for row in rows):
-        other = axes.twinx()
-        shown.append(other)
-        other.plot(ranks, [row["effective_rank_positive"] for row in rows], "s-", color="0.6", label="tr H₊/‖H₊‖")
-        other.set_ylabel("effective rank")
-    _plots.legend(figure, *shown)
+        rank_axes = axes.twinx()
+        all_axes.append(rank_axes)
+        rank_axes.plot(ranks, [row["effective_rank_positive"] for row in rows], "s-", color="0.6", label="tr H₊/‖H₊‖")
+        rank_axes.set_ylabel("effective rank")
+    _plots.legend(figure, *all_axes)
     _plots.save(figure, file, dpi=90)
 
 

@@ -2,9 +2,9 @@
 
 python -m experiments.studies.convergence
 
-The paper compares at one learning rate, with plain SGD as the baseline. Here each method gets a sweep of rates and is
-shown at its best one, over rounds, over the forward passes that its work amounts to (a backward
-pass through a frozen base has as many products as a forward one), and over seconds.
+The paper compares both at one learning rate, with plain SGD as the baseline. Here each method has a sweep of learning
+rates and is shown at its best one, over rounds, over equivalent forward passes (a backward pass through a frozen base
+has as many products as a forward pass), and over seconds.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ METHODS = {
 
 
 def variants(**rates: Sequence[float]) -> runner.Variants:
-    """Every method at every rate of its sweep."""
+    """Returns every method at every learning rate of its sweep."""
     return runner.swept(
         {label: (fields, sweep) for (label, fields), sweep in zip(METHODS.items(), rates.values(), strict=True)}
     )
@@ -38,14 +38,16 @@ PRESETS = runner.standard_presets(
 
 
 def plot(path: str, chosen: dict[str, runner.Outcome]) -> None:
-    """Loss over rounds, forward passes and seconds, at each method's best rate."""
+    """Plots the loss over rounds, forward passes and seconds, at each method's best learning rate."""
     figure, panels = _plots.subplots(1, 3, figsize=(11, 3.6), sharey=True)
-    for label, one in chosen.items():
-        rounds = np.array(one.curves[0].rounds)
-        pace = float(np.mean([curve.seconds_per_round for curve in one.curves]))
-        values = np.array([curve.test_loss for curve in one.curves])
-        for axes, x in zip(panels, (rounds, rounds * forward_passes(one.config), rounds * pace), strict=True):
-            runner.draw(axes, x, values, f"{label}, η = {one.config.learning_rate:g}")
+    for label, outcome in chosen.items():
+        rounds = np.array(outcome.curves[0].rounds)
+        seconds_per_round = float(np.mean([curve.seconds_per_round for curve in outcome.curves]))
+        values = np.array([curve.test_loss for curve in outcome.curves])
+        for axes, x in zip(
+            panels, (rounds, rounds * forward_passes(outcome.config), rounds * seconds_per_round), strict=True
+        ):
+            runner.draw(axes, x, values, f"{label}, η = {outcome.config.learning_rate:g}")
     for axes, name in zip(panels, ("rounds", "forward passes", "seconds"), strict=True):
         axes.set_xlabel(name)
         axes.grid(alpha=0.3)

@@ -2,8 +2,8 @@
 
     python -m experiments.studies.convergence_rate
 
-Clients have iid rows, and η ∝ (NH/T)^½, as the theorem scales it. A slope is fitted on logarithmic scales over all
-seeds. Few zeroth-order steps lower ‖∇f‖² little, so that a flat line is no refutation: the theorem is an upper bound.
+Clients have i.i.d. data, and η ∝ (NH/T)^½ as in the theorem. A slope is fitted on logarithmic scales over all seeds. A
+few zeroth-order steps lower ‖∇f‖² little, so a flat line does not refute the theorem, which is an upper bound.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class Preset(NamedTuple):
     """One scale of the study.
 
     Attributes:
-        run: the base of all runs: its N, H, T and η.
-        values: of N, H and T, by the run's field; one of them is varied at a time.
-        num_seeds: runs of each.
-        looks: how often a run's ‖∇f‖² is measured.
+        run: the base of all runs, with its N, H, T and η.
+        values: values of N, H and T by the run's field; one of them is varied at a time.
+        num_seeds: runs per value.
+        looks: number of measurements of ‖∇f‖² per run.
     """
 
     run: RunConfig
@@ -70,7 +70,7 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Config:
-    """What to run."""
+    """The preset and its data."""
 
     preset: runner.PresetName = "small"
     """small: minutes on two CPU cores; paper: the paper's model and data; smoke: seconds"""
@@ -91,10 +91,10 @@ def main(config: Config) -> None:
         name: [replace(_scaled(base, name, value), seed=seed) for value in values for seed in seeds]
         for name, values in preset.values.items()
     }
-    distinct = list(dict.fromkeys(run for own in runs.values() for run in own))
+    distinct = list(dict.fromkeys(run for group in runs.values() for run in group))
     points = [{"looks": preset.looks, **asdict(run)} for run in distinct]
-    ends, seconds = measure(config.out / "points", points, _over_a_run)
-    found = dict(zip(distinct, ends, strict=True))
+    results, seconds = measure(config.out / "points", points, _over_a_run)
+    measured = dict(zip(distinct, results, strict=True))
     rows = [
         {
             "varied": NAMES[name],
@@ -103,10 +103,10 @@ def main(config: Config) -> None:
             "rounds": run.rounds,
             "learning_rate": run.learning_rate,
             "seed": run.seed,
-            **found[run],
+            **measured[run],
         }
-        for name, own in runs.items()
-        for run in own
+        for name, group in runs.items()
+        for run in group
     ]
     slopes = [slope(name, [row for row in rows if row["varied"] == NAMES[name]]) for name in runs]
     _cli.write_folder(config, [*slopes, *rows], seconds, run=asdict(base))
@@ -115,32 +115,32 @@ def main(config: Config) -> None:
 
 
 def slope(field: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The fit over one of N, H and T, by its field's name."""
+    """Returns the fit over one of N, H and T, by its field's name."""
     fit = constants.power_law([row[field] for row in rows], [row["gradient"] for row in rows])
     return {"varied": NAMES[field], "slope": fit.slope, "error": fit.error, "theorem": -0.5, "runs": len(rows)}
 
 
 def _scaled(run: RunConfig, name: str, value: int) -> RunConfig:
-    """``run`` with one of N, H, T changed, and η ∝ (NH/T)^½, as the theorem scales it."""
+    """``run`` with one of N, H, T changed, and η ∝ (NH/T)^½ as in the theorem."""
     changed = replace(run, **{name: value})
-    growth = [one.clients * one.local_steps / one.rounds for one in (changed, run)]
+    growth = [config.clients * config.local_steps / config.rounds for config in (changed, run)]
     return replace(changed, learning_rate=run.learning_rate * (growth[0] / growth[1]) ** 0.5)
 
 
 def _over_a_run(point: dict[str, Any]) -> dict[str, float]:
-    """Mean over a run of ‖∇f‖², and how far the test loss fell.
+    """Mean of ‖∇f‖² over a run, and the decrease of the test loss.
 
-    ‖∇f‖² is the inner product of gradients on two sets of rows, which has no bias.
+    ‖∇f‖² is the inner product of gradients on two sets of examples, which is unbiased.
     """
     config = RunConfig(**{name: value for name, value in point.items() if name != "looks"})
     setup = prepare(config)
     (init, round), loss = build(setup)
     everyone, ones = np.arange(config.clients, dtype=np.int32), np.ones(config.clients, np.float32)
-    state, plain = init(setup.lora, config.clients), loss_of(unpaired(setup.task.model), setup.task.base)
+    state, single_loss = init(setup.lora, config.clients), loss_of(unpaired(setup.task.model), setup.task.base)
     picked = np.random.default_rng(0).permutation(len(setup.task.train.labels))[: 64 - 64 % (2 * config.batch_size)]
     halves = jax.tree.map(lambda leaf: jnp.asarray(leaf[picked].reshape(2, -1, *leaf.shape[1:])), setup.task.train)
-    both, seen = jax.jit(gradients), []
-    looks = set(np.linspace(0, config.rounds, point["looks"] + 1).round().astype(int)[1:].tolist())
+    gradients_of, squared_norms = jax.jit(gradients), []
+    measured_rounds = set(np.linspace(0, config.rounds, point["looks"] + 1).round().astype(int)[1:].tolist())
     settings: dict[str, Any] = {
         "seed": config.seed,
         "local_steps": config.local_steps,
@@ -149,25 +149,25 @@ def _over_a_run(point: dict[str, Any]) -> dict[str, float]:
     for t in range(config.rounds):
         batches = round_batches(setup.task.train, setup.task.parts, everyone, t, **settings)
         state, _ = round(state, loss, federated.Cohort(everyone, ones, batches), run_key(config.seed))
-        if t + 1 in looks:
-            first, second = np.asarray(both(plain, state.params, halves), np.float64)
-            seen.append(float(first @ second))
+        if t + 1 in measured_rounds:
+            first, second = np.asarray(gradients_of(single_loss, state.params, halves), np.float64)
+            squared_norms.append(float(first @ second))
     test_loss = setup.task.evaluate
-    return {"gradient": float(np.mean(seen)), "loss_drop": test_loss(setup.lora) - test_loss(state.params)}
+    return {"gradient": float(np.mean(squared_norms)), "loss_drop": test_loss(setup.lora) - test_loss(state.params)}
 
 
 def plot(file: Path, rows: list[dict[str, Any]], slopes: list[dict[str, Any]]) -> None:
-    """Mean ‖∇f‖² of each run over N, H and T, with the fits."""
+    """Plots the mean ‖∇f‖² of each run over N, H and T, with the fits."""
     figure, axes = _plots.subplots(figsize=(6, 4))
     field_of = {short: field for field, short in NAMES.items()}
     for i, fit in enumerate(slopes):
         field = field_of[fit["varied"]]
-        own = [row for row in rows if row["varied"] == fit["varied"]]
-        x, y = np.array([row[field] for row in own]), np.array([row["gradient"] for row in own])
+        varied_rows = [row for row in rows if row["varied"] == fit["varied"]]
+        x, y = np.array([row[field] for row in varied_rows]), np.array([row["gradient"] for row in varied_rows])
         label = f"{fit['varied']}: slope {fit['slope']:+.2f} ± {fit['error']:.2f}"
         axes.loglog(x, y, "o", color=f"C{i}", label=label)
-        middle = np.exp(np.log(y).mean())
-        axes.loglog(x, middle * (x / np.exp(np.log(x).mean())) ** fit["slope"], color=f"C{i}", linewidth=1)
+        centre = np.exp(np.log(y).mean())
+        axes.loglog(x, centre * (x / np.exp(np.log(x).mean())) ** fit["slope"], color=f"C{i}", linewidth=1)
     axes.set(xlabel="N, H or T, with η ∝ (NH/T)^½", ylabel="mean ‖∇f‖² over a run", title="the theorem: slopes of -0.5")
     axes.grid(alpha=0.3, which="both")
     _plots.ticks_at(axes, (row[field_of[row["varied"]]] for row in rows), log=True)

@@ -1,8 +1,9 @@
-"""Where the learning rate is too large: the loss at multiples of the usual rate, and the warnings before.
+"""Which learning rates are too large: the loss at multiples of the usual rate, and the first warnings.
 
     python -m experiments.studies.divergence
 
-After Fig. 5 of arXiv 2402.05926. The table has a row a run; round 0 as the first warning means before the first round.
+After Fig. 5 of arXiv 2402.05926. The table has one row per run; a first warning in round 0 means before the first
+round.
 """
 
 from __future__ import annotations
@@ -30,17 +31,17 @@ PRESETS: dict[runner.PresetName, tuple[RunConfig, int]] = {
     "paper": (replace(runner.PAPER, learning_rate=1e-5), 3),
     "smoke": (runner.SMOKE, 2),
 }
-"""The run at one time its learning rate, and how many seeds it is run with."""
+"""The run at the usual learning rate, and the number of seeds."""
 
 
 @dataclass(frozen=True)
 class Config(runner.Config):
-    """Which preset, and what of it to change."""
+    """The preset, and changes to it."""
 
     factors: str = "1,3,5,10"
     """multiples of the preset's learning rate"""
     on_divergence: Literal["warn", "clip", "rollback"] = "warn"
-    """what the run does when its loss explodes"""
+    """what the run does when it diverges"""
 
 
 def main(config: Config) -> None:
@@ -55,7 +56,7 @@ def main(config: Config) -> None:
         for seed in range(config.seed, config.seed + (config.num_seeds or num_seeds))
         for factor in factors
     ]
-    outcomes, seconds = result_cache.measure(out / "points", [asdict(one) for one in runs], _outcome)
+    outcomes, seconds = result_cache.measure(out / "points", [asdict(each_run) for each_run in runs], _outcome)
     rows = [outcome["row"] for outcome in outcomes]
     rows.sort(key=lambda row: (row["learning_rate"], row["seed"]))
     _cli.write_folder(replace(config, out=out), rows, seconds, run=asdict(base))
@@ -73,7 +74,7 @@ def _probe(run: RunConfig) -> divergence.Probe:
 
 
 def _outcome(point: dict[str, Any]) -> dict[str, Any]:
-    """One run's row of the table, and its training loss over rounds (None where no client's loss was finite)."""
+    """One run's row of the table, and its training loss per round (None if no client's loss was finite)."""
     run = RunConfig(**point)
     probe = _probe(replace(run, learning_rate=1.0))
     with tempfile.TemporaryDirectory() as folder:
@@ -86,16 +87,18 @@ def _outcome(point: dict[str, Any]) -> dict[str, Any]:
             notify=lambda line: None,
         )
     trained = divergence.count(result.lora)
-    diverged = [record["round"] for record in result.metrics if record["diverged"]]
-    warned = [record["round"] for record in result.metrics if (record["gradient_growth"] or 0) > divergence.GROWTH]
-    first_warning = 0 if divergence.warnings(probe, run, trained) else warned[0] if warned else None
+    diverged_rounds = [record["round"] for record in result.metrics if record["diverged"]]
+    warned_rounds = [
+        record["round"] for record in result.metrics if (record["gradient_growth"] or 0) > divergence.GROWTH
+    ]
+    first_warning = 0 if divergence.warnings(probe, run, trained) else warned_rounds[0] if warned_rounds else None
     row = {
         "learning_rate": run.learning_rate,
         "seed": run.seed,
         "step_length": divergence.step_length(run.fixed_rate, probe.noisy_gradient**0.5, trained),
         "first_warning": first_warning,
-        "first_divergence": diverged[0] if diverged else None,
-        "divergences": len(diverged),
+        "first_divergence": diverged_rounds[0] if diverged_rounds else None,
+        "divergences": len(diverged_rounds),
         "loss_before": result.loss_before,
         "loss_after": result.loss_after,
     }
@@ -103,7 +106,7 @@ def _outcome(point: dict[str, Any]) -> dict[str, Any]:
 
 
 def plot(file: Path, base: RunConfig, factors: Sequence[float], curves: np.ndarray) -> None:
-    """Training loss over rounds as a PNG: of ``[seeds, factors, rounds]`` a line each, a colour for each factor."""
+    """Plots the training loss over rounds, ``[seeds, factors, rounds]``, with a colour per factor."""
     figure, axes = _plots.subplots(figsize=(6.4, 4))
     for i, factor in enumerate(factors):
         lines = axes.plot(np.arange(1, base.rounds + 1), curves[:, i].T, ".-", color=f"C{i}", alpha=0.7)

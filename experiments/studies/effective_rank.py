@@ -3,8 +3,8 @@
     python -m experiments.studies.effective_rank
     python -m experiments.studies.effective_rank --data-dir FOLDER
 
-The second adds SmolLM2-135M on GSM8K and CodeAlpaca. H is measured at the start, where B = 0 and so H is zero on A
-alone, and after some steps of back-propagated Adam. Each batch has an H of its own; errors are over batches.
+The second command adds SmolLM2-135M on GSM8K and CodeAlpaca. H is measured at the start, where B = 0 and so the block
+of H for A is zero, and after some steps of back-propagated Adam. Each batch has its own H; errors are over batches.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from fedmezo_jax.theory import spectrum
 
 
 class Case(NamedTuple):
-    """Where H is measured, and how well.
+    """Where H is measured, and how precisely.
 
     Attributes:
         model: as on the command line of the main job.
-        data: likewise.
-        max_length: most tokens in a row.
-        ranks: LoRA ranks r; α = 2r, as in the paper, so that the adapter's scale is the same for all.
-        layers: whose diagonal blocks are measured, too; at the second of the ranks, or the only one.
-        batches: H is measured on this many.
-        rows: in each batch.
+        data: as on the command line of the main job.
+        max_length: most tokens in an example.
+        ranks: LoRA ranks r; α = 2r as in the paper, so the adapter's scale is the same for all.
+        layers: layers whose diagonal blocks are measured too, at the second rank, or the only one.
+        batches: number of batches on which H is measured.
+        rows: examples per batch.
         probes: Lanczos runs for each H.
-        steps: of a Lanczos run.
-        train_steps: of Adam, on other rows, before the second measurement.
+        steps: steps of a Lanczos run.
+        train_steps: steps of Adam, on other examples, before the second measurement.
     """
 
     model: str
@@ -83,7 +83,7 @@ class Config:
     data_dir: str | None = None
     """folder with local copies of the data sets; with it, small measures SmolLM2-135M, too"""
     seed: int = 0
-    """seed of the LoRA start, the rows and the probes"""
+    """seed of the initial LoRA, the examples and the probes"""
     out: Path = Path("runs/effective_rank")
     """folder for config.json, results.json, the plot and finished points, which are not measured again"""
 
@@ -100,20 +100,20 @@ def main(config: Config) -> None:
         for state in ("start", "trained")
         for layer in (None, *(case.layers if rank == case.ranks[:2][-1] and state == "trained" else ()))
     ]
-    found, seconds = measure(config.out / "points", points, partial(_probe, config.data_dir))
-    rows = [_row(point, probes) for point, probes in zip(points, found, strict=True)]
+    all_probes, seconds = measure(config.out / "points", points, partial(_probe, config.data_dir))
+    rows = [_row(point, probes) for point, probes in zip(points, all_probes, strict=True)]
     _cli.write_folder(config, rows, seconds)
     plot(config.out / "effective_rank.png", rows)
     _cli.print_table("of the LoRA Hessian: mean over batches ± standard error", [_shown(row) for row in rows])
 
 
 def _settings(case: Case) -> dict[str, Any]:
-    """All of a case that a single point depends on."""
+    """The fields of a case on which a single point depends."""
     return {name: value for name, value in case._asdict().items() if name not in ("ranks", "layers")}
 
 
 def _shown(row: dict[str, Any]) -> dict[str, Any]:
-    """A row as printed: errors beside their values."""
+    """A row as printed, with errors beside their values."""
     values = {name: f"{row[name]:.3g} ± {row[f'{name}_error']:.2g}" for name in _QUANTITIES}
     return {name: row[name] for name in ("data", "lora_rank", "state", "layer")} | values
 
@@ -124,13 +124,13 @@ def _probe(data_dir: str | None, point: dict[str, Any]) -> list[list[dict[str, f
     setup, loss, trained = _trained(*(point[name] for name in names), data_dir, _train_rows(point))
     params = setup.lora if point["state"] == "start" else trained
     mask = spectrum.layer_mask(params, point["layer"])
-    key, found = jax.random.fold_in(run_key(point["seed"]), random.EFFECTIVE_RANK), []
+    key, probes_by_batch = jax.random.fold_in(run_key(point["seed"]), random.EFFECTIVE_RANK), []
     for batch in range(point["batches"]):
         rows = _rows(setup, batch * point["rows"], point["rows"])
         keys = [jax.random.fold_in(key, batch * point["probes"] + probe) for probe in range(point["probes"])]
         runs = [_lanczos(loss, params, rows, mask, key, point["steps"]) for key in keys]
-        found.append([spectrum.read(jax.device_get(run), int(mask.sum()))._asdict() for run in runs])
-    return found
+        probes_by_batch.append([spectrum.read(jax.device_get(run), int(mask.sum()))._asdict() for run in runs])
+    return probes_by_batch
 
 
 @partial(jax.jit, static_argnums=5)
@@ -140,7 +140,7 @@ def _lanczos(loss, params, rows, mask, key, steps) -> spectrum.Tridiagonal:
 
 
 def _train_rows(point: dict[str, Any]) -> tuple[int, int, int]:
-    """First row, rows a step and steps of the training, which sees none of the measured batches' rows."""
+    """First example, examples per step and steps of the training, which uses none of the measured examples."""
     return point["batches"] * point["rows"], 2 * point["rows"], point["train_steps"]
 
 
@@ -150,11 +150,11 @@ def _trained(
 ) -> tuple[RunContext, Any, Any]:
     """The setup at this rank, its loss (one object, so that programs are compiled once), and θ after training.
 
-    Adam at 1e-3 on rows of its own.
+    The training is Adam at 1e-3 on separate examples.
     """
     lora = {"lora_rank": rank, "lora_alpha": 2.0 * rank}
-    what = {"model": model, "data": data, "data_dir": data_dir, "max_length": max_length}
-    setup = prepare(paper_config(**what, **lora, partition="iid", clients=1, precision="float32", seed=seed))
+    model_and_data = {"model": model, "data": data, "data_dir": data_dir, "max_length": max_length}
+    setup = prepare(paper_config(**model_and_data, **lora, partition="iid", clients=1, precision="float32", seed=seed))
     optimizer = optax.adam(1e-3)
 
     @jax.jit
@@ -170,15 +170,15 @@ def _trained(
 
 
 def _rows(setup: RunContext, first: int, count: int) -> TokenBatch:
-    """Training rows number ``first`` and following, of all in a random order; from the beginning again at the end."""
+    """``count`` training examples from number ``first`` on, in a fixed random order that starts over at the end."""
     order = np.random.default_rng(setup.config.seed).permutation(len(setup.task.train.tokens))
     picked = np.take(order, range(first, first + count), mode="wrap")
     return TokenBatch(*(jnp.asarray(leaf[picked]) for leaf in setup.task.train))
 
 
-def _row(point: dict[str, Any], found: list[list[dict[str, float]]]) -> dict[str, Any]:
+def _row(point: dict[str, Any], probes_by_batch: list[list[dict[str, float]]]) -> dict[str, Any]:
     """The table's row: means over batches of each H's trace, norm and effective ranks, and their standard errors."""
-    batches = [[spectrum.Probe(**probe) for probe in probes] for probes in found]
+    batches = [[spectrum.Probe(**probe) for probe in probes] for probes in probes_by_batch]
     ranks = [spectrum.effective_ranks(probes) for probes in batches]
     row = {
         "model": point["model"],
@@ -190,7 +190,7 @@ def _row(point: dict[str, Any], found: list[list[dict[str, float]]]) -> dict[str
     quantities = (
         [np.mean([probe.trace for probe in probes]) for probes in batches],
         [max(probe.norm for probe in probes) for probes in batches],
-        *([each[name] for each in ranks] for name in ("plain", "positive", "absolute")),
+        *([estimates[name] for estimates in ranks] for name in ("plain", "positive", "absolute")),
     )
     for name, values in zip(_QUANTITIES, quantities, strict=True):
         row[name], row[f"{name}_error"] = spectrum.estimate(values)
@@ -199,24 +199,24 @@ def _row(point: dict[str, Any], found: list[list[dict[str, float]]]) -> dict[str
 
 
 def plot(file: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Left: effective rank of the whole H over the LoRA rank; right: of each layer's block."""
+    """Plots the effective rank of the whole H over the LoRA rank (left) and of each layer's block (right)."""
     figure, (left, right) = _plots.subplots(1, 2, figsize=(10, 5), width_ratios=(3, 2))
     for i, (model, data) in enumerate(dict.fromkeys((row["model"], row["data"]) for row in rows)):
-        own = [row for row in rows if (row["model"], row["data"]) == (model, data)]
+        case_rows = [row for row in rows if (row["model"], row["data"]) == (model, data)]
         for state, style in (("start", ":"), ("trained", "-")):
             for quantity, marker in (("effective_rank", "o"), ("effective_rank_positive", "^")):
-                picked = [row for row in own if row["layer"] == "all" and row["state"] == state]
+                state_rows = [row for row in case_rows if row["layer"] == "all" and row["state"] == state]
                 name = {"effective_rank": "tr H/‖H‖", "effective_rank_positive": "tr H₊/‖H₊‖"}[quantity]
                 left.errorbar(
-                    [row["lora_rank"] for row in picked],
-                    [row[quantity] for row in picked],
-                    [row[f"{quantity}_error"] for row in picked],
+                    [row["lora_rank"] for row in state_rows],
+                    [row[quantity] for row in state_rows],
+                    [row[f"{quantity}_error"] for row in state_rows],
                     fmt=marker + style,
                     color=f"C{i}",
                     markersize=4,
                     label=f"{model}, {data}, {state}: {name}",
                 )
-        layers = [row for row in own if row["layer"] != "all"]
+        layers = [row for row in case_rows if row["layer"] != "all"]
         right.errorbar(
             [int(row["layer"]) for row in layers],
             [row["effective_rank_positive"] for row in layers],

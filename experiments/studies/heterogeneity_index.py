@@ -2,13 +2,12 @@
 
     python -m experiments.studies.heterogeneity_index
 
-Clients are ranked by each index after each round (round-wise and five-round loss, client drift), and by two truths:
-gradient disparity ‖∇f − ∇f_i‖² by back-propagation, and the distance of a client's categories from all rows'. The
-last index is the drift that the same clients would show if they shared their directions.
+Clients are ranked by each index after each round (round-wise and five-round loss, client drift), and by two references:
+the gradient disparity ‖∇f − ∇f_i‖² by back-propagation, and the distance of a client's categories from those of all
+examples. The last index is the drift of the same clients with shared directions.
 
-A truth that is measured on few rows has noise of its own: the row "gradient disparity" has, instead of a correlation
-with itself, that of one half of its rows with the other, which no index can be expected to exceed by much; and from
-round to round it is taken on the same rows.
+A reference measured on few examples is noisy. The row "gradient disparity" therefore has the correlation between the
+two halves of its examples, which no index can be expected to exceed by much. All rounds use the same examples.
 """
 
 from __future__ import annotations
@@ -46,11 +45,11 @@ class Preset(NamedTuple):
     """One scale of the study.
 
     Attributes:
-        run: what all its runs share.
+        run: configuration of all its runs.
         alphas: Dirichlet concentrations.
-        num_seeds: runs of each.
-        truth_rows: rows of a client on which its gradient is taken, a multiple of four.
-        truth_rounds: before which rounds the gradients are taken.
+        num_seeds: runs per concentration.
+        truth_rows: examples per client on which its gradient is measured, a multiple of four.
+        truth_rounds: rounds before which the gradients are measured.
     """
 
     run: RunConfig
@@ -106,15 +105,25 @@ def main(config: Config) -> None:
     """Runs, prints the table and writes the folder."""
     preset = PRESETS[config.preset]
     changed = {name: value for name in ("data", "data_dir") if (value := getattr(config, name)) is not None}
-    run = replace(preset.run, **changed, personalize="model-diff", personalize_scale=0.0)  # measured and not used
+    run = replace(preset.run, **changed, personalize="model-diff", personalize_scale=0.0)  # measured but not applied
     seeds = range(config.seed, config.seed + preset.num_seeds)
     runs = [replace(run, dirichlet_alpha=alpha, seed=seed) for alpha in preset.alphas for seed in seeds]
-    points = [{**asdict(one), "truth_rows": preset.truth_rows, "truth_rounds": preset.truth_rounds} for one in runs]
-    found, seconds = measure(config.out / "points", points, _trajectory)
+    points = [
+        {**asdict(config_of_run), "truth_rows": preset.truth_rows, "truth_rounds": preset.truth_rounds}
+        for config_of_run in runs
+    ]
+    trajectories, seconds = measure(config.out / "points", points, _trajectory)
     rows = [
         row
         for alpha in preset.alphas
-        for row in summary(alpha, [each for each, one in zip(found, runs, strict=True) if one.dirichlet_alpha == alpha])
+        for row in summary(
+            alpha,
+            [
+                path
+                for path, config_of_run in zip(trajectories, runs, strict=True)
+                if config_of_run.dirichlet_alpha == alpha
+            ],
+        )
     ]
     _cli.write_folder(config, rows, seconds, run=asdict(run))
     plot(config.out / "heterogeneity_index.png", rows, config.data or run.data)
@@ -122,21 +131,26 @@ def main(config: Config) -> None:
 
 
 def _shown(row: dict[str, Any]) -> dict[str, Any]:
-    """A row as printed: errors beside their values."""
+    """A row as printed, with errors beside their values."""
     named = {f"{name}_band_90" for name in _QUANTITIES}
     values = {name: f"{row[name]:+.2f} ± {row[f'{name}_band_90'] or 0:.2f}" for name in _QUANTITIES}
     return {name: values.get(name, value) for name, value in row.items() if name not in named}
 
 
 def _trajectory(point: dict[str, Any]) -> dict[str, Any]:
-    """One run: ``[rounds][clients]`` of each index (NaN before it is known); of the gradient disparity,
-    ``[truths][clients]``, and of the same from either half of its rows, ``[truths][2][clients]``; label distances."""
+    """Runs a configuration and records the indices and the references.
+
+    Returns:
+        ``indices``, ``[rounds][clients]`` of each index (NaN until it is defined); ``gradient``, the gradient
+        disparities ``[truths][clients]``; ``halves``, the same from each half of the examples,
+        ``[truths][2][clients]``; and ``label``, the label distances ``[clients]``.
+    """
     names = RunConfig.__dataclass_fields__
     config = RunConfig(**{name: value for name, value in point.items() if name in names})
     setup = prepare(config)
     (init, round), loss = build(setup)
     shared, _ = build(setup._replace(config=replace(config, directions_shared=True)))
-    plain, key = loss_of(unpaired(setup.task.model), setup.task.base), run_key(config.seed)
+    single_loss, key = loss_of(unpaired(setup.task.model), setup.task.base), run_key(config.seed)
     everyone, ones = np.arange(config.clients, dtype=np.int32), np.ones(config.clients, np.float32)
     state = init(setup.lora, config.clients)
     indices: dict[str, list[list[float]]] = {name: [] for name in INDICES}
@@ -144,7 +158,7 @@ def _trajectory(point: dict[str, Any]) -> dict[str, Any]:
     samples = _samples(setup.task.train, setup.task.parts, point["truth_rows"], config.seed)
     for t in range(config.rounds):
         if t in point["truth_rounds"]:
-            quarters = [_gradients(plain, state.params, rows) for rows in samples]
+            quarters = [_gradients(single_loss, state.params, rows) for rows in samples]
             first, second = _disparity(*quarters[:2]), _disparity(*quarters[2:])
             halves.append([first.tolist(), second.tolist()])
             truths.append(_disparity((quarters[0] + quarters[1]) / 2, (quarters[2] + quarters[3]) / 2).tolist())
@@ -158,19 +172,21 @@ def _trajectory(point: dict[str, Any]) -> dict[str, Any]:
             batch_size=config.batch_size,
         )
         cohort = federated.Cohort(everyone, ones, jax.tree.map(jnp.asarray, batches))
-        alike, _ = shared.round(state, loss, cohort, key)
+        with_shared, _ = shared.round(state, loss, cohort, key)
         state, _ = round(state, loss, cohort, key)
         losses = np.asarray(state.signals.losses)
-        each = (losses[:, 0], losses.mean(axis=1), state.signals.drift, alike.signals.drift)
-        for name, signal in zip(INDICES, each, strict=True):
+        signals = (losses[:, 0], losses.mean(axis=1), state.signals.drift, with_shared.signals.drift)
+        for name, signal in zip(INDICES, signals, strict=True):
             indices[name].append(np.asarray(signal, np.float64).tolist())
     categories = category_distances(list(setup.task.parts), setup.categories)
     return {"indices": indices, "gradient": truths, "halves": halves, "label": categories.tolist()}
 
 
 def _samples(train: Rows, parts: Sequence[np.ndarray], count: int, seed: int) -> list[Rows]:
-    """Four disjoint quarters of ``count`` rows of each client, leaves ``[N, count/4, …]``; a client with fewer rows
-    has some of them in several quarters."""
+    """Four disjoint quarters of ``count`` examples of each client, leaves ``[N, count/4, …]``.
+
+    A client with fewer examples has some of them in several quarters.
+    """
     rng = np.random.default_rng(seed)
     picked = np.stack([np.resize(rng.permutation(part), count) for part in parts])
     return [jax.tree.map(jnp.asarray, take(train, quarter)) for quarter in np.split(picked, 4, axis=1)]
@@ -181,62 +197,64 @@ _disparity = jax.jit(heterogeneity.disparity)
 
 
 def summary(alpha: float, runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each index, and one for the gradient disparity as if it were one: means over runs."""
+    """Returns means over runs: a row for each index, and one for the gradient disparity."""
     rows = []
     for name in (*INDICES, "gradient disparity"):
-        each = []
-        for one in runs:
-            gradient = np.mean(one["gradient"], axis=0)
+        correlations = []
+        for run in runs:
+            gradient = np.mean(run["gradient"], axis=0)
             signals = [
                 signal
-                for signal in (one["indices"][name] if name in INDICES else one["gradient"])
+                for signal in (run["indices"][name] if name in INDICES else run["gradient"])
                 if np.isfinite(signal).all()
             ]
             to_gradient = [rank_correlation(signal, gradient) for signal in signals]
-            if name not in INDICES:  # of one half of its sample with the other
-                to_gradient = [rank_correlation(*halves) for halves in one["halves"]]
-            to_label = [rank_correlation(signal, one["label"]) for signal in signals]
+            if name not in INDICES:  # of the two halves of its sample
+                to_gradient = [rank_correlation(*halves) for halves in run["halves"]]
+            to_label = [rank_correlation(signal, run["label"]) for signal in signals]
             stable = [rank_correlation(*pair) for pair in pairwise(signals)]
-            each.append([np.mean(to_gradient), np.mean(to_label), np.mean(stable)])
+            correlations.append([np.mean(to_gradient), np.mean(to_label), np.mean(stable)])
         row: dict[str, Any] = {"dirichlet_alpha": alpha, "index": name, "runs": len(runs)}
         for column, quantity in enumerate(_QUANTITIES):
-            values = np.array(each)[:, column]
+            values = np.array(correlations)[:, column]
             row |= {quantity: float(values.mean()), f"{quantity}_band_90": runner.half_width(values)}
-        row["mean_gradient_disparity"] = float(np.mean([one["gradient"] for one in runs]))
-        row["mean_label_distance"] = float(np.mean([one["label"] for one in runs]))
+        row["mean_gradient_disparity"] = float(np.mean([run["gradient"] for run in runs]))
+        row["mean_label_distance"] = float(np.mean([run["label"] for run in runs]))
         rows.append(row)
     return rows
 
 
-def rank_correlation(one: Sequence[float] | np.ndarray, other: Sequence[float] | np.ndarray) -> float:
-    """Spearman's ρ; 0 where one of the two ranks nobody above anybody."""
-    if np.ptp(one) == 0 or np.ptp(other) == 0:
+def rank_correlation(first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray) -> float:
+    """Returns Spearman's ρ; 0 if all values of either argument are equal."""
+    if np.ptp(first) == 0 or np.ptp(second) == 0:
         return 0.0
-    return float(stats.spearmanr(one, other)[0])  # pyright: ignore[reportArgumentType]
+    return float(stats.spearmanr(first, second)[0])  # pyright: ignore[reportArgumentType]
 
 
 def plot(file: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
-    """Rank correlations and the truth itself over the Dirichlet α."""
+    """Plots the rank correlations and the references over the Dirichlet α."""
     figure, axes = _plots.subplots(1, 4, figsize=(14, 4.2))
     names = ("with gradient disparity", "with label distance", "from round to round")
-    for one, quantity, name in zip(axes, _QUANTITIES, names, strict=False):
+    for panel, quantity, name in zip(axes, _QUANTITIES, names, strict=False):
         for i, index in enumerate(dict.fromkeys(row["index"] for row in rows)):
-            own = [row for row in rows if row["index"] == index]
+            index_rows = [row for row in rows if row["index"] == index]
             label = index if index in INDICES or quantity != "to_gradient" else "gradient disparity, half with half"
-            x = [row["dirichlet_alpha"] * 1.05**i for row in own]
-            y, error = [row[quantity] for row in own], [row[f"{quantity}_band_90"] or 0 for row in own]
-            one.errorbar(x, y, error, fmt="o-", markersize=3, color=f"C{i}", label=label)
-        one.axhline(0, color="0.5", linewidth=0.8)
-        one.set(xlabel="Dirichlet α", title=f"rank correlation {name}", ylim=(-1.05, 1.05))
-    own = [row for row in rows if row["index"] == INDICES[0]]
-    x = [row["dirichlet_alpha"] for row in own]
-    axes[3].plot(x, [row["mean_gradient_disparity"] for row in own], "ko-", label="gradient disparity (right)")
-    axes[3].plot(x, [row["mean_label_distance"] for row in own], "s-", color="0.5", label="label distance (right)")
+            x = [row["dirichlet_alpha"] * 1.05**i for row in index_rows]
+            y, error = [row[quantity] for row in index_rows], [row[f"{quantity}_band_90"] or 0 for row in index_rows]
+            panel.errorbar(x, y, error, fmt="o-", markersize=3, color=f"C{i}", label=label)
+        panel.axhline(0, color="0.5", linewidth=0.8)
+        panel.set(xlabel="Dirichlet α", title=f"rank correlation {name}", ylim=(-1.05, 1.05))
+    index_rows = [row for row in rows if row["index"] == INDICES[0]]
+    x = [row["dirichlet_alpha"] for row in index_rows]
+    axes[3].plot(x, [row["mean_gradient_disparity"] for row in index_rows], "ko-", label="gradient disparity (right)")
+    axes[3].plot(
+        x, [row["mean_label_distance"] for row in index_rows], "s-", color="0.5", label="label distance (right)"
+    )
     axes[3].set(xlabel="Dirichlet α", title=f"mean over clients ({title})")
     axes[3].set_yscale("symlog", linthresh=1e-3)
-    for one in axes:
-        _plots.ticks_at(one, (row["dirichlet_alpha"] for row in rows), log=True)
-        one.grid(alpha=0.3)
+    for panel in axes:
+        _plots.ticks_at(panel, (row["dirichlet_alpha"] for row in rows), log=True)
+        panel.grid(alpha=0.3)
     _plots.legend(figure, axes[0], axes[3], columns=4)
     _plots.save(figure, file, dpi=72)
 

@@ -1,6 +1,6 @@
-"""What each experiment asks, and what the paper (arXiv 2402.05926) finds on it.
+"""The question of each experiment, and the finding of the paper (arXiv 2402.05926).
 
-The studies' tables, the report, ``experiments/README.md`` and ``docs/results.md`` all have these texts.
+The studies' tables, the report, ``experiments/README.md`` and ``docs/results.md`` use these texts.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ class Question(NamedTuple):
     """A question of the paper, or one that goes beyond it.
 
     Attributes:
-        question: as the index has it.
-        paper: where the paper treats it, and what it finds.
-        by_variant: its figures for single variants, by their label.
+        question: the question, as in the index.
+        paper: the paper's section and finding.
+        by_variant: the paper's figures for single variants, by label.
     """
 
     question: str
@@ -106,4 +106,4 @@ QUESTIONS = {
     "weak_scaling": Question("How do work, memory and traffic of a device grow with the number of devices?"),
     "plan": Question("What fits on these devices, and how long does a round take at least?"),
 }
-"""Module of the experiment → its question. The report shows those of the paper in this order."""
+"""Module of the experiment → its question. The report lists the paper's questions in this order."""

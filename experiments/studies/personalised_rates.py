@@ -2,9 +2,9 @@
 
 python -m experiments.studies.personalised_rates
 
-Every strategy is held against one rate for all (``frozen``) by a paired t-test over seeds. Three controls are blind to
-heterogeneity: rates drawn at random from the same range, model-diff's own rates dealt out at random (``shuffled``), and
-one rate for all that is a quarter larger.
+Every strategy is compared with a common rate (``frozen``) by a paired t-test over seeds. Three controls ignore
+heterogeneity: random rates from the same range, model-diff's rates assigned to random clients (``shuffled``), and a
+common rate that is a quarter larger.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fedmezo_jax.core.personalization import STRATEGIES
 
 
 def variants(learning_rate: float) -> runner.Variants:
-    """The strategies, and a larger rate for all."""
+    """Returns the strategies, and a larger common rate."""
     strategies = runner.vary("personalize", STRATEGIES, "{}")
     return {**strategies, "frozen, 1.25 η₀": {"learning_rate": 1.25 * learning_rate}}
 
@@ -30,15 +30,15 @@ PRESETS = runner.standard_presets(variants(runner.SMALL.fixed_rate), variants(ru
 
 
 def conclude(outcomes: Sequence[runner.Outcome]) -> list[dict[str, Any]]:
-    """A row a strategy, with its mean difference from ``frozen`` and that test's p."""
+    """Returns a row per strategy, with its mean difference from ``frozen`` and the p-value of the test."""
     frozen = outcomes[0].after
-    found = []
-    for row, one in zip(runner.rows(outcomes), outcomes, strict=True):
-        difference = one.after - frozen
-        tested = one.label != "frozen" and np.ptp(difference) > 0
-        p = float(np.asarray(stats.ttest_rel(one.after, frozen).pvalue)) if tested else None
-        found.append(row | {"over_frozen": float(np.mean(difference)), "p_paired": p})
-    return found
+    compared = []
+    for row, outcome in zip(runner.rows(outcomes), outcomes, strict=True):
+        difference = outcome.after - frozen
+        is_testable = outcome.label != "frozen" and np.ptp(difference) > 0
+        p = float(np.asarray(stats.ttest_rel(outcome.after, frozen).pvalue)) if is_testable else None
+        compared.append(row | {"over_frozen": float(np.mean(difference)), "p_paired": p})
+    return compared
 
 
 def main(config: runner.Config) -> None:

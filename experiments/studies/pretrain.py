@@ -1,9 +1,9 @@
-"""Pretrains the shipped ``tiny`` LLaMA and its tokenizer on generated text, from nothing.
+"""Pretrains the shipped ``tiny`` LLaMA and its tokenizer on generated text, from scratch.
 
     python -m experiments.studies.pretrain --out fedmezo_jax/llama/tiny
 
-The text (``data.synthetic.pretraining``) holds the skills of the ``bundled`` data and others, answered in many manners;
-``bundled`` keeps one that is rare here, so that fine-tuning has something real left to learn.
+The text (``data.synthetic.pretraining``) has the tasks of the ``bundled`` data and others, answered in many styles.
+``bundled`` uses one that is rare here, so fine-tuning has something to learn.
 """
 
 from dataclasses import dataclass
@@ -48,11 +48,11 @@ class Config:
     heads: int = 4
     key_value_heads: int = 2
     value_gain: float = 5.0
-    """how much more the finished model feels a change of its values, see ``stretch_values``"""
+    """factor by which changes of the values move the finished model's output, see ``stretch_values``"""
 
 
 def make_tokenizer(examples: list[Example], vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of ``vocabulary`` entries with individual digits and one special token that ends a response."""
+    """Trains a byte-level BPE of ``vocabulary`` entries, with single digits and one special token as the end token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -67,7 +67,7 @@ def make_tokenizer(examples: list[Example], vocabulary: int) -> PreTrainedTokeni
 
 
 def whole_text(rows: TokenBatch) -> TokenBatch:
-    """Labels on every token and not on the response alone: a model that starts from nothing learns from prompts too."""
+    """Returns the examples with every token as a label: training from scratch learns from prompts too."""
     end = jnp.max(rows.label_positions, axis=1, keepdims=True)  # the last label's position
     positions = np.broadcast_to(np.arange(rows.tokens.shape[1] - 1, dtype=np.int32), rows.tokens[:, 1:].shape)
     weights = (positions <= np.asarray(end)).astype(np.float32)
@@ -75,10 +75,10 @@ def whole_text(rows: TokenBatch) -> TokenBatch:
 
 
 def stretch_values(base: Base, gain: float) -> Base:
-    """The same function with v_proj divided by ``gain`` and o_proj multiplied by it.
+    """Returns the same function with v_proj divided by ``gain`` and o_proj multiplied by it.
 
-    A LoRA on v_proj then moves the output ``gain`` times as far. So small a model would otherwise need a hundred times
-    the steps that a user waits for in a first run (measured: 20 rounds lower the test loss by 1 % without, 14 % with).
+    A LoRA on v_proj then moves the output ``gain`` times as far. Without this, such a small model would need far too
+    many steps for a first run (20 rounds lower the test loss by 1 % without it, and by 14 % with it).
     """
     attention = dict(base["layers"]["self_attn"])
     attention["v_proj"] = {"kernel": attention["v_proj"]["kernel"] / gain}
@@ -94,7 +94,7 @@ def main(config: Config) -> None:
     rows = encode(examples, tokenizer, 160).rows
     rows = whole_text(rows)
     test, train = (jax.tree.map(lambda leaf, s=s: leaf[s], rows) for s in (slice(held_out), slice(held_out, None)))
-    print(f"{len(train.tokens)} rows of {train.tokens.shape[1]} tokens, vocabulary {len(tokenizer)}")
+    print(f"{len(train.tokens)} examples of {train.tokens.shape[1]} tokens, vocabulary {len(tokenizer)}")
 
     llama = LlamaConfig(
         vocab_size=len(tokenizer),

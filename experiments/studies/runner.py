@@ -1,7 +1,7 @@
-"""The runner that studies of training share: variants × seeds, run side by side, resumed, averaged, drawn.
+"""The runner of all training studies: it runs variants × seeds together, resumes, averages and plots them.
 
-A study's module names its variants and its presets; the rest is here. ``paper`` has the paper's model, data and
-hyper-parameters; ``small`` asks the same question on two CPU cores; ``smoke`` ends in seconds and proves nothing.
+A study's module defines its variants and presets. ``paper`` has the paper's model, data and hyper-parameters; ``small``
+answers the same question on two CPU cores; ``smoke`` takes seconds and only tests the code.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ PAPER = paper_config(
 )
 """The paper's setting (Sec. 4.1, arXiv 2402.05926) on GSM8K; it ran in fp16, where ``paired`` is exact enough."""
 SMALL = paper_config(clients=4, rounds=20, learning_rate=5e-4, length_buckets=1, precision="float32")
-"""A question in minutes on two CPU cores: the shipped model, bundled tasks dealt by Dirichlet shares."""
+"""For minutes on two CPU cores: the shipped model, with bundled tasks partitioned by Dirichlet shares."""
 SMOKE = replace(SMALL, clients=2, rounds=2, local_steps=2, test_examples=8, lora_rank=2)
 
 
@@ -56,10 +56,10 @@ class Preset(NamedTuple):
     """One scale of a study.
 
     Attributes:
-        run: what all its runs share.
-        num_seeds: how many seeds each variant is run with.
+        run: configuration of all its runs.
+        num_seeds: number of seeds per variant.
         eval_every: rounds between measurements of the test loss.
-        variants: what is compared.
+        variants: the variants to compare.
     """
 
     run: RunConfig
@@ -70,7 +70,7 @@ class Preset(NamedTuple):
 
 @dataclass(frozen=True)
 class Config:
-    """Which preset, and what of it to change."""
+    """The preset, and changes to it."""
 
     preset: PresetName = "small"
     """small: minutes on two CPU cores; paper: the paper's model, data and hyper-parameters; smoke: seconds"""
@@ -94,9 +94,9 @@ class Outcome(NamedTuple):
     """A variant's runs.
 
     Attributes:
-        label: the variant's.
-        config: of its first seed.
-        curves: one a seed.
+        label: the variant's label.
+        config: configuration of its first seed.
+        curves: one curve per seed.
     """
 
     label: str
@@ -114,7 +114,7 @@ class Tuned(NamedTuple):
 
     Attributes:
         best: the outcome at that rate.
-        at_an_end: whether it is the smallest or the largest rate of the sweep, so that a better one may lie beyond.
+        at_an_end: whether it is the smallest or largest rate of the sweep, so that a better rate may lie outside.
     """
 
     best: Outcome
@@ -129,7 +129,7 @@ def standard_presets(
     num_seeds: int = 3,
     **small: Any,
 ) -> dict[PresetName, Preset]:
-    """The usual presets; ``small`` changes fields of :data:`SMALL`, and ``smoke`` runs the variants of ``small``."""
+    """Returns the usual presets; ``small`` changes :data:`SMALL`, and ``smoke`` runs the variants of ``small``."""
     return {
         "small": Preset(replace(SMALL, **small), num_seeds, 2, variants),
         "paper": Preset(paper, 3, 10, paper_variants or variants),
@@ -138,12 +138,12 @@ def standard_presets(
 
 
 def vary(name: str, values: Sequence[Any], label: str) -> Variants:
-    """Variants of one field; ``label`` is formatted with each value."""
+    """Returns variants of one field; ``label`` is formatted with each value."""
     return {label.format(value): {name: value} for value in values}
 
 
 def swept(methods: Mapping[str, tuple[Mapping[str, Any], Sequence[float]]]) -> Variants:
-    """Variants of several methods, each with a sweep of learning rates of its own.
+    """Returns variants of several methods, each with its own sweep of learning rates.
 
     Args:
         methods: label → (fields of :class:`RunConfig`, learning rates).
@@ -156,25 +156,25 @@ def swept(methods: Mapping[str, tuple[Mapping[str, Any], Sequence[float]]]) -> V
 
 
 def tune(outcomes: Sequence[Outcome]) -> dict[str, Tuned]:
-    """Each method of :func:`swept` at its best rate, by label. A rate at which a run diverged is never the best."""
+    """Returns each method of :func:`swept` at its best rate, by label. A rate at which a run diverged is never best."""
     methods: dict[str, list[Outcome]] = {}
-    for one in outcomes:
-        methods.setdefault(one.label.rpartition(_RATE)[0], []).append(one)
+    for outcome in outcomes:
+        methods.setdefault(outcome.label.rpartition(_RATE)[0], []).append(outcome)
     return {label: best_of(sweep) for label, sweep in methods.items()}
 
 
 def best_of(sweep: Sequence[Outcome]) -> Tuned:
-    """The outcome with the lowest mean test loss at the end, of runs that differ in their learning rate."""
-    best = min(sweep, key=lambda one: np.nan_to_num(np.mean(one.after), nan=np.inf))
-    rates = [one.config.learning_rate for one in sweep]
+    """Returns the outcome with the lowest final mean test loss, of runs that differ in their learning rate."""
+    best = min(sweep, key=lambda outcome: np.nan_to_num(np.mean(outcome.after), nan=np.inf))
+    rates = [outcome.config.learning_rate for outcome in sweep]
     return Tuned(best, best.config.learning_rate in (min(rates), max(rates)))
 
 
 def tuned_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     """:func:`rows`, with the best rate of each method marked, and whether it is at an end of the method's sweep."""
-    ends = {tuned.best.label: tuned.at_an_end for tuned in tune(outcomes).values()}
+    at_an_end = {tuned.best.label: tuned.at_an_end for tuned in tune(outcomes).values()}
     return [
-        row | {"best": row["variant"] in ends, "at_an_end_of_the_sweep": ends.get(row["variant"], False)}
+        row | {"best": row["variant"] in at_an_end, "at_an_end_of_the_sweep": at_an_end.get(row["variant"], False)}
         for row in rows(outcomes)
     ]
 
@@ -190,13 +190,16 @@ def run(
     """Runs a study and writes its folder: ``config.json``, ``results.json``, ``curves.json`` and ``NAME.png``.
 
     Args:
-        config: the command line's.
-        name: of the module, and of its plot.
-        presets: its scales.
-        title: of plot and table.
-        conclude: makes the table's rows of all outcomes; by default :func:`rows`.
+        config: the options of the command line.
+        name: name of the module and of its plot.
+        presets: the study's presets.
+        title: title of plot and table.
+        conclude: returns the table's rows from all outcomes; by default :func:`rows`.
+
+    Returns:
+        The folder and the outcomes.
     """
-    begun = time.perf_counter()
+    start = time.perf_counter()
     preset = presets[config.preset]
     out = config.out or Path("runs") / f"{name}-{config.preset}"
     changed = {key: getattr(config, key) for key in ("rounds", "model", "data", "data_dir")}
@@ -209,39 +212,39 @@ def run(
         out / "curves.json",
         {"curves": [{"variant": one.label, **curve._asdict()} for one in outcomes for curve in one.curves]},
     )
-    found = conclude(outcomes) if conclude else rows(outcomes, QUESTIONS[name].by_variant)
-    seconds = time.perf_counter() - begun
-    _cli.write_folder(replace(config, out=out), found, seconds, run=asdict(base))
+    table = conclude(outcomes) if conclude else rows(outcomes, QUESTIONS[name].by_variant)
+    seconds = time.perf_counter() - start
+    _cli.write_folder(replace(config, out=out), table, seconds, run=asdict(base))
     plot(out / f"{name}.png", title, outcomes)
-    _cli.print_table(title, found)
+    _cli.print_table(title, table)
     print(f"{out}: config.json, results.json, curves.json, {name}.png ({seconds:.0f} s)")
     return out, outcomes
 
 
 def rows(outcomes: Sequence[Outcome], paper: Mapping[str, str] = MappingProxyType({})) -> list[dict[str, Any]]:
-    """A row a variant: mean test loss before and after, and half the width of its 90 % confidence interval.
+    """Returns a row per variant: mean test loss before and after, and half of its 90 % confidence interval.
 
     Args:
-        outcomes: of all variants.
-        paper: the paper's figures, by label; with any, the rows have a column for them.
+        outcomes: outcomes of all variants.
+        paper: the paper's figures by label; if given, the rows have a column for them.
     """
     return [
         {
-            "variant": one.label,
-            "seeds": len(one.curves),
-            "rounds": one.config.rounds,
-            "loss_before": float(np.mean([curve.test_loss[0] for curve in one.curves])),
-            "loss_after": float(np.mean(one.after)),
-            "band_90": half_width(one.after),
-            "seconds_per_round": float(np.mean([curve.seconds_per_round for curve in one.curves])),
-            **({"paper": paper.get(one.label)} if paper else {}),
+            "variant": outcome.label,
+            "seeds": len(outcome.curves),
+            "rounds": outcome.config.rounds,
+            "loss_before": float(np.mean([curve.test_loss[0] for curve in outcome.curves])),
+            "loss_after": float(np.mean(outcome.after)),
+            "band_90": half_width(outcome.after),
+            "seconds_per_round": float(np.mean([curve.seconds_per_round for curve in outcome.curves])),
+            **({"paper": paper.get(outcome.label)} if paper else {}),
         }
-        for one in outcomes
+        for outcome in outcomes
     ]
 
 
 def half_width(values: np.ndarray, axis: int = 0) -> Any:
-    """Half of the two-sided 90 % confidence interval of the mean (Student's t); None for a single value."""
+    """Returns half of the two-sided 90 % confidence interval of the mean (Student's t); None for a single value."""
     count = values.shape[axis]
     if count < 2:
         return None
@@ -250,10 +253,10 @@ def half_width(values: np.ndarray, axis: int = 0) -> Any:
 
 
 def plot(file: Path, title: str, outcomes: Sequence[Outcome]) -> None:
-    """Mean test loss over rounds with its 90 % band, a line a variant."""
+    """Plots the mean test loss over rounds with its 90 % band, with one line per variant."""
     figure, axes = _plots.subplots(figsize=(6.4, 4))
-    for one in outcomes:
-        draw(axes, one.curves[0].rounds, np.array([curve.test_loss for curve in one.curves]), one.label)
+    for outcome in outcomes:
+        draw(axes, outcome.curves[0].rounds, np.array([curve.test_loss for curve in outcome.curves]), outcome.label)
     _plots.whole_rounds(axes)
     axes.set(ylabel="test loss (nats/token)", title=title)
     axes.grid(alpha=0.3)
@@ -262,7 +265,7 @@ def plot(file: Path, title: str, outcomes: Sequence[Outcome]) -> None:
 
 
 def draw(axes: Any, x: Sequence[float] | np.ndarray, values: np.ndarray, label: str) -> None:
-    """One line: the mean of ``[seeds, len(x)]`` values and its 90 % band."""
+    """Draws the mean of ``[seeds, len(x)]`` values and its 90 % band."""
     mean = np.mean(values, axis=0)
     (line,) = axes.plot(x, mean, ".-", label=label)
     if (width := half_width(values)) is not None:
@@ -270,34 +273,34 @@ def draw(axes: Any, x: Sequence[float] | np.ndarray, values: np.ndarray, label: 
 
 
 def _finish(runs: Sequence[RunConfig], eval_every: int, folder: Path) -> dict[RunConfig, Curve]:
-    """The curves of all runs: those in ``folder`` are read, the others run, as many at once as fit, and kept there."""
+    """The curves of all runs: those in ``folder`` are read; the others run together and are stored."""
     cache = ResultCache(folder)
-    points = {one: {"run": asdict(one), "eval_every": eval_every} for one in runs}
-    finished = {one: Curve(**kept["found"]) for one, point in points.items() if (kept := cache.load(point))}
+    points = {config: {"run": asdict(config), "eval_every": eval_every} for config in runs}
+    finished = {config: Curve(**stored["found"]) for config, point in points.items() if (stored := cache.load(point))}
     groups: dict[RunConfig, list[RunConfig]] = {}
-    for one in points:
-        if one not in finished:
-            groups.setdefault(shape_of(one), []).append(one)
+    for config in points:
+        if config not in finished:
+            groups.setdefault(shape_of(config), []).append(config)
     with progress() as bar:
-        task = bar.add_task("rounds of all runs", total=sum(one.rounds for one in points))
-        bar.advance(task, sum(one.rounds for one in finished))
+        task = bar.add_task("rounds of all runs", total=sum(config.rounds for config in points))
+        bar.advance(task, sum(config.rounds for config in finished))
         for shape, group in groups.items():
             parts = -(-len(group) // runs_at_once(shape))
             for batch in (group[i::parts] for i in range(parts)):
-                size, begun = len(batch), time.perf_counter()
+                size, start = len(batch), time.perf_counter()
                 curves = sweep(_prepare(batch), eval_every, lambda t, size=size: bar.advance(task, size))
-                seconds = (time.perf_counter() - begun) / size
-                for one, curve in zip(batch, curves, strict=True):
-                    cache.store(points[one], curve._asdict(), seconds)
-                    finished[one] = curve
+                seconds = (time.perf_counter() - start) / size
+                for config, curve in zip(batch, curves, strict=True):
+                    cache.store(points[config], curve._asdict(), seconds)
+                    finished[config] = curve
     return finished
 
 
 def _prepare(runs: Sequence[RunConfig]) -> list[RunContext]:
-    """The runs' setups; those of one seed share theirs, and all share one base."""
+    """The runs' setups; runs of one seed share a setup, and all runs share the base."""
     shared: dict[RunConfig, RunContext] = {}
-    for one in runs:
-        key = replace(one, **dict.fromkeys(SweepAxes._fields, 0.5))
+    for config in runs:
+        key = replace(config, **dict.fromkeys(SweepAxes._fields, 0.5))
         if key not in shared:
             shared[key] = prepare(key)
-    return [shared[replace(one, **dict.fromkeys(SweepAxes._fields, 0.5))]._replace(config=one) for one in runs]
+    return [shared[replace(config, **dict.fromkeys(SweepAxes._fields, 0.5))]._replace(config=config) for config in runs]

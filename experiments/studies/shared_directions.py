@@ -1,9 +1,9 @@
-"""Directions of each client's own (the paper) against directions that all clients of a round share.
+"""Own directions of each client (the paper) against directions that all clients of a round share.
 
 python -m experiments.studies.shared_directions
 
-Both spend the same forward passes. Shared directions let the server average scalars, and keep downlink and rebuilding
-as small for a thousand clients as for one; but a round explores H directions and not N·H.
+Both use the same number of forward passes. With shared directions the server averages scalars, and downlink and
+reconstruction cost the same for a thousand clients as for one; but a round explores H directions instead of N·H.
 """
 
 from __future__ import annotations

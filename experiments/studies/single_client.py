@@ -2,10 +2,10 @@
 
     python -m experiments.studies.single_client
 
-Each method has a sweep of learning rates and is drawn at its best one; SGD also gets one of MeZO's rates. All spend
-equal forward passes, a backward pass counted as one: n directions come with n times fewer steps. The second table has
-the two-point estimate (L(θ + μz) − L(θ − μz))/2μ and the forward difference (L(θ + μz) − L(θ))/μ against the exact
-derivative along z; both take two losses, and only the first is free of the curvature's term μ·zᵀHz/2.
+Each method has a sweep of learning rates and is plotted at its best one; SGD also gets one of MeZO's rates. All use the
+same number of forward passes, with a backward pass counted as one, so n directions have n times fewer steps. The second
+table compares the two-point estimate (L(θ + μz) − L(θ − μz))/2μ and the forward difference (L(θ + μz) − L(θ))/μ with
+the exact derivative along z. Both need two losses, but only the second has the curvature term μ·zᵀHz/2.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ SCALES = (1e-4, 1e-3, 1e-2, 1e-1)
 
 
 def variants(steps: int, common: float, mezo: Sequence[float], five: Sequence[float], sgd: Sequence[float]):
-    """What is compared: each method at the rates of its sweep, and SGD also at a rate of MeZO's.
+    """Returns each method at the learning rates of its sweep, and SGD also at one of MeZO's rates.
 
     Args:
-        steps: local steps of a round; with five directions a fifth of them.
-        common: one of MeZO's rates, which SGD gets as well.
-        mezo: learning rates of MeZO with one direction a step.
-        five: those with five directions.
-        sgd: those of back-propagated SGD.
+        steps: local steps of a round; five directions have a fifth of them.
+        common: one of MeZO's learning rates, which SGD gets too.
+        mezo: learning rates of MeZO with one direction per step.
+        five: learning rates of MeZO with five directions per step.
+        sgd: learning rates of back-propagated SGD.
     """
     return runner.swept(
         {
@@ -60,7 +60,7 @@ PRESETS = runner.standard_presets(
 
 
 def estimators(config: runner.Config) -> list[dict[str, Any]]:
-    """Median relative errors of both estimates over directions, at scales of μ, on a batch of training rows."""
+    """Returns the relative root-mean-square errors of both estimates over directions, per μ, on a training batch."""
     run = replace(PRESETS[config.preset].run, seed=config.seed, data_dir=config.data_dir, precision="float32")
     setup = prepare(replace(run, model=config.model or run.model, data=config.data or run.data))
     loss = loss_of(setup.task.model.clone(precision="float32"), setup.task.base)
@@ -69,26 +69,30 @@ def estimators(config: runner.Config) -> list[dict[str, Any]]:
     @jax.jit
     def measure(loss, lora, key):
         z = jax.tree.map(lambda new, old: new - old, mezo.shift(lora, mezo.Perturbation(key, 1.0)), lora)
-        here, exact = jax.jvp(lambda lora: loss(lora, rows), (lora,), (z,))
+        loss_value, exact = jax.jvp(lambda lora: loss(lora, rows), (lora,), (z,))
         pairs = [
             [loss(mezo.shift(lora, mezo.Perturbation(key, sign * scale)), rows) for sign in (1, -1)] for scale in SCALES
         ]
         two_point = [(plus - minus) / (2 * scale) for (plus, minus), scale in zip(pairs, SCALES, strict=True)]
-        forward = [(plus - here) / scale for (plus, _), scale in zip(pairs, SCALES, strict=True)]
+        forward = [(plus - loss_value) / scale for (plus, _), scale in zip(pairs, SCALES, strict=True)]
         return exact, two_point, forward
 
-    # A start at which the adapter does something: B = 0 makes half of the gradient vanish.
+    # A start with a non-zero adapter: B = 0 makes half of the gradient vanish.
     start_key = jax.random.fold_in(run_key(config.seed), random.ESTIMATORS_START)
     moved = mezo.shift(setup.lora, mezo.Perturbation(start_key, 0.02))
     keys = jax.random.split(jax.random.fold_in(run_key(config.seed), random.ESTIMATORS), PROBES)
-    found = [jax.device_get(measure(loss, moved, key)) for key in keys]
-    exact = np.array([one[0] for one in found])
-    usual = np.sqrt(np.mean(exact**2))
+    measured = [jax.device_get(measure(loss, moved, key)) for key in keys]
+    exact = np.array([values[0] for values in measured])
+    typical_size = np.sqrt(np.mean(exact**2))
     return [
         {
             "perturbation_scale": scale,
-            "two_point_error": float(np.sqrt(np.mean((np.array([one[1][i] for one in found]) - exact) ** 2)) / usual),
-            "forward_error": float(np.sqrt(np.mean((np.array([one[2][i] for one in found]) - exact) ** 2)) / usual),
+            "two_point_error": float(
+                np.sqrt(np.mean((np.array([values[1][i] for values in measured]) - exact) ** 2)) / typical_size
+            ),
+            "forward_error": float(
+                np.sqrt(np.mean((np.array([values[2][i] for values in measured]) - exact) ** 2)) / typical_size
+            ),
             "probes": PROBES,
         }
         for i, scale in enumerate(SCALES)

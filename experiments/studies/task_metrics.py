@@ -2,8 +2,8 @@
 
     python -m experiments.studies.task_metrics --data-dir FOLDER
 
-The paper's two other metrics need MMLU and HumanEval: for files of multiple-choice questions see experiments.evaluate;
-HumanEval runs generated code and is left out.
+The paper's other two metrics need MMLU and HumanEval. For multiple-choice questions see experiments.evaluate; HumanEval
+runs generated code and is left out.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ PRESETS: dict[PresetName, tuple[RunConfig, int, int]] = {
     "paper": (replace(PAPER, rounds=200), 1319, 256),
     "smoke": (replace(SMOKE, rounds=1), 4, 4),
 }
-"""The run, how many held-out questions are answered, and with how many tokens at most."""
+"""The run, the number of held-out questions, and the most tokens of an answer."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """Which preset."""
+    """The preset and its data."""
 
     preset: PresetName = "small"
     """small: SmolLM2-135M; paper: the paper's model and rounds; smoke: seconds"""
     data_dir: str | None = None
-    """folder with a local copy of GSM8K; without it it comes from the hub"""
+    """folder with a local copy of GSM8K; without it, it comes from the hub"""
     seed: int = 0
     """seed of the run"""
     out: Path = Path("runs/task_metrics")
@@ -60,7 +60,7 @@ class Config:
 
 
 def main(config: Config) -> None:
-    """Answers, trains, answers again."""
+    """Answers the questions before and after training, and writes the folder."""
     start = time.perf_counter()
     run, count, tokens = PRESETS[config.preset]
     run = replace(run, seed=config.seed, data_dir=config.data_dir, test_examples=count)
@@ -79,14 +79,14 @@ def main(config: Config) -> None:
     setup = result.context
     tokenizer = load_tokenizer(resolve(run.model))
     table = table_of(run, run.seed, tokenizer)
-    asked = [one for i in table.test if isinstance(one := table.examples[i], Example)]
-    prompts = prompt_ids(asked, tokenizer, run.prompt_style)
+    questions = [question for i in table.test if isinstance(question := table.examples[i], Example)]
+    prompts = prompt_ids(questions, tokenizer, run.prompt_style)
 
     def answer(lora: Any) -> gsm8k.Score:
         subject = LoadedModel(
             setup.task.model.clone(precision="float32"), setup.task.base, lora, tokenizer, f"--model {run.model}"
         )
-        return gsm8k.score(generator(subject, tokens)(prompts), [one.response for one in asked])
+        return gsm8k.score(generator(subject, tokens)(prompts), [question.response for question in questions])
 
     rows = [
         {

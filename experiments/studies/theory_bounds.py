@@ -1,4 +1,4 @@
-"""What measured constants come to: the rows and the plot of ``experiments.studies.theory_constants``."""
+"""Conclusions from measured constants: the rows and the plot of ``experiments.studies.theory_constants``."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _BY_CLIENT = ("client_gradients", "noisy", "disparities")
 
 
 class Conclusion(NamedTuple):
-    """What the constants come to.
+    """The conclusions from the constants. H and the gradients are those at the last checkpoint.
 
     Attributes:
-        rows: of the table.
-        smoothness: L = ‖H‖ at the last checkpoint.
-        rank: tr(H₊)/‖H₊‖ there.
+        rows: rows of the table.
+        smoothness: L = ‖H‖.
+        rank: tr(H₊)/‖H₊‖.
         parameters: d.
-        gradient: ‖∇f‖² there.
-        noisy: E‖∇F‖² there, over all clients' batches.
-        trace: tr(H) there.
-        curvature: E ∇FᵀH∇F there.
+        gradient: ‖∇f‖².
+        noisy: E‖∇F‖², over all clients' batches.
+        trace: tr(H).
+        curvature: E ∇FᵀH∇F.
     """
 
     rows: list[dict[str, Any]]
@@ -40,33 +40,35 @@ class Conclusion(NamedTuple):
 
 
 def conclude(run: RunConfig, measured: dict[str, Any]) -> Conclusion:
-    """Constants, and what conditions, schedule and rates they give."""
-    at = measured["at"]
-    last, d = at[-1], at[-1]["parameters"]
+    """Returns the constants, with the conditions, schedule and rates that follow from them."""
+    checkpoints = measured["at"]
+    last, d = checkpoints[-1], checkpoints[-1]["parameters"]
     probes = [spectrum.Probe(**probe) for probe in last["probes"]]
     n, h, t = run.clients, run.local_steps, run.rounds
-    smoothness = max(max(probe["norm"] for probe in one["probes"]) for one in at)
+    smoothness = max(max(probe["norm"] for probe in checkpoint["probes"]) for checkpoint in checkpoints)
     trace, ranks = spectrum.estimate([probe.trace for probe in probes]), spectrum.effective_ranks(probes)
     r = ranks["positive"]
-    own, noise, apart = (np.concatenate([one[name] for one in at]) for name in _BY_CLIENT)
-    c_g, sigma_g = constants.envelope(own, noise, 1.0)
-    c_h, sigma_h = constants.envelope(np.repeat([one["gradient"] for one in at], n), apart)
+    client_gradients, noise, disparities = (
+        np.concatenate([checkpoint[name] for checkpoint in checkpoints]) for name in _BY_CLIENT
+    )
+    c_g, sigma_g = constants.envelope(client_gradients, noise, 1.0)
+    c_h, sigma_h = constants.envelope(np.repeat([checkpoint["gradient"] for checkpoint in checkpoints], n), disparities)
     limits = constants.rate_limits(smoothness, c_g, d, n, h)
     schedule = constants.schedule(r, n, h, t)
     non_iid, subtracted = constants.rate_non_iid(r, n, h, t, c_h, sigma_h**0.5)
     iid, paper = constants.rate_iid(r, n, h, t), constants.rate_iid(r, 3, 30, 500)
-    largest = max(one["gradient"] for one in at)
+    largest = max(checkpoint["gradient"] for checkpoint in checkpoints)
 
-    def judged(bound: float) -> str:
-        word = "vacuous: above" if bound >= largest else "below"
-        return f"{word} the largest ‖∇f‖² on the path, {largest:.2g}"
+    def verdict(bound: float) -> str:
+        comparison = "vacuous: above" if bound >= largest else "below"
+        return f"{comparison} the largest ‖∇f‖² on the path, {largest:.2g}"
 
     rows = [
         _line("constants", "L = ‖H‖, largest on the path", smoothness),
         _line(
             "constants",
             "L from gradients a stretch of the path apart",
-            max(one.get("path_smoothness", 0) for one in at),
+            max(checkpoint.get("path_smoothness", 0) for checkpoint in checkpoints),
         ),
         _line("constants", "tr(H)", *trace),
         _line("constants", "r = tr(H₊)/‖H₊‖", r, remark=f"tr(H)/‖H‖ = {ranks['plain']:.3g}; d = {d:,}"),
@@ -88,9 +90,9 @@ def conclude(run: RunConfig, measured: dict[str, Any]) -> Conclusion:
             schedule.perturbation_scale,
             remark=f"in use: {run.perturbation_scale:g}",
         ),
-        _line("rates", "i.i.d., r^{3/2}(NHT)^-½, hidden constant taken as 1", iid, remark=judged(iid)),
-        _line("rates", "the same at N=3, H=30, T=500", paper, remark=judged(paper)),
-        _line("rates", "non-i.i.d., r^{3/2}(c̃_h NHT)^-½", non_iid, remark=judged(non_iid)),
+        _line("rates", "i.i.d., r^{3/2}(NHT)^-½, hidden constant taken as 1", iid, remark=verdict(iid)),
+        _line("rates", "the same at N=3, H=30, T=500", paper, remark=verdict(paper)),
+        _line("rates", "non-i.i.d., r^{3/2}(c̃_h NHT)^-½", non_iid, remark=verdict(non_iid)),
         _line("rates", "what it subtracts, σ_h²/(c_h N)", subtracted),
     ]
     noisy, curvature = float(np.mean(last["noisy"])), float(np.mean(last["curvature"]))
@@ -102,27 +104,29 @@ def _met(rate: float, limit: float) -> str:
     return "the conditions allow it" if rate <= limit else f"{rate / limit:.2g} times what the conditions allow"
 
 
-def descent_rows(found: Conclusion, rates: Sequence[float], descent: dict[str, Any]) -> list[dict[str, Any]]:
-    """Observed and predicted change of f in a step of each η, and up to which η the bounds promise descent."""
+def descent_rows(conclusion: Conclusion, rates: Sequence[float], descent: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns observed and predicted changes of f per step and η, and the largest η for which a bound shows descent."""
     changes = np.array(descent["changes"])
-    given = (found.gradient, found.noisy)
-    factors = [constants.gamma(found.parameters, rank) for rank in (found.rank, float(found.parameters))]
+    norms = (conclusion.gradient, conclusion.noisy)
+    factors = [constants.gamma(conclusion.parameters, rank) for rank in (conclusion.rank, float(conclusion.parameters))]
     rows = []
     for i, rate in enumerate(rates):
-        bound, without = (constants.descent_bound(rate, *given, found.smoothness, factor) for factor in factors)
-        second = constants.descent_second_order(rate, *given, found.trace, found.curvature)
+        bound, bound_without_rank = (
+            constants.descent_bound(rate, *norms, conclusion.smoothness, factor) for factor in factors
+        )
+        second = constants.descent_second_order(rate, *norms, conclusion.trace, conclusion.curvature)
         observed = spectrum.estimate(changes[:, i])
         remark = "bound vacuous: above 0" if bound >= 0 else ""
         row = _line("descent of one step, N = H = 1", f"η = {rate:g}", *observed, remark=remark)
-        rows.append(row | {"second_order": second, "bound": bound, "bound_without_rank": without})
+        rows.append(row | {"second_order": second, "bound": bound, "bound_without_rank": bound_without_rank})
     for name, factor in zip(("with r", "with r = d"), factors, strict=True):
-        limit = 2 * found.gradient / (found.smoothness * factor * found.noisy)
+        limit = 2 * conclusion.gradient / (conclusion.smoothness * factor * conclusion.noisy)
         rows.append(_line("conditions", f"η up to which one step's bound, {name}, promises descent", limit))
     return sorted(rows, key=lambda row: row["part"])
 
 
 def _line(part: str, quantity: str, value: float, error: float | None = None, remark: str = "") -> dict[str, Any]:
-    """A row of the table; the last columns are for descents. An infinite value, which JSON cannot say, is left out."""
+    """A row of the table; the last columns are for descents. An infinite value becomes None, as JSON has none."""
     row = {
         "part": part,
         "quantity": quantity,
@@ -134,7 +138,7 @@ def _line(part: str, quantity: str, value: float, error: float | None = None, re
 
 
 def plot(file: Path, table: Sequence[dict[str, Any]]) -> None:
-    """One step's change of f over η: observed, predicted and bounded."""
+    """Plots one step's change of f over η: observed, predicted and bound."""
     figure, axes = _plots.subplots(figsize=(6, 4))
     rows = [row for row in table if row["bound"] is not None]
     rates = [float(row["quantity"].removeprefix("η = ")) for row in rows]

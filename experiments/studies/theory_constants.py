@@ -1,9 +1,9 @@
-"""The paper's bounds with measured constants, against what runs do (Sec. 3 of arXiv 2402.05926).
+"""The paper's bounds with measured constants, compared with runs (Sec. 3 of arXiv 2402.05926).
 
     python -m experiments.studies.theory_constants
 
-Which constants the assumptions have on a real loss; what learning rates, rates of convergence and schedules follow;
-and how far one step's predicted descent is from the observed one.
+Measures the constants of the assumptions on a real loss, computes the learning rates, convergence rates and schedules
+that follow, and compares the predicted descent of one step with the observed one.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class Preset(NamedTuple):
     Attributes:
         run: model, data and partition; its N, H and T enter the conditions.
         checkpoints: points along a path of back-propagated Adam at which the constants are measured, its start first.
-        between: steps from one of them to the next.
-        client_batches: batches of each client; f_i is their mean loss.
+        between: steps from one checkpoint to the next.
+        client_batches: batches per client; f_i is their mean loss.
         probes: Lanczos runs at the last checkpoint.
-        rates: η of the single steps, taken there.
-        draws: directions, each with a batch of its own, of a single step.
+        rates: η of the single steps from the last checkpoint.
+        draws: number of single steps, each with its own direction and batch.
     """
 
     run: RunConfig
@@ -100,14 +100,16 @@ def main(config: Config) -> None:
         {"kind": "descent", **path, **step, "run": asdict(run)},
     ]
     (measured, descent), seconds = measure(config.out / "points", points, _measure)
-    found = bounds.conclude(run, measured)
-    table = [*found.rows, *bounds.descent_rows(found, preset.rates, descent)]
+    conclusion = bounds.conclude(run, measured)
+    table = [*conclusion.rows, *bounds.descent_rows(conclusion, preset.rates, descent)]
     _cli.write_folder(config, table, seconds, run=asdict(run))
     bounds.plot(config.out / "theory_constants.png", table)
     for part in dict.fromkeys(row["part"] for row in table):
-        own = [{key: value for key, value in row.items() if key != "part"} for row in table if row["part"] == part]
-        used = [key for key in own[0] if any(row[key] is not None for row in own)]
-        _cli.print_table(part, [{key: row[key] for key in used} for row in own])
+        part_rows = [
+            {key: value for key, value in row.items() if key != "part"} for row in table if row["part"] == part
+        ]
+        used_keys = [key for key in part_rows[0] if any(row[key] is not None for row in part_rows)]
+        _cli.print_table(part, [{key: row[key] for key in used_keys} for row in part_rows])
 
 
 def _measure(point: dict[str, Any]) -> dict[str, Any]:
@@ -115,7 +117,7 @@ def _measure(point: dict[str, Any]) -> dict[str, Any]:
 
 
 def mean_loss(model: Any, base: Any) -> Any:
-    """``f(lora, batches)``: mean over ``[n, B]`` batches of each batch's loss, so that a batch's is unbiased."""
+    """Returns ``f(lora, batches)``, the mean of the losses of ``[n, B]`` batches; a batch's loss is unbiased for it."""
     return jax.tree_util.Partial(partial(_mean_loss, model), base)
 
 
@@ -160,7 +162,7 @@ def _constants(point: dict[str, Any]) -> dict[str, Any]:
     setup, batches, path = _at(point)
     loss, clients = mean_loss(unpaired(setup.task.model), setup.task.base), setup.config.clients
     key = jax.random.fold_in(run_key(setup.config.seed), random.CONSTANTS)
-    every = jax.jit(gradients)
+    batch_gradients = jax.jit(gradients)
 
     @partial(jax.jit, static_argnums=4)
     def run_lanczos(loss, params, batches, key, steps):
@@ -172,33 +174,33 @@ def _constants(point: dict[str, Any]) -> dict[str, Any]:
         product = spectrum.hessian_product(loss, params, batches)
         return jax.lax.map(lambda v: v @ product(v), vectors)
 
-    at: list[dict[str, Any]] = []
+    checkpoints: list[dict[str, Any]] = []
     one_batch, before = loss_of(unpaired(setup.task.model), setup.task.base), None
     for t, params in enumerate(path):
         flat = np.asarray(ravel_pytree(params)[0], np.float64)
-        each = np.asarray(every(one_batch, params, batches))
-        own = each.reshape(clients, -1, flat.size).mean(axis=1)
-        whole = own.mean(axis=0)
+        noisy_gradients = np.asarray(batch_gradients(one_batch, params, batches))
+        client_gradients = noisy_gradients.reshape(clients, -1, flat.size).mean(axis=1)
+        gradient = client_gradients.mean(axis=0)
         last = t + 1 == len(path)
         keys = jax.random.split(jax.random.fold_in(key, t), point["probes"] if last else 1)
         runs = [jax.device_get(run_lanczos(loss, params, batches, key, 12)) for key in keys]
-        found: dict[str, Any] = {
-            "gradient": float(whole @ whole),
-            "client_gradients": np.sum(own**2, axis=1).tolist(),
-            "noisy": np.sum(each**2, axis=1).reshape(clients, -1).mean(axis=1).tolist(),
-            "disparities": np.sum((own - whole) ** 2, axis=1).tolist(),
+        measured: dict[str, Any] = {
+            "gradient": float(gradient @ gradient),
+            "client_gradients": np.sum(client_gradients**2, axis=1).tolist(),
+            "noisy": np.sum(noisy_gradients**2, axis=1).reshape(clients, -1).mean(axis=1).tolist(),
+            "disparities": np.sum((client_gradients - gradient) ** 2, axis=1).tolist(),
             "probes": [spectrum.read(run, flat.size)._asdict() for run in runs],
             "parameters": flat.size,
         }
         if before is not None:
-            changed, moved = whole - before[1], flat - before[0]
-            found["path_smoothness"] = float(np.linalg.norm(changed) / np.linalg.norm(moved))
+            changed, moved = gradient - before[1], flat - before[0]
+            measured["path_smoothness"] = float(np.linalg.norm(changed) / np.linalg.norm(moved))
         if last:
-            some = each[np.linspace(0, len(each) - 1, 8).astype(int)]
-            found["curvature"] = np.asarray(curvature(loss, params, batches, jnp.asarray(some))).tolist()
-        at.append(found)
-        before = (flat, whole)
-    return {"at": at}
+            sample = noisy_gradients[np.linspace(0, len(noisy_gradients) - 1, 8).astype(int)]
+            measured["curvature"] = np.asarray(curvature(loss, params, batches, jnp.asarray(sample))).tolist()
+        checkpoints.append(measured)
+        before = (flat, gradient)
+    return {"at": checkpoints}
 
 
 def _descent(point: dict[str, Any]) -> dict[str, Any]:
@@ -215,11 +217,11 @@ def _descent(point: dict[str, Any]) -> dict[str, Any]:
         picked = jax.random.randint(jax.random.fold_in(key, 1), (), 0, count)
         batch = jax.tree.map(lambda leaf: leaf[picked], batches)
 
-        def one(rate):
+        def change_at(rate):
             moved = mezo.step(pair_loss, params, batch, jax.random.fold_in(key, 0), rate, settings).params
             return loss(moved, batches) - before
 
-        return jax.lax.map(one, rates)
+        return jax.lax.map(change_at, rates)
 
     losses = mean_loss(unpaired(setup.task.model), setup.task.base), pair_loss_of(setup.task.model, setup.task.base)
     keys = jax.random.split(jax.random.fold_in(run_key(config.seed), random.DESCENT), point["draws"])

@@ -1,1 +1,1 @@
-"""Instruction data: generated or loaded, tokenised to fixed shapes, dealt to clients, drawn in batches."""
+"""Instruction data: generated or loaded, tokenised to fixed shapes, partitioned over clients, drawn in batches."""

@@ -1,4 +1,4 @@
-"""The mini-batches of a round, as a pure function of the round's number: a resumed run draws the same ones."""
+"""The mini-batches of a round. They depend only on the round's number, so a resumed run draws the same ones."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -12,15 +12,15 @@ from fedmezo_jax.data.seeding import generator
 
 Tree = TypeVar("Tree")
 TOKENS_AT_ONCE = 8192
-"""Clients run at once so long as their batches hold no more tokens than this; further ones follow in blocks."""
-# A client with few rows passes through many epochs in a round; drawing its permutations by the block saves one
-# generator for each of them.
+"""Clients run together as long as their batches hold at most this many tokens; otherwise they run in blocks."""
+# A client with few examples passes through many epochs in a round. Drawing its permutations in blocks saves a
+# generator per epoch.
 _BLOCK = 64
 
 
 @lru_cache(maxsize=8192)
 def _walk(seed: int, client: int, n: int, block: int) -> np.ndarray:
-    """Rows 0..n-1 in random order, one permutation after another: int64 [epochs * n] with epochs = ceil(_BLOCK / n)."""
+    """One permutation of 0..n-1 after another: int64 [epochs * n] with epochs = ceil(_BLOCK / n)."""
     epochs = -(-_BLOCK // n)
     rng = generator(seed, "batches", client, block)
     walk = rng.permuted(np.tile(np.arange(n), (epochs, 1)), axis=1).ravel()
@@ -29,11 +29,11 @@ def _walk(seed: int, client: int, n: int, block: int) -> np.ndarray:
 
 
 def _take(seed: int, client: int, n: int, start: int, count: int) -> np.ndarray:
-    """`count` steps of a client's endless walk from step `start`, as positions in 0..n-1."""
-    length = -(-_BLOCK // n) * n
-    blocks = range(start // length, (start + count - 1) // length + 1)
-    steps = np.concatenate([_walk(seed, client, n, block) for block in blocks])
-    return steps[start - blocks[0] * length :][:count]
+    """Positions ``start`` to ``start + count`` of a client's walk over permutations of 0..n-1: int64 [count]."""
+    walk_length = -(-_BLOCK // n) * n
+    blocks = range(start // walk_length, (start + count - 1) // walk_length + 1)
+    walk = np.concatenate([_walk(seed, client, n, block) for block in blocks])
+    return walk[start - blocks[0] * walk_length :][:count]
 
 
 def round_picks(
@@ -47,28 +47,29 @@ def round_picks(
     batch_size: int,
     by_length: bool = False,
 ) -> np.ndarray:
-    """The rows that the participants of one round work on.
+    """Picks the examples that the participants of one round train on.
 
-    Each client walks through its own rows, permuted anew in every epoch; round t takes the steps from t*H*batch on,
-    whether or not the client took part in the rounds before. A client with fewer rows than a batch meets rows twice.
+    Each client goes through its own examples in a new random order every epoch. Round t takes H * batch_size of them
+    from position t * H * batch_size on, whether or not the client took part in earlier rounds. A client with fewer
+    examples than a batch repeats them within the batch.
 
-    With `by_length` each client's rows of the round are put into steps by length: its B shortest rows make one step,
-    the B next ones another, and so on; all clients take these steps in one random order. So a client meets the very
-    rows in a round that it meets otherwise, but rows of like length share a batch (in which every label weighs the
-    same), and all clients are at their short rows at the same time (see :mod:`fedmezo_jax.data.buckets`).
+    With ``by_length`` each client sorts its examples of the round by length: its B shortest examples make one step, the
+    next B another, and so on. All clients take these steps in the same random order. A client trains on the same
+    examples as without ``by_length``, but examples of similar length share a batch (in which every label weighs the
+    same), and all clients have their short examples at the same step (see :mod:`fedmezo_jax.data.buckets`).
 
     Args:
-        rows: all training rows, any pytree of arrays; a `TokenBatch` with `by_length`.
-        parts: the rows of every client, as indices into `rows`.
+        rows: all training examples, any pytree of arrays; a ``TokenBatch`` with ``by_length``.
+        parts: the examples of every client, as indices into ``rows``.
         participants: clients of this round, [clients].
         round_index: number of the round, from 0.
-        seed: seed of the walks.
+        seed: seed of the random orders.
         local_steps: local steps H.
-        batch_size: rows a step.
-        by_length: whether rows of like length meet in a step, or any rows.
+        batch_size: examples per step.
+        by_length: whether examples of similar length share a step.
 
     Returns:
-        Indices into `rows`, int64 [clients, H, batch].
+        Indices into ``rows``, int64 [clients, H, batch].
     """
     count = local_steps * batch_size
     picked = np.stack(
@@ -87,10 +88,10 @@ def round_picks(
 
 
 def take(rows: Tree, picked: np.ndarray) -> Tree:
-    """The picked rows of a pytree; its leaves get the leading axes of `picked`."""
+    """Returns the picked examples of a pytree; its leaves get the leading axes of ``picked``."""
     return jax.tree.map(lambda leaf: leaf[picked], rows)
 
 
 def round_batches(rows: Tree, *args: Any, **settings: Any) -> Tree:
-    """The rows of :func:`round_picks` themselves, of the same arguments: leaves [clients, H, batch, ...]."""
+    """Returns the examples that :func:`round_picks` picks, with leaves [clients, H, batch, ...]. Same arguments."""
     return take(rows, round_picks(rows, *args, **settings))

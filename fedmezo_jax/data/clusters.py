@@ -11,22 +11,25 @@ from fedmezo_jax.data.seeding import generator
 from fedmezo_jax.errors import UserError
 
 CLUSTERS = 8
-"""As many as Dolly-15k has categories."""
+"""The number of categories in Dolly-15k."""
 _WORDS = 1024
 _ITERATIONS = 25
 _STARTS = 4
 
 
 def clusters(texts: Sequence[str], seed: int, count: int = CLUSTERS) -> list[str]:
-    """The cluster of each text, named by the three words that distinguish it most: ``"eggs, dozen, bakes"``.
+    """Clusters texts by their words; a cluster is named by its three most distinctive words: ``"eggs, dozen, bakes"``.
 
     K-means on TF-IDF: a text is a unit vector over words with weights (1 + log tf)·log(n/df). The words are the 1024
     that occur in most texts, without those in more than half of them.
 
     Args:
         texts: [n], n at least ``count``.
-        seed: seed of the first centres, drawn as k-means++ does; the best of four starts is used.
-        count: number of clusters; there are fewer where fewer texts differ or some clusters become empty.
+        seed: seed of the first centres, which k-means++ draws. The best of four starts is used.
+        count: number of clusters. There are fewer where fewer texts differ or some clusters become empty.
+
+    Returns:
+        The name of each text's cluster, [n].
 
     Raises:
         UserError: there are fewer texts than clusters, or no two texts share a word.
@@ -48,19 +51,21 @@ def clusters(texts: Sequence[str], seed: int, count: int = CLUSTERS) -> list[str
 
 
 def _tf_idf(texts: Sequence[str]) -> tuple[list[str], np.ndarray]:
-    """Words, and float32 unit vectors over them, [n, words]; a text without any of the words is zero."""
-    counted = [Counter(re.findall(r"[^\W\d_]{3,}", text.lower())) for text in texts]
-    frequency = Counter(word for counts in counted for word in counts)
-    ranked = sorted(frequency.items(), key=lambda item: (-item[1], item[0]))  # ties by name, not by first occurrence
-    words = [word for word, texts_with in ranked if 2 <= texts_with <= len(texts) / 2][:_WORDS]
+    """Returns the words and float32 unit vectors over them, [n, words]; a text with none of the words gets zeros."""
+    word_counts = [Counter(re.findall(r"[^\W\d_]{3,}", text.lower())) for text in texts]
+    frequency = Counter(word for counts in word_counts for word in counts)
+    ranked_words = sorted(
+        frequency.items(), key=lambda item: (-item[1], item[0])
+    )  # ties by name, not by first occurrence
+    words = [word for word, texts_with in ranked_words if 2 <= texts_with <= len(texts) / 2][:_WORDS]
     if not words:
         raise UserError("the texts share no words, so they form no clusters: choose another partition")
     column = {word: i for i, word in enumerate(words)}
     vectors = np.zeros((len(texts), len(words)), np.float32)
-    for row, counts in zip(vectors, counted, strict=True):
-        known = [(column[word], count) for word, count in counts.items() if word in column]
-        if known:
-            at, count = np.array(known).T
-            row[at] = 1 + np.log(count)
+    for vector, counts in zip(vectors, word_counts, strict=True):
+        columns_and_counts = [(column[word], count) for word, count in counts.items() if word in column]
+        if columns_and_counts:
+            columns, counts_there = np.array(columns_and_counts).T
+            vector[columns] = 1 + np.log(counts_there)
     vectors *= np.log(len(texts) / np.array([frequency[word] for word in words], np.float32))
     return words, vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)

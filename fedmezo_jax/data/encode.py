@@ -1,4 +1,4 @@
-"""Tokenised rows of fixed shape from examples, with the tokens kept from one run to the next."""
+"""Tokenises examples into arrays of fixed shape, and caches the tokens between runs."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ if TYPE_CHECKING:
 Overlong: TypeAlias = Literal["skip", "truncate"]
 
 _MULTIPLE = 8
-_FORMAT = 1  # of the cached tokens: raise it when the same text is to give other tokens
+_FORMAT = 1  # of the cached tokens: raise it when the same text must give other tokens
 
 
 class Encoded(NamedTuple):
     """Tokenised examples.
 
     Attributes:
-        rows: the rows that are kept.
-        kept: int64 [N], the index of each row's example, ascending.
-        skipped: number of examples left out: too long or, where those are truncated, without a label left.
-        truncated: number of rows that lost their end.
+        rows: the tokenised examples that were kept.
+        kept: int64 [N], the index of each kept example, ascending.
+        skipped: number of examples left out: too long, or without a label left after truncation.
+        truncated: number of examples that lost their end.
     """
 
     rows: TokenBatch
@@ -61,73 +61,74 @@ def encode(
 ) -> Encoded:
     """Tokenises examples; the labels are the response and the end token, or the assistant's turns of a chat.
 
-    Prompt and response are tokenised apart and joined, so that the boundary between them lies between two tokens
-    whatever the vocabulary would merge across it. The prompt's tokens are those of :func:`prompt.prompt_ids`, from
-    which a response is generated. The begin token leads where the tokenizer is set to add one.
+    Prompt and response are tokenised separately and joined, so no token crosses the boundary between them. The prompt's
+    tokens are those of :func:`prompts.prompt_ids`, from which a response is generated. The begin token comes first if
+    the tokenizer is set to add one.
 
     The paper's code and TRL tokenise prompt and response as one text. That gives the same tokens with byte-level
     tokenizers, unless one merges across the boundary. With a tokenizer that puts a space before every text, as LLaMA 1
     and 2's do, the first label differs (``▁Paris`` here, ``Paris`` there), so losses do not compare with theirs.
 
-    A chat is tokenised as one text in the tokenizer's chat template, and a token is a label if it begins in a turn of
-    the assistant, whose end-of-turn mark counts; what follows the last label is left out.
+    A chat is tokenised as one text in the tokenizer's chat template. A token is a label if it begins in a turn of the
+    assistant, including the end-of-turn mark. Tokens after the last label are left out.
 
     Args:
         examples: pairs or chats, [n]. Chats go through the chat template whatever the style.
         tokenizer: a fast tokenizer with an end token.
-        max_length: most tokens in a row.
+        max_length: most tokens in an example.
         style: how an instruction becomes a prompt.
-        overlong: a row of more than `max_length` tokens is skipped, or truncated if a label is left.
-        cache: folder in which the tokens are kept under a hash of all that decides them; None keeps them nowhere.
+        overlong: an example of more than ``max_length`` tokens is skipped, or truncated if a label is left.
+        cache: folder for the tokens, under a hash of everything that determines them; None caches nothing.
         source: what error messages call the examples.
 
     Returns:
-        N <= n rows with S the longest row and M the largest number of labels, each rounded up to a multiple of 8
-        (S at most to `max_length`), the examples they come from, and how many were skipped and truncated.
+        N <= n tokenised examples, with S the longest one and M the largest number of labels, each rounded up to a
+        multiple of 8 (S at most to ``max_length``); the indices of the examples kept; how many were skipped and
+        truncated.
 
     Raises:
-        UserError: the tokenizer has no end token, a chat does not fit its template, or no row fits.
+        UserError: the tokenizer has no end token, a chat does not fit its template, or no example fits.
     """
-    end = tokenizer.eos_token_id
-    if end is None:
+    end_id = tokenizer.eos_token_id
+    if end_id is None:
         raise UserError("the tokenizer names no end token (eos_token), which must close every response")
-    table = _tokens(examples, tokenizer, style, cache, source) if examples else []
-    kept, tokens, labels, truncated, shortest = [], [], [], 0, None
-    for i, (row, labelled) in enumerate(table):
-        length = len(row)
+    tokenised = _tokens(examples, tokenizer, style, cache, source) if examples else []
+    kept_indices, token_rows, place_rows, truncated, shortest = [], [], [], 0, None
+    for i, (ids, labelled) in enumerate(tokenised):
+        length = len(ids)
         shortest = length if shortest is None else min(length, shortest)
         if length > max_length and overlong == "skip":
             continue
-        places = labelled[: np.searchsorted(labelled, max_length)]
-        if not len(places):
+        label_places = labelled[: np.searchsorted(labelled, max_length)]
+        if not len(label_places):
             continue
         truncated += length > max_length
-        kept.append(i)
-        tokens.append(row[: places[-1] + 1])
-        labels.append(places)
-    if shortest is not None and not kept and not any(len(places) for _, places in table):
+        kept_indices.append(i)
+        token_rows.append(ids[: label_places[-1] + 1])
+        place_rows.append(label_places)
+    if shortest is not None and not kept_indices and not any(len(label_places) for _, label_places in tokenised):
         raise UserError(
             f"{source}: no row has anything to learn: every turn of the assistant opens its chat and answers nothing"
         )
-    if not kept:
+    if not kept_indices:
         reason = f"the shortest has {shortest}" if shortest else "there are no rows"
         raise UserError(f"{source}: no row fits into {max_length} tokens ({reason}): raise --max-length")
 
-    width = min(_round_up(max(map(len, tokens))), max_length)
-    labels_width = _round_up(max(map(len, labels)))
-    padding = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    row_width = min(_round_up(max(map(len, token_rows))), max_length)
+    labels_width = _round_up(max(map(len, place_rows)))
+    padding = end_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     rows = TokenBatch(
-        tokens=np.full((len(kept), width), padding, np.int32),
-        label_positions=np.zeros((len(kept), labels_width), np.int32),
-        labels=np.zeros((len(kept), labels_width), np.int32),
-        label_weights=np.zeros((len(kept), labels_width), np.float32),
+        tokens=np.full((len(kept_indices), row_width), padding, np.int32),
+        label_positions=np.zeros((len(kept_indices), labels_width), np.int32),
+        labels=np.zeros((len(kept_indices), labels_width), np.int32),
+        label_weights=np.zeros((len(kept_indices), labels_width), np.float32),
     )
-    for i, (row, places) in enumerate(zip(tokens, labels, strict=True)):
-        rows.tokens[i, : len(row)] = row
-        rows.labels[i, : len(places)] = row[places]
-        rows.label_positions[i, : len(places)] = places - 1
-        rows.label_weights[i, : len(places)] = 1
-    return Encoded(rows, np.array(kept, np.int64), len(examples) - len(kept), int(truncated))
+    for i, (ids, label_places) in enumerate(zip(token_rows, place_rows, strict=True)):
+        rows.tokens[i, : len(ids)] = ids
+        rows.labels[i, : len(label_places)] = ids[label_places]
+        rows.label_positions[i, : len(label_places)] = label_places - 1
+        rows.label_weights[i, : len(label_places)] = 1
+    return Encoded(rows, np.array(kept_indices, np.int64), len(examples) - len(kept_indices), int(truncated))
 
 
 def _tokens(
@@ -137,7 +138,7 @@ def _tokens(
     cache: Path | None,
     source: str,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The tokens of each example and the places of its labels among them, from the cache where it has them."""
+    """The token ids of each example and the positions of its labels in them, from the cache if they are there."""
     from datasets import Dataset, Features, List, Value, disable_progress_bars  # takes a second to import
     from pyarrow import ArrowException
 
@@ -149,13 +150,13 @@ def _tokens(
     # As JSON, one column holds both kinds of example.
     pairs = [(prompt(row, style), response(row, style)) for row in examples if isinstance(row, Example)]
     texts = [json.dumps(row) for row in (chats or pairs)]
-    work = _tokenise_chats if in_chat else _tokenise_pairs
+    tokenise_batch = _tokenise_chats if in_chat else _tokenise_pairs
     key = _digest(texts, tokenizer, in_chat)
     file = _cache_file(cache, key)
 
-    def tokenised(from_cache: bool) -> Dataset:
+    def tokenise(from_cache: bool) -> Dataset:
         return Dataset.from_dict({"text": texts}).map(
-            work,
+            tokenise_batch,
             batched=True,
             with_indices=True,
             remove_columns="text",
@@ -168,25 +169,25 @@ def _tokens(
         )
 
     try:
-        table = tokenised(from_cache=file is not None)
-    except (ArrowException, ValueError):  # a damaged file, or one of other columns: made anew
-        table = tokenised(from_cache=False)
+        table = tokenise(from_cache=file is not None)
+    except (ArrowException, ValueError):  # a damaged file, or one with other columns: tokenise again
+        table = tokenise(from_cache=False)
     return list(zip(_lists(table, "tokens"), _lists(table, "labelled"), strict=True))
 
 
 def _lists(table: Any, name: str) -> list[np.ndarray]:
-    """A column of lists as one array a row, without a Python object for each number."""
+    """A column of lists as one array per row, without a Python object for each number."""
     column = table.data.column(name).combine_chunks()
     return np.split(column.flatten().to_numpy(), np.cumsum(column.value_lengths().to_numpy())[:-1])
 
 
 def _tokenise_pairs(batch: dict[str, list[str]], indices: list[int], tokenizer: Any, source: str) -> dict[str, list]:
     del indices, source
-    before, after = zip(*map(json.loads, batch["text"]), strict=True)
+    prompts, responses = zip(*map(json.loads, batch["text"]), strict=True)
     tokens, labelled = [], []
-    for asked, answered in zip(text_ids(before, tokenizer), token_ids(after, tokenizer), strict=True):
-        tokens.append([*asked, *answered, tokenizer.eos_token_id])
-        labelled.append(list(range(len(asked), len(tokens[-1]))))
+    for prompt_ids, response_ids in zip(text_ids(prompts, tokenizer), token_ids(responses, tokenizer), strict=True):
+        tokens.append([*prompt_ids, *response_ids, tokenizer.eos_token_id])
+        labelled.append(list(range(len(prompt_ids), len(tokens[-1]))))
     return {"tokens": tokens, "labelled": labelled}
 
 
@@ -198,7 +199,7 @@ def _tokenise_chats(batch: dict[str, list[str]], indices: list[int], tokenizer: 
             rendered.append(render(Chat(tuple(Message(*turn) for turn in messages), category), tokenizer))
         except UserError as error:
             raise UserError(f"{source}: chat {index} (counted from 0): {error}") from None
-    found = tokenizer(
+    encoding = tokenizer(
         [text for text, _ in rendered],
         add_special_tokens=False,
         return_attention_mask=False,
@@ -206,23 +207,23 @@ def _tokenise_chats(batch: dict[str, list[str]], indices: list[int], tokenizer: 
         verbose=False,
     )
     tokens, labelled = [], []
-    for (_, spans), row, offsets in zip(rendered, found["input_ids"], found["offset_mapping"], strict=True):
+    for (_, spans), ids, offsets in zip(rendered, encoding["input_ids"], encoding["offset_mapping"], strict=True):
         starts = np.array([start for start, _ in offsets], np.int64)
-        inside = np.zeros(len(row), bool)
+        is_label = np.zeros(len(ids), bool)
         for start, end in spans:
-            inside |= (starts >= start) & (starts < end)
-        places = np.flatnonzero(inside[1:]) + 1  # nothing stands before the first token to predict it
-        tokens.append(row[: places[-1] + 1] if len(places) else row)
-        labelled.append(places.tolist())
+            is_label |= (starts >= start) & (starts < end)
+        label_places = np.flatnonzero(is_label[1:]) + 1  # the first token has no predecessor to predict it
+        tokens.append(ids[: label_places[-1] + 1] if len(label_places) else ids)
+        labelled.append(label_places.tolist())
     return {"tokens": tokens, "labelled": labelled}
 
 
 def _digest(texts: Sequence[str], tokenizer: Any, in_chat: bool) -> str:
-    """sha256 of all that decides the tokens: the texts, the whole tokenizer, and its template where it is used."""
+    """sha256 of everything that determines the tokens: texts, tokenizer, and chat template where it is used."""
     digest = hashlib.sha256()
     template = [tokenizer.chat_template, tokenizer.special_tokens_map] if in_chat else None
-    decides = [_FORMAT, tokenizer.backend_tokenizer.to_str(), begin(tokenizer), tokenizer.eos_token_id, template]
-    for part in (json.dumps(decides, sort_keys=True), *texts):
+    settings = [_FORMAT, tokenizer.backend_tokenizer.to_str(), begin(tokenizer), tokenizer.eos_token_id, template]
+    for part in (json.dumps(settings, sort_keys=True), *texts):
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part.encode())
     return digest.hexdigest()
@@ -233,7 +234,7 @@ def _cache_file(cache: Path | None, key: str) -> str | None:
         return None
     try:
         cache.mkdir(parents=True, exist_ok=True)
-    except OSError:  # no home to write to: then the work is done anew
+    except OSError:  # the folder cannot be written: tokenise without a cache
         return None
     return str(cache / f"{key}.arrow")
 

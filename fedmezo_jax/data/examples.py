@@ -1,4 +1,4 @@
-"""The shapes of data: an instruction-response pair or a chat as text, and a table of tokenised rows."""
+"""The types of data: an instruction-response pair or a chat as text, and arrays of tokenised examples."""
 
 from typing import NamedTuple, TypeAlias
 
@@ -13,9 +13,10 @@ class Example(NamedTuple):
 
     Attributes:
         instruction: what is asked.
-        input: the material to work on; empty where the instruction says everything.
+        input: the material to work on; empty if there is none.
         response: the wanted answer.
-        category: the class by which rows are dealt to clients (a topic, a language); empty where the data have none.
+        category: the class by which examples are partitioned over clients (a topic, a language); empty if the data
+            have none.
     """
 
     instruction: str
@@ -28,8 +29,8 @@ class Message(NamedTuple):
     """One turn of a chat.
 
     Attributes:
-        role: who speaks; the turns of `assistant` are the ones to learn.
-        content: what is said.
+        role: the speaker; the turns of ``assistant`` are learned.
+        content: the text.
     """
 
     role: str
@@ -49,18 +50,17 @@ class Chat(NamedTuple):
 
 
 class TokenBatch(NamedTuple):
-    """Tokenised rows of one fixed shape: N rows of S tokens with at most M labels.
+    """Tokenised examples of one fixed shape: N examples of S tokens with at most M labels.
 
-    A batch is a `TokenBatch` too, with further leading axes. The loss of a batch is ``sum(label_weights * nll) /
-    sum(label_weights)``, where nll at a label is the negative log-likelihood that the hidden state at its
-    `label_positions` entry gives to it.
+    Leading axes may be added. The loss of a batch is ``sum(label_weights * nll) / sum(label_weights)``, where nll is
+    the negative log-likelihood of a label given the hidden state at its ``label_positions`` entry.
 
     Attributes:
         tokens: int32 [N, S], padded on the right with the pad id (attention is causal, so this needs no mask).
-        label_positions: int32 [N, M], index of the token whose hidden state predicts the label, that is the one
-            before it; 0 where padded.
+        label_positions: int32 [N, M], index of the token whose hidden state predicts the label, which is the
+            token before it; 0 for padding.
         labels: int32 [N, M], token id of the label.
-        label_weights: float32 [N, M], 1 for a label and 0 for padding; every row has at least one label.
+        label_weights: float32 [N, M], 1 for a label and 0 for padding; every example has at least one label.
     """
 
     tokens: Array
@@ -70,13 +70,13 @@ class TokenBatch(NamedTuple):
 
 
 class HiddenBatch(NamedTuple):
-    """A :class:`TokenBatch` whose tokens have passed through the frozen layers below the first trained one.
+    """A :class:`TokenBatch` with hidden states from the frozen layers below the first trained one instead of tokens.
 
     Attributes:
         hidden: float [N, S, D], the residual stream there.
-        label_positions: as in :class:`TokenBatch`, and so are the two others.
-        labels: int32 [N, M].
-        label_weights: float32 [N, M].
+        label_positions: int32 [N, M], as in :class:`TokenBatch`.
+        labels: int32 [N, M], as in :class:`TokenBatch`.
+        label_weights: float32 [N, M], as in :class:`TokenBatch`.
     """
 
     hidden: Array
@@ -86,4 +86,4 @@ class HiddenBatch(NamedTuple):
 
 
 Rows: TypeAlias = TokenBatch | HiddenBatch
-"""Examples from their tokens on, or from hidden states on."""
+"""Examples as tokens or as hidden states."""

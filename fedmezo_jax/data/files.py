@@ -1,4 +1,4 @@
-"""Reading JSON, JSON-lines and Parquet files as plain records, every fault named by file and line."""
+"""Reading JSON, JSON-lines and Parquet files as plain records, every fault reported with file and line."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -17,8 +17,8 @@ class Record(NamedTuple):
     """One row as it stands in its file or hub set.
 
     Attributes:
-        where: file and line, or set and row, to begin an error message with.
-        value: what the row holds, an object if all is well.
+        where: file and line, or data set and row; error messages begin with it.
+        value: the parsed row; an object unless the data are faulty.
     """
 
     where: str
@@ -26,25 +26,25 @@ class Record(NamedTuple):
 
 
 def read(path: Path, rows_of: tuple[str, ...] = ()) -> list[Record]:
-    """All rows of a file.
+    """Reads all rows of a file.
 
-    JSON may be one object a line (whatever the suffix), a list of objects, or one object that holds one such list
-    (``{"data": [...]}``), laid out over as many lines as it likes.
+    JSON may be one object per line (whatever the suffix), a list of objects, or one object that holds one such list
+    (``{"data": [...]}``), over any number of lines.
 
     Args:
         path: a file whose name ends in .parquet, or else JSON.
-        rows_of: names of fields. A file that is one single object with one of these is a row itself and no container.
+        rows_of: names of fields. A file with a single object that has one of these fields is itself a row.
 
     Raises:
-        UserError: the file cannot be read, is empty or broken; with file and line.
+        UserError: the file cannot be read, is empty or broken; the message has file and line.
     """
     try:
-        found = _parquet(path) if path.suffix == ".parquet" else list(_json(path, rows_of))
+        rows = _parquet(path) if path.suffix == ".parquet" else list(_json(path, rows_of))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    if not found:
+    if not rows:
         raise UserError(f"{path} holds no rows")
-    return found
+    return rows
 
 
 def _parquet(path: Path) -> list[Record]:
@@ -80,9 +80,9 @@ def _json(path: Path, rows_of: tuple[str, ...]) -> Iterator[Record]:
 
 
 def _is_one_value(text: str, start: int) -> bool:
-    """Whether the text is one JSON value, over as many lines as it likes, and not one a line.
+    """Whether the text is one JSON value over any number of lines, and not one value per line.
 
-    Of broken text the first two lines decide: where one value goes over many lines neither is an object by itself.
+    For broken text the first two lines decide: if neither is an object by itself, the text is one value.
     """
     try:
         end = _DECODER.raw_decode(text, start)[1]
@@ -110,7 +110,7 @@ def _line_records(path: Path, text: str) -> Iterator[Record]:
 
 
 def _object_records(path: Path, text: str, start: int, rows_of: tuple[str, ...]) -> Iterator[Record]:
-    """The rows of a file that is one value: those of the one list of objects inside it, or the value itself."""
+    """The rows of a file with one value: those of the only list of objects inside it, or the value itself."""
     value, end = _decode(path, text, start)
     if (at := _skip(text, end)) < len(text):
         raise _broken(path, _line(text, at), "text after the first object: give one object a line, or a list of them")
@@ -126,7 +126,7 @@ def _object_records(path: Path, text: str, start: int, rows_of: tuple[str, ...])
         yield Record(f"{path}, line {_line(text, start)}", value)
         return
     at = _skip(text, start + 1)
-    while True:  # to where the list begins, so that its rows have lines
+    while True:  # find where the list begins, so that its rows have line numbers
         key, at = _decode(path, text, at)
         at = _skip(text, _skip(text, at) + 1)
         if key in lists:
@@ -136,12 +136,12 @@ def _object_records(path: Path, text: str, start: int, rows_of: tuple[str, ...])
 
 
 def _list_records(path: Path, text: str, at: int) -> Iterator[Record]:
-    """The elements of the JSON list at ``at``, with the lines on which they begin; returns the place after it."""
-    line, counted = 1, 0
+    """The elements of the JSON list at ``at``, with their line numbers; returns the position after it."""
+    line, counted_to = 1, 0
     at = _skip(text, at + 1)
     closed = text.startswith("]", at)
     while not closed:
-        line, counted = line + text.count("\n", counted, at), at
+        line, counted_to = line + text.count("\n", counted_to, at), at
         record, end = _decode(path, text, at, line)
         yield Record(f"{path}, line {line}", record)
         at = _skip(text, end)
@@ -154,7 +154,7 @@ def _list_records(path: Path, text: str, at: int) -> Iterator[Record]:
 
 
 def _decode(path: Path, text: str, at: int, line: int = 1) -> tuple[object, int]:
-    """The value at ``at`` and the place after it; ``line`` is told of faults that know none."""
+    """The value at ``at`` and the position after it. ``line`` is reported for errors that carry no line."""
     try:
         return _DECODER.raw_decode(text, at)
     except (ValueError, RecursionError) as error:
@@ -162,7 +162,7 @@ def _decode(path: Path, text: str, at: int, line: int = 1) -> tuple[object, int]
 
 
 def _skip(text: str, at: int) -> int:
-    """The next place from ``at`` on that is no blank."""
+    """The first position from ``at`` on that is not blank."""
     while text[at : at + 1] and text[at] in _BLANKS:
         at += 1
     return at

@@ -1,7 +1,7 @@
-"""Dealing rows to clients: at random, by category, by quantity, by length; and a measure of how far apart they are.
+"""Partitions of the examples over clients (random, by category, quantity or length), and how much the clients differ.
 
-A partition is a list with one sorted int64 array of row indices a client; together they hold every row exactly once,
-and no client is empty.
+A partition is a list with one sorted int64 array of example indices per client. Every example belongs to exactly one
+client, and no client is empty.
 """
 
 from collections.abc import Sequence
@@ -15,29 +15,29 @@ Partition = list[np.ndarray]
 
 
 def iid(n: int, clients: int, seed: int) -> Partition:
-    """`n` rows dealt at random in parts whose sizes differ by at most one.
+    """Splits ``n`` examples at random into parts whose sizes differ by at most one.
 
     Raises:
-        UserError: fewer than one client, or more clients than rows.
+        UserError: fewer than one client, or more clients than examples.
     """
     _check_clients(n, clients)
     return [np.sort(part) for part in np.array_split(generator(seed, "partition iid").permutation(n), clients)]
 
 
 def dirichlet(categories: Sequence[str], clients: int, alpha: float, seed: int) -> Partition:
-    """Each category is split over the clients by proportions p ~ Dirichlet(alpha, ..., alpha) (arXiv 1909.06335).
+    """Splits each category over the clients by proportions p ~ Dirichlet(alpha, ..., alpha) (arXiv 1909.06335).
 
-    A small `alpha` gives a client few categories, a large one makes all clients alike. A client that would stay empty
-    takes a row from the client that has most.
+    A small ``alpha`` gives a client few categories, a large one makes all clients alike. A client that would stay empty
+    takes an example from the largest client.
 
     Args:
-        categories: the category of each row, [n].
+        categories: the category of each example, [n].
         clients: number of clients, at most n.
         alpha: concentration, positive.
         seed: seed of the draw.
 
     Raises:
-        UserError: no categories, a concentration that is not positive and finite, or more clients than rows.
+        UserError: no categories, a concentration that is not positive and finite, or more clients than examples.
     """
     _check_clients(len(categories), clients)
     rng = generator(seed, "partition dirichlet")
@@ -48,18 +48,18 @@ def dirichlet(categories: Sequence[str], clients: int, alpha: float, seed: int) 
 
 
 def meta(categories: Sequence[str], clients: int, seed: int) -> Partition:
-    """Whole categories are dealt to the clients in turn, in random order.
+    """Assigns whole categories to the clients in turn, in random order.
 
-    With more clients than categories every client holds a single category; the clients are given to the categories in
-    proportion to their rows (highest averages), and the rows of a category are split evenly among its clients.
+    With more clients than categories every client has a single category. The number of clients of a category is
+    proportional to its examples (method of highest averages), which are split evenly among these clients.
 
     Args:
-        categories: the category of each row, [n].
+        categories: the category of each example, [n].
         clients: number of clients, at most n.
-        seed: seed of the deal.
+        seed: seed of the draw.
 
     Raises:
-        UserError: no categories, fewer than one client, or more clients than rows.
+        UserError: no categories, fewer than one client, or more clients than examples.
     """
     _check_clients(len(categories), clients)
     rng = generator(seed, "partition meta")
@@ -70,7 +70,7 @@ def meta(categories: Sequence[str], clients: int, seed: int) -> Partition:
     sizes = np.array([len(group) for group in groups])
     shares = np.ones(len(groups), np.int64)
     for _ in range(clients - len(groups)):
-        shares[np.argmax(sizes / shares)] += 1  # its rows per client are above one, as clients <= n
+        shares[np.argmax(sizes / shares)] += 1  # its examples per client are above one, as clients <= n
     return [
         np.sort(part)
         for group, share in zip(groups, shares, strict=True)
@@ -79,19 +79,19 @@ def meta(categories: Sequence[str], clients: int, seed: int) -> Partition:
 
 
 def quantity(n: int, clients: int, alpha: float, seed: int) -> Partition:
-    """Rows dealt at random in parts of unequal size, their shares p ~ Dirichlet(alpha, ..., alpha) (arXiv 2102.02079).
+    """Splits examples at random into parts of unequal size, with shares p ~ Dirichlet(alpha, ..., alpha).
 
-    Only the sizes differ: each part is a random draw from all rows. A client that would stay empty takes a row from the
-    client that has most.
+    Only the sizes differ (arXiv 2102.02079): each part is a random draw from all examples. A client that would stay
+    empty takes an example from the largest client.
 
     Args:
-        n: number of rows.
+        n: number of examples.
         clients: number of clients, at most n.
         alpha: concentration, positive; the smaller, the more unequal.
         seed: seed of the draw.
 
     Raises:
-        UserError: a concentration that is not positive and finite, or more clients than rows.
+        UserError: a concentration that is not positive and finite, or more clients than examples.
     """
     _check_clients(n, clients)
     rng = generator(seed, "partition quantity")
@@ -101,17 +101,17 @@ def quantity(n: int, clients: int, alpha: float, seed: int) -> Partition:
 
 
 def by_length(lengths: Sequence[int] | np.ndarray, clients: int, seed: int) -> Partition:
-    """Rows dealt in order of their length, so that each client has rows of one length class; equal parts.
+    """Splits examples into equal parts by length, so that each client has examples of similar length.
 
-    Which client gets which class, and which rows of equal length go together, is drawn from the seed.
+    The seed decides which client gets which part, and how examples of equal length are split.
 
     Args:
-        lengths: tokens of each row, [n].
+        lengths: tokens of each example, [n].
         clients: number of clients, at most n.
         seed: seed of the draw.
 
     Raises:
-        UserError: fewer than one client, or more clients than rows.
+        UserError: fewer than one client, or more clients than examples.
     """
     _check_clients(len(lengths), clients)
     rng = generator(seed, "partition length")
@@ -122,9 +122,9 @@ def by_length(lengths: Sequence[int] | np.ndarray, clients: int, seed: int) -> P
 
 
 def length_classes(lengths: Sequence[int] | np.ndarray) -> list[str]:
-    """The quarter of all rows to which each row belongs by its length, as a category: ``"80-122 tokens"``."""
+    """Returns the quartile of each example's length as a category, [n], for example ``"80-122 tokens"``."""
     lengths = np.asarray(lengths)
-    # Quantiles that are lengths of rows, each class up to and with its own.
+    # Each quartile is the length of an example, and the last length of its class.
     bounds = np.unique(np.quantile(lengths, (0.25, 0.5, 0.75, 1), method="inverted_cdf"))
     lowest = [lengths.min(), *(lengths[lengths > bound].min() for bound in bounds[:-1])]
     digits = len(str(bounds[-1]))
@@ -133,9 +133,9 @@ def length_classes(lengths: Sequence[int] | np.ndarray) -> list[str]:
 
 
 def category_distances(parts: Partition, categories: Sequence[str]) -> np.ndarray:
-    """Total-variation distance 1/2 sum_c |p_i(c) - p(c)| of each client's categories from those of all rows, [clients].
+    """Returns the total-variation distance 1/2 sum_c |p_i(c) - p(c)| of each client from all examples, [clients].
 
-    p_i is the distribution of categories on client i and p the one over all rows.
+    p_i is the distribution of categories on client i and p the one over all examples.
     """
     _, codes = np.unique(np.asarray(categories), return_inverse=True)
     overall = np.bincount(codes) / len(codes)
@@ -144,9 +144,9 @@ def category_distances(parts: Partition, categories: Sequence[str]) -> np.ndarra
 
 
 def heterogeneity(parts: Partition, categories: Sequence[str]) -> float:
-    """Mean over clients of :func:`category_distances`.
+    """Returns the mean over clients of :func:`category_distances`.
 
-    0: all clients alike; towards 1: each client holds categories that are rare elsewhere.
+    It is 0 if all clients are alike, and approaches 1 if each client has categories that are rare elsewhere.
     """
     return float(np.mean(category_distances(parts, categories)))
 
@@ -154,13 +154,13 @@ def heterogeneity(parts: Partition, categories: Sequence[str]) -> float:
 def hold_out(
     n: int, test_examples: int, seed: int, categories: Sequence[str] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Splits range(n) into sorted train and test indices, `test_examples` of them for the test.
+    """Splits range(n) into sorted train and test indices, with ``test_examples`` test indices.
 
-    With `categories` [n] each category gives its share of test examples to within one row: the rows are put in random
-    order, lined up by category, and the test examples are taken at even distances.
+    With ``categories`` [n] each category's share of the test examples is exact to within one example: the examples are
+    shuffled, sorted by category, and the test examples are taken at even distances.
 
     Raises:
-        UserError: no test row is asked for, or no row would be left for training.
+        UserError: no test example is asked for, or none would be left for training.
     """
     if not 1 <= test_examples < n:
         raise UserError(f"{test_examples} test examples of {n}: choose at least 1 and leave at least one for training")
@@ -173,7 +173,7 @@ def hold_out(
 
 
 def _deal(owner: np.ndarray, rows: np.ndarray, clients: int, alpha: float, rng: np.random.Generator) -> None:
-    """Gives `rows` to owners in proportions p ~ Dirichlet(alpha, ..., alpha)."""
+    """Sets the owners of the examples ``rows`` by proportions p ~ Dirichlet(alpha, ..., alpha)."""
     if not 0 < alpha < float("inf"):
         raise UserError(f"the Dirichlet alpha must be a positive number, not {alpha}")
     # Beyond 1e12 the proportions are equal to rounding; larger values would overflow numpy's gamma draws.
@@ -194,7 +194,7 @@ def _none_empty(owner: np.ndarray, clients: int, rng: np.random.Generator) -> Pa
 
 
 def _rows_by_category(categories: Sequence[str], kind: str) -> list[np.ndarray]:
-    """The row indices of each category, in the order of the categories' names."""
+    """The example indices of each category, in the order of the categories' names."""
     names, codes = np.unique(np.asarray(categories), return_inverse=True)
     if len(names) == 1 and names[0] == "":
         raise UserError(

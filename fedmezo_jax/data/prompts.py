@@ -1,4 +1,4 @@
-"""From an example to text: four styles of prompt for instructions, and a tokenizer's own template for chats."""
+"""Turns examples into text: four prompt styles for instructions, and the tokenizer's own template for chats."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ question-answer: "Question: ...", and the response after "Answer:". For base mod
 chat: a user's turn, answered by the assistant, in the chat template of the tokenizer. For chat models.
 """
 
-_MOST_STEPS = 1_000_000  # a common template takes some 60 a message
+_MOST_STEPS = 1_000_000  # common templates take about 60 steps per message
 _ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n"
@@ -35,31 +35,31 @@ _ALPACA = (
 
 
 def prompt(example: Example, style: Style = "alpaca") -> str:
-    """The text before the response, in any style but `chat`; an input has a place only where there is one."""
+    """Returns the text before the response, in any style but ``chat``; an empty input is left out."""
     if style == "alpaca":
         template = _ALPACA_WITH_INPUT if example.input else _ALPACA
         return template.format(instruction=example.instruction, input=example.input)
-    asked = "\n".join(filter(None, (example.instruction, example.input)))
-    return f"{asked}\n" if style == "plain" else f"Question: {asked}\nAnswer:"
+    question = "\n".join(filter(None, (example.instruction, example.input)))
+    return f"{question}\n" if style == "plain" else f"Question: {question}\nAnswer:"
 
 
 def response(example: Example, style: Style = "alpaca") -> str:
-    """The text after :func:`prompt`."""
+    """Returns the text after :func:`prompt`."""
     return f" {example.response}" if style == "question-answer" else example.response
 
 
 def as_chat(example: Example) -> Chat:
-    """The user's turn with instruction and input, and the assistant's with the response."""
-    asked = "\n\n".join(filter(None, (example.instruction, example.input)))
-    return Chat((Message("user", asked), Message("assistant", example.response)), example.category)
+    """Returns a chat of two turns: the user's instruction and input, and the assistant's response."""
+    question = "\n\n".join(filter(None, (example.instruction, example.input)))
+    return Chat((Message("user", question), Message("assistant", example.response)), example.category)
 
 
 class Rendered(NamedTuple):
     """A chat as one text.
 
     Attributes:
-        text: the conversation in the tokenizer's template, which writes the begin token too where there is one.
-        spans: where in it each turn of the assistant begins and ends, its end-of-turn mark included.
+        text: the conversation in the tokenizer's template, with the begin token if the tokenizer has one.
+        spans: start and end in ``text`` of each assistant turn, including its end-of-turn mark.
     """
 
     text: str
@@ -69,12 +69,12 @@ class Rendered(NamedTuple):
 def render(chat: Chat, tokenizer: PreTrainedTokenizerFast) -> Rendered:
     """Puts a chat into the tokenizer's chat template and finds the assistant's turns in it.
 
-    A turn is what the template adds when the chat grows by it, after the header with which it asks for one. An opening
-    turn of the assistant answers nothing and is left out of the spans.
+    A turn is the text that the template adds for it, without the header that asks the assistant to answer. If the
+    assistant opens the chat, this first turn answers nothing and is left out of the spans.
 
     Raises:
-        UserError: the tokenizer has no chat template, or the template refuses the chat or rewrites earlier turns as a
-            chat grows, so that a turn's place cannot be told.
+        UserError: the tokenizer has no chat template; or the template refuses the chat, or rewrites earlier turns as
+            the chat grows, so that the turns cannot be located.
     """
     text, spans = _apply(tokenizer, chat.messages), []
     for turn, message in enumerate(chat.messages):
@@ -91,7 +91,7 @@ def render(chat: Chat, tokenizer: PreTrainedTokenizerFast) -> Rendered:
 
 
 def prompt_ids(examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast, style: Style) -> list[list[int]]:
-    """Token ids of each example's prompt, for training, generation and scoring alike."""
+    """Returns the token ids of each example's prompt. Training, generation and scoring share them."""
     if style == "chat":  # the template writes the begin token itself
         return token_ids(
             [_apply(tokenizer, as_chat(example).messages[:1], ask=True) for example in examples], tokenizer
@@ -100,34 +100,34 @@ def prompt_ids(examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast, 
 
 
 def text_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
-    """Token ids of texts that are to be continued.
+    """Returns the token ids of texts that will be continued.
 
-    The begin token leads where the tokenizer is set to add one. It is joined as an id: written into the text, it would
-    keep some tokenizers from putting a space before the first word. No end token follows, even where the tokenizer is
-    set to add one, as the text goes on.
+    The begin token comes first if the tokenizer is set to add one. It is added as an id: written into the text, it
+    would keep some tokenizers from putting a space before the first word. No end token is added, even if the tokenizer
+    is set to add one, because the text continues.
     """
     start = begin(tokenizer)
-    return [[*start, *row] for row in token_ids(texts, tokenizer)]
+    return [[*start, *ids] for ids in token_ids(texts, tokenizer)]
 
 
 def token_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
-    """Token ids of texts without begin and end tokens."""
+    """Returns the token ids of texts, without begin and end tokens."""
     if not texts:
-        return []  # which the tokenizer refuses
-    # verbose=False: the model's context is checked elsewhere, with an error or a count in place of a warning.
-    found = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
-    return cast(list[list[int]], found["input_ids"])
+        return []  # the tokenizer refuses an empty list
+    # verbose=False: the model's context is checked elsewhere, with an error or a count instead of a warning.
+    encoding = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return cast(list[list[int]], encoding["input_ids"])
 
 
 def begin(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """The begin token's id, where the tokenizer is set to add one before a text; otherwise nothing."""
-    # Read off a text: the setting itself sits in a different place in each family of tokenizers. The text is not
-    # empty, so that an added end token does not come first: some tokenizers have one token for begin and end.
+    """Returns the begin token's id if the tokenizer is set to add one before a text, and else an empty list."""
+    # Tokenise a text to find out: each family of tokenizers keeps this setting in a different place. The text is not
+    # empty because some tokenizers use one token for begin and end, and would then add it at the end only.
     return [token for token in tokenizer("a")["input_ids"][:1] if token == tokenizer.bos_token_id]
 
 
 def check_template(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Raises `UserError` with the remedy where the tokenizer has no chat template."""
+    """Raises ``UserError`` with the remedy where the tokenizer has no chat template."""
     if not tokenizer.chat_template:
         raise UserError(
             "the tokenizer has no chat template, which chat data and --prompt-style chat need: put the model's "
@@ -139,7 +139,7 @@ def _apply(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], ask:
     check_template(tokenizer)
     turns = [message._asdict() for message in messages]
     try:
-        # Some templates write today's date; rows must not change from day to day, so they get their own default.
+        # Some templates write today's date. Tokens must not change from day to day, so the date is fixed.
         options = {"tokenize": False, "add_generation_prompt": ask, "date_string": "26 Jul 2024"}
         text = limit_steps(lambda: tokenizer.apply_chat_template(turns, **options), _MOST_STEPS)
     except TooManySteps:
@@ -148,8 +148,8 @@ def _apply(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], ask:
             "mend chat_template.jinja"
         ) from None
     except ImportError:
-        raise  # Jinja is required; its absence is no fault of the chat
-    except Exception as error:  # templates raise Jinja's errors and whatever their code runs into
+        raise  # Jinja is missing, so the chat is not at fault
+    except Exception as error:  # templates raise Jinja's errors and any that their code causes
         raise UserError(f"the tokenizer's chat template refuses the chat ({' '.join(str(error).split())})") from None
     assert isinstance(text, str)
     return text

@@ -1,4 +1,4 @@
-"""From a record to an example: which field of a row is the instruction, the input, the response, the category."""
+"""Turns records into examples: finds the instruction, input, response and category among a row's fields."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias
@@ -7,7 +7,7 @@ from fedmezo_jax.data.examples import Chat, Example, Message
 from fedmezo_jax.data.files import Record
 from fedmezo_jax.errors import UserError
 
-# What each part is called in the wild; the first name that a row has counts.
+# Common names of each part; the first name that a row has is used.
 _NAMES = {
     "instruction": ("instruction", "question"),
     "input": ("input", "context"),
@@ -18,14 +18,14 @@ _NAMES = {
 _REQUIRED = ("instruction", "response")
 
 Fields: TypeAlias = Mapping[str, str]
-"""From a part (instruction, input, response, category, messages) to the name of its field; "" leaves the part empty."""
+"""Maps a part (instruction, input, response, category, messages) to the name of its field; "" means an empty part."""
 
 
 def parse_fields(text: str) -> dict[str, str]:
-    """Takes ``instruction=question,response=answer`` apart.
+    """Parses a field map such as ``instruction=question,response=answer`` and returns it as a dict.
 
     Raises:
-        UserError: no such form, an unknown part, or one given twice.
+        UserError: wrong syntax, an unknown part, or a part given twice.
     """
     fields: dict[str, str] = {}
     for pair in filter(None, (pair.strip() for pair in text.split(","))):
@@ -43,12 +43,12 @@ def parse_fields(text: str) -> dict[str, str]:
 
 
 def field_names(fields: Fields) -> tuple[str, ...]:
-    """Every name under which a part of a row is looked for."""
+    """Returns every field name that is looked for in a row."""
     return tuple(name for part in _NAMES for name in _names(part, fields))
 
 
 def examples(records: Sequence[Record], fields: Fields | None = None) -> list[Example] | list[Chat]:
-    """One example a record; chats where the first record has messages, which then all must have.
+    """Returns one example per record, or one chat per record if the first has messages (then all must).
 
     Raises:
         UserError: as :func:`example`, or a field named in ``fields`` occurs in no record.
@@ -65,20 +65,20 @@ def examples(records: Sequence[Record], fields: Fields | None = None) -> list[Ex
 
 
 def example(record: Record, fields: Fields | None = None) -> Example:
-    """The example in one record; an absent or null input or category counts as empty, a category may be a number.
+    """Returns the example in one record. A missing or null input or category is empty; a category may be a number.
 
     Raises:
-        UserError: the record is no object, lacks a part, or has something other than text in it.
+        UserError: the record is not an object, lacks a part, or a part is not text.
     """
     row = _row(record, "instruction and output")
     return Example(*(_text(row, part, record.where, fields or {}) for part in Example._fields))
 
 
 def chat(record: Record, fields: Fields | None = None) -> Chat:
-    """The chat in one record: a list of ``{"role": ..., "content": ...}``, at least one by the assistant.
+    """Returns the chat in one record: a list of ``{"role": ..., "content": ...}``, at least one by the assistant.
 
     Raises:
-        UserError: the record holds no such list.
+        UserError: the record has no such list.
     """
     fields = fields or {}
     row = _row(record, "messages")
@@ -97,14 +97,16 @@ def chat(record: Record, fields: Fields | None = None) -> Chat:
             raise UserError(
                 f'{record.where}: {name}[{number}] must be {{"role": "...", "content": "..."}} with text in both'
             )
-        messages.append(Message(*(_whole(turn[key], f"{name}[{number}]", record.where) for key in Message._fields)))
+        messages.append(
+            Message(*(_valid_text(turn[key], f"{name}[{number}]", record.where) for key in Message._fields))
+        )
     if not any(message.role == "assistant" for message in messages):
         raise UserError(f"{record.where}: no message in {name} is by the assistant, so there is nothing to learn")
     return Chat(tuple(messages), _text(row, "category", record.where, fields))
 
 
 def _is_chat(row: Mapping, fields: Fields) -> bool:
-    """Whether a row has messages, even null ones where it has no instruction."""
+    """Whether a row is a chat: it has messages, or a null messages field and no instruction."""
     if fields.keys() & set(_REQUIRED):
         return False
     if _name(row, "messages", fields):
@@ -125,7 +127,7 @@ def _names(part: str, fields: Fields) -> tuple[str, ...]:
 
 
 def _name(row: Mapping, part: str, fields: Fields) -> str | None:
-    """The field of this row that holds the part, if one does."""
+    """The name of the field of this row that holds the part, or None."""
     return next((name for name in _names(part, fields) if row.get(name) is not None), None)
 
 
@@ -134,12 +136,12 @@ def _text(row: Mapping, part: str, where: str, fields: Fields) -> str:
     if name is None:
         if part not in _REQUIRED:
             return ""
-        if null := [name for name in _names(part, fields) if name in row]:
-            raise UserError(f"{where}: the field {null[0]} is null; give it a text or remove this row")
-        first, *others = _names(part, fields)
-        known = f" (or {', '.join(others)})" if others else ""
+        if null_fields := [name for name in _names(part, fields) if name in row]:
+            raise UserError(f"{where}: the field {null_fields[0]} is null; give it a text or remove this row")
+        first, *other_names = _names(part, fields)
+        or_others = f" (or {', '.join(other_names)})" if other_names else ""
         raise UserError(
-            f"{where}: the field {first}{known} is missing; the row has {', '.join(map(str, row)) or 'no field'} "
+            f"{where}: the field {first}{or_others} is missing; the row has {', '.join(map(str, row)) or 'no field'} "
             f"(--fields {part}=NAME takes another)"
         )
     value = row[name]
@@ -147,11 +149,11 @@ def _text(row: Mapping, part: str, where: str, fields: Fields) -> str:
         return str(value)
     if not isinstance(value, str):
         raise UserError(f"{where}: the field {name} must be text, not {_kind(value)}")
-    return _whole(value, f"the field {name}", where)
+    return _valid_text(value, f"the field {name}", where)
 
 
-def _whole(text: str, what: str, where: str) -> str:
-    """The text, which no tokenizer takes with half a character in it."""
+def _valid_text(text: str, what: str, where: str) -> str:
+    """Returns the text, or raises ``UserError`` for a lone surrogate, which no tokenizer accepts."""
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise UserError(f"{where}: {what} holds half a character (a lone surrogate); remove it")
     return text

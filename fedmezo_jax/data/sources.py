@@ -1,4 +1,4 @@
-"""Instruction data by name: generated here, from a local file, or from the Hugging Face hub."""
+"""Loads instruction data by name: generated, from a local file, or from the Hugging Face hub."""
 
 import re
 from collections.abc import Callable
@@ -15,7 +15,7 @@ BUNDLED_ROWS = 4000
 
 
 def _gsm8k(example: Example) -> Example:
-    """Says "The answer is" in the place of "####" and keeps the calculator's <<...>>, as the paper does."""
+    """Replaces "####" by "The answer is" and keeps the calculator's <<...>>, as the paper does."""
     return example._replace(response=re.sub(r"\n####\s*", "\nThe answer is ", example.response))
 
 
@@ -24,18 +24,18 @@ _LANGUAGES = (
     "Ruby", "Swift", "Rust", "Scala", "Kotlin", "Perl",
 )  # fmt: skip
 _CANONICAL = {name.lower(): name for name in _LANGUAGES}
-# "go" and "c" are everyday text, and 'C' in quotes is a letter: these two count in capitals only.
+# "go" and "c" are everyday text, and 'C' in quotes is a letter, so these two languages must be capitalised.
 _LANGUAGE = re.compile(rf"(?<![\w'])(?:(?i:{'|'.join(map(re.escape, _LANGUAGES))})|Go|C)(?!\w)")
 
 
 def _codealpaca(example: Example) -> Example | None:
-    """The row with the file's category or else its language; None for the one that the paper leaves out.
+    """Sets the category to the programming language, unless the file gives one; None if the paper leaves it out.
 
-    That is the input where this is a language's name and nothing else, or else the language named first.
+    The language is the input if that is only a language's name, and else the first language named.
     """
-    named = _LANGUAGE.fullmatch(example.input.strip())
-    named = named or _LANGUAGE.search(example.instruction) or _LANGUAGE.search(example.input)
-    language = _CANONICAL.get(named[0].lower(), named[0]) if named else "other"
+    match = _LANGUAGE.fullmatch(example.input.strip())
+    match = match or _LANGUAGE.search(example.instruction) or _LANGUAGE.search(example.input)
+    language = _CANONICAL.get(match[0].lower(), match[0]) if match else "other"
     category = example.category or language
     return None if category == "X86-64 Assembly" else example._replace(category=category)
 
@@ -46,8 +46,8 @@ class _Source(NamedTuple):
     Attributes:
         hub_id: its name on the hub.
         config: its configuration there, or None.
-        stems: names under which a local copy is looked for, in this order, each with every known suffix.
-        convert: gives the row as the paper has it, or None to leave it out.
+        stems: file names of a local copy, without suffix, in the order in which they are tried.
+        convert: returns the example as the paper uses it, or None to leave it out.
     """
 
     hub_id: str
@@ -75,14 +75,14 @@ NAMES = ("bundled", *_SOURCES)
 def load(
     name: str, *, data_dir: str | Path | None = None, fields: records.Fields | None = None, seed: int = 0
 ) -> list[Example] | list[Chat]:
-    """The examples of a data set.
+    """Returns the examples of a data set.
 
     Args:
-        name: `bundled` (made here from `seed`), a data set of the paper (`gsm8k`, `codealpaca`, `alpaca`, `dolly`), the
-            path of a .json, .jsonl or .parquet file, or a data set on the hub: `owner/name`, or
-            `owner/name:config` and `owner/name:config:split` (by default the split `train`).
-        data_dir: folder with local copies. Where it is given nothing is fetched for a data set of the paper.
-        fields: which field of a row is which part of an example, where the usual names do not say.
+        name: ``bundled`` (generated from ``seed``); a data set of the paper (``gsm8k``, ``codealpaca``, ``alpaca``,
+            ``dolly``); the path of a .json, .jsonl or .parquet file; or a data set on the hub: ``owner/name``,
+            ``owner/name:config`` or ``owner/name:config:split`` (by default the split ``train``).
+        data_dir: folder with local copies. If given, nothing is fetched for a data set of the paper.
+        fields: names of the fields for the parts of an example, if they are not the usual ones.
         seed: seed of the generated data.
 
     Raises:
@@ -92,21 +92,23 @@ def load(
         if fields:
             raise UserError("--fields is for files and hub sets; the bundled data have none to map")
         return bundled(seed, BUNDLED_ROWS)
-    stored = load_records(name, data_dir=data_dir, fields=fields)
-    found = records.examples(stored, fields)
+    source_records = load_records(name, data_dir=data_dir, fields=fields)
+    parsed = records.examples(source_records, fields)
     if name not in _SOURCES:
-        return found
-    rows = [example for example in found if isinstance(example, Example)]
-    kept = [converted for row in rows if (converted := _SOURCES[name].convert(row)) is not None]
+        return parsed
+    pairs = [example for example in parsed if isinstance(example, Example)]
+    kept = [converted for pair in pairs if (converted := _SOURCES[name].convert(pair)) is not None]
     if not kept:
-        raise UserError(f"{stored[0].where}: neither this row nor any other is one of {name}: give another --data")
+        raise UserError(
+            f"{source_records[0].where}: neither this row nor any other is one of {name}: give another --data"
+        )
     return kept
 
 
 def load_records(
     name: str, *, data_dir: str | Path | None = None, fields: records.Fields | None = None
 ) -> list[Record]:
-    """The rows of any data set but `bundled` as they stand, e.g. multiple-choice questions; else as :func:`load`."""
+    """Returns the unparsed rows of any data set but ``bundled``, e.g. multiple-choice questions; see :func:`load`."""
     if name in _SOURCES:
         source = _SOURCES[name]
         if data_dir is None:
@@ -125,11 +127,11 @@ def load_records(
 
 def _from_file(path: Path, data_dir: str | Path | None, names: tuple[str, ...]) -> list[Record]:
     path = path.expanduser()
-    places = [path] if data_dir is None or path.is_absolute() else [path, Path(data_dir) / path]
-    for place in places:
-        if place.is_file():
-            return files.read(place, names)
-    raise UserError(f"no data file {' or '.join(map(str, places))}")
+    candidates = [path] if data_dir is None or path.is_absolute() else [path, Path(data_dir) / path]
+    for candidate in candidates:
+        if candidate.is_file():
+            return files.read(candidate, names)
+    raise UserError(f"no data file {' or '.join(map(str, candidates))}")
 
 
 def _from_folder(folder: Path, source: _Source, names: tuple[str, ...]) -> list[Record]:
@@ -148,13 +150,13 @@ def _from_hub(hub_id: str, config: str | None, split: str) -> list[Record]:
 
     try:
         if not settings.HF_HUB_OFFLINE:
-            # One question first: without an answer load_dataset would try again for half a minute, with warnings.
+            # Ask the hub once first: without an answer load_dataset would retry for half a minute, with warnings.
             huggingface_hub.HfApi().dataset_info(hub_id, timeout=20)
-        found = datasets.load_dataset(hub_id, config, split=split)
-    except Exception as error:  # the hub's clients raise many kinds, from connection faults to unknown splits
+        dataset = datasets.load_dataset(hub_id, config, split=split)
+    except Exception as error:  # the hub's clients raise many types, for connections, unknown splits and more
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise UserError(
             f"cannot load {hub_id} from the Hugging Face hub ({reason}): give a local copy instead, "
             "with --data-dir FOLDER or as --data FILE.jsonl, or set HF_HUB_OFFLINE=1 to use one fetched before"
         ) from None
-    return [Record(f"{hub_id}, row {row}", record) for row, record in enumerate(found)]
+    return [Record(f"{hub_id}, row {row}", record) for row, record in enumerate(dataset)]

@@ -1,4 +1,4 @@
-"""A bound on what a chat template may compute: templates come with models, and their loops may never end."""
+"""A bound on the steps of a chat template: templates come with models, and their loops may never end."""
 
 import sys
 from collections.abc import Callable
@@ -9,29 +9,32 @@ _TEMPLATE = "<template>"  # the file name that Jinja gives to code compiled from
 
 
 class TooManySteps(BaseException):
-    """A template took more steps than it may. Not an ``Exception``, so that no code of Jinja's can swallow it."""
+    """A template exceeded its steps. Not an ``Exception``, so that Jinja's code cannot catch it."""
 
 
 def limit_steps(render: Callable[[], Result], steps: int) -> Result:
     """Call ``render``, which runs a Jinja template, and raise :class:`TooManySteps` after ``steps`` steps.
 
     A step is a line of the template's compiled code or a call of a Python function from it, so loops, macros and
-    recursion all count, whatever they run over. What one call into C does, such as repeating a string, is one step.
+    recursion all count. A call into C, such as repeating a string, counts as one step.
+
+    Returns:
+        The result of ``render``.
     """
-    left, started = steps, False
+    steps_left, started = steps, False
 
     def count(frame: Any, event: str, argument: Any) -> Any:
-        nonlocal left, started
+        nonlocal steps_left, started
         in_template = frame.f_code.co_filename == _TEMPLATE
         started = started or in_template  # compiling a template takes many calls, but is bounded by its size
-        left -= started
-        if left < 0:
+        steps_left -= started
+        if steps_left < 0:
             raise TooManySteps
         return count if in_template else None
 
-    before = sys.gettrace()
+    previous_trace = sys.gettrace()
     sys.settrace(count)
     try:
         return render()
     finally:
-        sys.settrace(before)
+        sys.settrace(previous_trace)

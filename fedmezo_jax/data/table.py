@@ -1,4 +1,4 @@
-"""From a data set's name to tokenised rows, split into training and test, and dealt to clients."""
+"""Loads a data set by name, tokenises it, splits it into training and test, and partitions it over clients."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class Table(NamedTuple):
     """A data set, tokenised and split.
 
     Attributes:
-        examples: what each row was made from, [N].
-        rows: all rows.
-        train: indices of the training rows, ascending.
-        test: indices of the held-out rows, ascending.
+        examples: the text of each example in ``rows``, [N].
+        rows: all examples, tokenised.
+        train: indices of the training examples, ascending.
+        test: indices of the held-out examples, ascending.
         skipped: number of examples left out for their length.
-        truncated: number of rows that lost their end.
+        truncated: number of examples that lost their end.
     """
 
     examples: list[Example] | list[Chat]
@@ -58,39 +58,41 @@ def tabulate(
     seed: int,
     cache: Path | None = None,
 ) -> Table:
-    """Loads, tokenises and splits a data set; the same arguments give the same rows and the same split.
+    """Loads, tokenises and splits a data set; the same arguments give the same tokens and split.
 
     Args:
         name: as for :func:`sources.load`.
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         data_dir: folder with local copies, or None.
         fields: a field map as on the command line, or "".
         style: style of the prompt.
-        max_length: most tokens in a row.
-        overlong: whether longer ones are skipped or truncated.
-        test_examples: examples held out, their share of each category; 0 for all rows.
+        max_length: most tokens in an example.
+        overlong: whether longer examples are skipped or truncated.
+        test_examples: examples to hold out, in proportion from each category; 0 takes all examples as test examples.
         seed: seed of generated data and of the split.
-        cache: folder for tokens kept from one run to the next.
+        cache: folder in which tokens are kept between runs.
 
     Raises:
-        UserError: anything about the data that does not fit.
+        UserError: the data cannot be loaded, tokenised or split.
     """
     examples = load(name, data_dir=data_dir, fields=parse_fields(fields), seed=seed)
     encoded = encode(
         examples, tokenizer, max_length, style=style, overlong=overlong, cache=cache, source=f"--data {name}"
     )
-    kept = [examples[i] for i in encoded.kept]
+    kept_examples = [examples[i] for i in encoded.kept]
     if test_examples:
         with data_named(name):
-            train, test = partition.hold_out(len(kept), test_examples, seed, [example.category for example in kept])
+            train, test = partition.hold_out(
+                len(kept_examples), test_examples, seed, [example.category for example in kept_examples]
+            )
     else:
-        train, test = np.arange(0), np.arange(len(kept))
-    return Table(kept, encoded.rows, train, test, encoded.skipped, encoded.truncated)  # pyright: ignore[reportArgumentType]
+        train, test = np.arange(0), np.arange(len(kept_examples))
+    return Table(kept_examples, encoded.rows, train, test, encoded.skipped, encoded.truncated)  # pyright: ignore[reportArgumentType]
 
 
 @contextmanager
 def data_named(name: str) -> Iterator[None]:
-    """Puts the name of a data set before the error messages of the block."""
+    """Prefixes the error messages of the block with the name of the data set."""
     try:
         yield
     except UserError as error:
@@ -105,42 +107,42 @@ def deal(
     alpha: float,
     seed: int,
 ) -> tuple[Partition, list[str]]:
-    """Deals rows to clients, and says by which classes they may be told apart.
+    """Partitions examples over clients, and returns the class of each example.
 
     Args:
         kind: iid (at random), dirichlet (shares of each category), meta (whole categories), quantity (at random in
-            unequal sizes), length (a stretch of lengths each), clusters (Dirichlet shares of clusters of like texts).
-        examples: what each row was made from, [n].
-        lengths: tokens of each row, [n].
+            unequal sizes), length (similar lengths), clusters (Dirichlet shares of clusters of similar texts).
+        examples: the examples, [n].
+        lengths: tokens of each example, [n].
         clients: number of clients.
         alpha: concentration of the Dirichlet shares, of categories, clusters or sizes.
-        seed: seed of the deal.
+        seed: seed of the draw.
 
     Returns:
-        The partition and the class of each row, [n]: its length for `length`, its cluster for `clusters`, and else its
-        category, or its length where the data have no categories.
+        The partition and the class of each example, [n]: its length for ``length``, its cluster for ``clusters``, and
+        else its category, or its length if the data have no categories.
 
     Raises:
-        UserError: the kind does not fit the data, or there are more clients than rows.
+        UserError: the kind does not fit the data, or there are more clients than examples.
     """
-    given = [example.category for example in examples]
-    classes = given if any(given) else partition.length_classes(lengths)
+    categories = [example.category for example in examples]
+    classes = categories if any(categories) else partition.length_classes(lengths)
     if kind == "iid":
-        return partition.iid(len(given), clients, seed), classes
+        return partition.iid(len(categories), clients, seed), classes
     if kind == "quantity":
-        return partition.quantity(len(given), clients, alpha, seed), classes
+        return partition.quantity(len(categories), clients, alpha, seed), classes
     if kind == "length":
         return partition.by_length(lengths, clients, seed), partition.length_classes(lengths)
     if kind == "clusters":
-        classes = clusters([_asked(example) for example in examples], seed)
+        classes = clusters([_request_text(example) for example in examples], seed)
         return partition.dirichlet(classes, clients, alpha, seed), classes
     if kind == "meta":
-        return partition.meta(given, clients, seed), given
-    return partition.dirichlet(given, clients, alpha, seed), given
+        return partition.meta(categories, clients, seed), categories
+    return partition.dirichlet(categories, clients, alpha, seed), categories
 
 
-def _asked(example: Example | Chat) -> str:
-    """What an example is about, in its own words."""
+def _request_text(example: Example | Chat) -> str:
+    """The text of an example without the response."""
     if isinstance(example, Example):
         return f"{example.instruction}\n{example.input}"
     return "\n".join(message.content for message in example.messages if message.role == "user")

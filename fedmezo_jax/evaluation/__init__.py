@@ -1,1 +1,1 @@
-"""What a model can do: test loss and perplexity, answers to GSM8K, multiple choice by likelihood."""
+"""Evaluation of a model: test loss and perplexity, answers to GSM8K, multiple choice by likelihood."""

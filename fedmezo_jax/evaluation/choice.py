@@ -1,4 +1,4 @@
-"""Multiple choice by likelihood, for files like MMLU's: a question, its choices, and which of them is right."""
+"""Multiple choice by likelihood, for data such as MMLU: a question, its choices, and the right one."""
 
 from collections.abc import Mapping, Sequence
 from string import ascii_uppercase as LETTERS
@@ -15,10 +15,10 @@ class Question(NamedTuple):
     """A multiple-choice question.
 
     Attributes:
-        text: what is asked.
+        text: the question.
         choices: the answers to choose from, 2 to 26.
-        answer: index of the right one.
-        category: its subject; empty where the data have none.
+        answer: index of the right choice.
+        category: its subject; empty if the data have none.
     """
 
     text: str
@@ -28,23 +28,27 @@ class Question(NamedTuple):
 
 
 def question(record: Record) -> Question:
-    """The question in one row with `question`, `choices` and `answer`, and perhaps `subject` or `category`.
+    """Returns the question in a record with ``question``, ``choices`` and ``answer``.
 
-    The answer is an index from 0, a letter, or the right choice word for word.
+    The answer is an index from 0, a letter, or the text of the right choice. ``subject`` or ``category`` is optional.
 
     Raises:
-        UserError: a field is missing or holds something else, with the row.
+        UserError: a field is missing or has another type; the message names the row.
     """
     row, where = record.value, record.where
     if not isinstance(row, Mapping):
         raise UserError(f"{where}: a row must be an object with question, choices and answer")
     if lacking := [name for name in ("question", "choices", "answer") if row.get(name) is None]:
-        how = "null" if all(name in row for name in lacking) else "missing"
-        raise UserError(f"{where}: the field {' and '.join(lacking)} is {how}; multiple choice needs it")
+        fault = "null" if all(name in row for name in lacking) else "missing"
+        raise UserError(f"{where}: the field {' and '.join(lacking)} is {fault}; multiple choice needs it")
     text, choices, answer = row["question"], row["choices"], row["answer"]
     if not isinstance(text, str):
         raise UserError(f"{where}: question must be text")
-    if not isinstance(choices, list) or not all(isinstance(one, str) for one in choices) or not 2 <= len(choices) <= 26:
+    if (
+        not isinstance(choices, list)
+        or not all(isinstance(choice, str) for choice in choices)
+        or not 2 <= len(choices) <= 26
+    ):
         raise UserError(f"{where}: choices must be a list of 2 to 26 texts")
     letters = LETTERS[: len(choices)]
     if isinstance(answer, str):
@@ -62,20 +66,22 @@ def question(record: Record) -> Question:
 
 
 def candidates(question: Question) -> list[Example]:
-    """One example a choice: the question with its choices listed by letter, answered with that choice's letter."""
-    listed = "\n".join([question.text, *map("{}. {}".format, LETTERS, question.choices)])
+    """Returns one example per choice: the question with lettered choices, answered with this choice's letter."""
+    prompt = "\n".join([question.text, *map("{}. {}".format, LETTERS, question.choices)])
     return [
-        Example(listed, "", letter, question.category) for letter, _ in zip(LETTERS, question.choices, strict=False)
+        Example(prompt, "", letter, question.category) for letter, _ in zip(LETTERS, question.choices, strict=False)
     ]
 
 
 def accuracy(questions: Sequence[Question], losses: np.ndarray) -> float:
-    """Share of questions whose right choice is the likeliest; a tie goes to the first.
+    """Returns the share of questions whose right choice is the most likely one; the first choice wins a tie.
 
     Args:
         questions: [n].
-        losses: negative log-likelihood of every candidate, those of the first question first, [sum of choices].
+        losses: negative log-likelihood of every candidate, question by question, [sum of choices].
     """
-    ends = np.cumsum([len(one.choices) for one in questions])
-    picked = [int(np.argmin(some)) for some in np.split(losses, ends[:-1])]
-    return float(np.mean([pick == one.answer for pick, one in zip(picked, questions, strict=True)]))
+    ends = np.cumsum([len(question.choices) for question in questions])
+    predictions = [int(np.argmin(choice_losses)) for choice_losses in np.split(losses, ends[:-1])]
+    return float(
+        np.mean([prediction == question.answer for prediction, question in zip(predictions, questions, strict=True)])
+    )

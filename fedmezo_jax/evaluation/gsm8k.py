@@ -1,4 +1,4 @@
-"""GSM8K answers: the number that a solution states, and exact match of generated solutions with the given ones."""
+"""GSM8K answers: the number that a solution states, and exact match of generated solutions with references."""
 
 import re
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from decimal import Decimal
 from typing import NamedTuple
 
 _STATED = re.compile(r"the answer is", re.IGNORECASE)
-# Digits with whatever commas and points lie between them. A minus is a sign where no number or word stands before it.
+# Digits with commas and points between them. A minus is a sign unless a number or word comes before it.
 _NUMERAL = r"(?:(?<![\w.)])[-\u2212])?\$?(?:(?<![\w.,)])\.)?\d(?:\d|[.,](?=\d))*"
 _NUMBER = re.compile(_NUMERAL)
 _MARKED = re.compile(rf"####[ \t]*({_NUMERAL})")
@@ -17,8 +17,8 @@ class Score(NamedTuple):
     """Exact match over a set of problems.
 
     Attributes:
-        accuracy: share of solutions whose answer is the given one.
-        stated: share of solutions that state an answer as the paper's data do.
+        accuracy: share of solutions with the reference's answer.
+        stated: share of solutions that state an answer in the words of the paper's data.
         count: number of problems.
     """
 
@@ -28,21 +28,21 @@ class Score(NamedTuple):
 
 
 def answer(solution: str) -> Decimal | None:
-    """The number that a solution gives as its answer, or None where it has none.
+    """Returns the number that a solution gives as its answer, or None if it has none.
 
     The answer is, in this order of precedence,
 
     1. the number after the first ``####``, GSM8K's own marker;
-    2. the first number after the first "The answer is", the convention of the paper's data: a model may well go on to
-       another problem after it;
-    3. where neither occurs, the last number, as in the paper's reference evaluation.
+    2. the first number after the first "The answer is", the convention of the paper's data (a model may continue with
+       another problem after it);
+    3. if neither occurs, the last number, as in the paper's reference evaluation.
 
-    A dollar sign does not count, U+2212 is a minus, and commas separate thousands: ``1,234.5`` is a number. Where the
-    answer is written in any other way (``1,23``, ``3.4.5``) there is none, instead of a part of it.
+    Dollar signs are ignored, U+2212 is a minus, and commas separate thousands: ``1,234.5`` is a number. If the answer
+    is written in any other way (``1,23``, ``3.4.5``), the result is None and not a part of it.
 
-    lm-evaluation-harness scores its two conventions apart. Its ``strict-match`` is the first rule alone, as is OpenAI's
-    own scorer; its ``flexible-extract`` takes the last number, also where there is a marker. Both delete every comma
-    (``1,23`` is 123), compare the digits as text (72.0 is not 72), and know no U+2212.
+    lm-evaluation-harness scores its two conventions separately. Its ``strict-match`` is the first rule alone, as is
+    OpenAI's scorer; its ``flexible-extract`` takes the last number even if there is a marker. Both delete every comma
+    (``1,23`` is 123), compare the digits as text (72.0 is not 72), and do not recognise U+2212.
     """
     if marked := _MARKED.search(solution):
         return _number(marked[1])
@@ -57,15 +57,15 @@ def _number(numeral: str) -> Decimal | None:
 
 
 def score(solutions: Sequence[str], references: Sequence[str]) -> Score:
-    """Exact match: a solution is right if its answer equals the reference's as a number (72.0 is 72).
+    """Returns exact match: a solution is right if its answer equals the reference's as a number (72.0 is 72).
 
     Args:
         solutions: generated texts, [n].
-        references: the given solutions in the same order, [n]; each states its answer.
+        references: the reference solutions in the same order, [n]; each states its answer.
     """
-    right = [
-        (given := answer(reference)) is not None and answer(solution) == given
+    is_right = [
+        (expected := answer(reference)) is not None and answer(solution) == expected
         for solution, reference in zip(solutions, references, strict=True)
     ]
     stated = [_STATED.search(solution) is not None for solution in solutions]
-    return Score(sum(right) / len(right), sum(stated) / len(stated), len(right))
+    return Score(sum(is_right) / len(is_right), sum(stated) / len(stated), len(is_right))

@@ -1,4 +1,4 @@
-"""How likely a model finds given responses: the loss of each row, and their mean."""
+"""Likelihood of responses under a model: the loss of each example, and the mean loss."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Loss(NamedTuple):
 
     Attributes:
         loss: mean negative log-likelihood of the label tokens, in nats.
-        perplexity: exp(loss), infinite where that overflows.
+        perplexity: exp(loss), or infinity if that overflows.
         labels: number of label tokens.
     """
 
@@ -36,45 +36,47 @@ class Loss(NamedTuple):
 
 
 def row_losses(model: Llama, base: Base, lora: Lora, rows: TokenBatch, name: str = "the model") -> np.ndarray:
-    """Negative log-likelihood of each row's labels together, in nats: float64 [N].
+    """Returns the summed negative log-likelihood of each example's labels, in nats: float64 [N].
 
-    Rows go through the model in batches of like length, each at the width of its longest bucket.
+    Examples of similar length share a batch, which has the width of their length bucket.
 
     Args:
         model: the decoder, at any precision but ``paired``.
         base: its frozen weights.
         lora: the adapter, ``{}`` for none.
-        rows: [N], host arrays.
+        rows: N examples, host arrays.
         name: what error messages call the model.
 
     Raises:
         UserError: a loss is not finite.
     """
-    among = widths(rows, BUCKETS)
-    bucket = np.searchsorted([width.tokens for width in among], lengths(rows))
-    result = np.empty(len(bucket), np.float64)
+    bucket_widths = widths(rows, BUCKETS)
+    bucket_of = np.searchsorted([width.tokens for width in bucket_widths], lengths(rows))
+    losses = np.empty(len(bucket_of), np.float64)
 
-    for i, width in enumerate(among):
-        inside = np.flatnonzero(bucket == i)
-        size = min(len(inside), max(1, TOKENS_AT_ONCE // width.tokens))
-        for at in range(0, len(inside), max(size, 1)):
-            picked = np.resize(inside[at : at + size], size)  # the last batch repeats rows, so that all have one shape
+    for i, width in enumerate(bucket_widths):
+        bucket_rows = np.flatnonzero(bucket_of == i)
+        batch_size = min(len(bucket_rows), max(1, TOKENS_AT_ONCE // width.tokens))
+        for start in range(0, len(bucket_rows), max(batch_size, 1)):
+            picked = np.resize(
+                bucket_rows[start : start + batch_size], batch_size
+            )  # the last batch repeats examples to get the same shape
             batch = narrow(TokenBatch(*(np.asarray(leaf)[picked] for leaf in rows)), width)
-            result[picked] = np.asarray(_batch_losses(model, base, lora, batch), np.float64)
-    check_finite(bool(np.isfinite(result).all()), "losses", model.config, base, lora, name)
-    return result
+            losses[picked] = np.asarray(_batch_losses(model, base, lora, batch), np.float64)
+    check_finite(bool(np.isfinite(losses).all()), "losses", model.config, base, lora, name)
+    return losses
 
 
 @partial(jax.jit, static_argnums=0)
 def _batch_losses(model: Llama, base: Base, lora: Lora, batch: TokenBatch) -> jax.Array:
-    def one(row):
+    def row_loss(row):
         return loss_sums(model, base, lora, jax.tree.map(lambda leaf: leaf[None], row))[0]
 
-    return jax.vmap(one)(batch)
+    return jax.vmap(row_loss)(batch)
 
 
 def mean_loss(model: Llama, base: Base, lora: Lora, rows: TokenBatch, name: str = "the model") -> Loss:
-    """Mean over all labels of all rows, as in training; arguments and errors as :func:`row_losses`."""
+    """Returns the mean over all labels of all examples, as in training; arguments and errors as :func:`row_losses`."""
     labels = int(np.asarray(rows.label_weights).sum())
     loss = float(row_losses(model, base, lora, rows, name).sum() / labels)
     return Loss(loss, math.exp(loss) if loss < _LARGEST else math.inf, labels)

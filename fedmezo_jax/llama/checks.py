@@ -1,4 +1,4 @@
-"""Checks of a model: token ids inside its vocabulary, weights that do not overflow, finite outputs."""
+"""Checks of a model: token ids within its vocabulary, weights that do not overflow, finite outputs."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ from fedmezo_jax.llama.model import Base, Lora
 
 
 def check_ids(largest: int, config: LlamaConfig, name: object) -> None:
-    """Refuses token ids beyond the vocabulary, for which a look-up would silently return the embedding's last row.
+    """Checks that token ids are within the vocabulary; JAX would silently look up the embedding's last row.
 
     Args:
         largest: the largest id.
-        config: the model's.
+        config: the model's config.
         name: what the message calls the model.
+
+    Raises:
+        UserError: the id is beyond the vocabulary.
     """
     if largest >= config.vocab_size:
         raise UserError(
@@ -32,15 +35,18 @@ def check_ids(largest: int, config: LlamaConfig, name: object) -> None:
 
 
 def check_finite(finite: bool, what: str, config: LlamaConfig, base: Base, lora: Lora, name: object) -> None:
-    """Refuses a model whose outputs overflow although each of its weights is finite.
+    """Reports a model whose outputs overflow although all its weights are finite.
 
     Args:
-        finite: whether its outputs are.
-        what: what the message calls them, in the plural.
-        config: the model's.
+        finite: whether its outputs are finite.
+        what: what the message calls the outputs, in the plural.
+        config: the model's config.
         base: its frozen weights.
         lora: the adapter, ``{}`` for none.
         name: what the message calls the model.
+
+    Raises:
+        UserError: the outputs are not finite; names the largest weights.
     """
     if finite:
         return
@@ -57,14 +63,17 @@ def check_finite(finite: bool, what: str, config: LlamaConfig, base: Base, lora:
 
 
 def check_tensor(tensor: np.ndarray, name: str, file: object) -> None:
-    """Refuses a tensor with an entry that is not finite, or whose square overflows float32.
+    """Checks that the entries of a tensor are finite, and that their squares are finite in float32.
 
-    Activations of that size make the norms zero, and so the outputs finite and meaningless.
+    Activations of such a size would make normalised values zero, and the outputs finite but meaningless.
 
     Args:
-        tensor: in the dtype that the model computes with.
-        name: Hugging Face's.
-        file: that holds it.
+        tensor: the tensor, in the dtype that the model computes with.
+        name: Hugging Face's name.
+        file: the tensor's file, for the message.
+
+    Raises:
+        UserError: an entry is not finite or too large.
     """
     size = largest_magnitude(tensor)
     if not math.isfinite(size):
@@ -80,19 +89,19 @@ _LARGEST = float(np.sqrt(np.finfo(np.float32).max))
 
 
 def largest_magnitude(tensor: np.ndarray) -> float:
-    """The largest magnitude in a tensor of floats; infinite or NaN where an entry is.
+    """Returns the largest magnitude in a tensor of floats; infinite or NaN if an entry is.
 
-    Without the sign bit, floats are in the same order as the integers of their bits, with infinity and NaN at the end.
+    Without the sign bit, floats have the same order as the integers with the same bits; infinity and NaN are largest.
     """
     bits = tensor.view(f"u{tensor.itemsize}")
     return float(np.max(bits & (np.iinfo(bits.dtype).max >> 1)).view(tensor.dtype))
 
 
 def largest_weight(config: LlamaConfig, base: Base) -> tuple[str, float]:
-    """Hugging Face's name of the tensor with the weight of largest magnitude, and that magnitude."""
-    found: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(jax.device_get(_largest(base)))
-    path = max(found, key=lambda path: found[path].size)
-    size, layer = found[path]
+    """Returns Hugging Face's name of the tensor with the largest weight, and the magnitude of this weight."""
+    largest_by_path: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(jax.device_get(_largest(base)))
+    path = max(largest_by_path, key=lambda path: largest_by_path[path].size)
+    size, layer = largest_by_path[path]
     return next(
         (name, float(size))
         for name, slot in layout(config).items()
@@ -101,7 +110,12 @@ def largest_weight(config: LlamaConfig, base: Base) -> tuple[str, float]:
 
 
 class _Largest(NamedTuple):
-    """The largest magnitude in a leaf, and where it lies on the leading axis."""
+    """The largest magnitude in a leaf.
+
+    Attributes:
+        size: the magnitude.
+        at: its index on the leading axis.
+    """
 
     size: jax.Array
     at: jax.Array

@@ -1,7 +1,7 @@
 """The shape and constants of a LLaMA, read from Hugging Face's ``config.json``.
 
-Reading fails closed: a field that is neither read nor known to leave the computation alone is an error, because a
-model that silently ignores such a field still gives plausible logits.
+Reading is strict: a field that is neither read nor known to be harmless is an error, because a model that silently
+ignores such a field still gives plausible logits.
 """
 
 import json
@@ -18,17 +18,28 @@ from fedmezo_jax.llama.folder import read_json_object, shorten
 
 @dataclass(frozen=True)
 class LinearRope:
-    """Rotary frequencies divided by ``factor`` (positional interpolation, arXiv 2306.15595)."""
+    """Rotary frequencies divided by ``factor`` (positional interpolation, arXiv 2306.15595).
+
+    Attributes:
+        factor: the divisor.
+    """
 
     factor: float
 
 
 @dataclass(frozen=True)
 class Llama3Rope:
-    """Rotary frequencies of LLaMA 3.1: long wavelengths divided by ``factor``, short ones kept, a ramp between.
+    """Rotary frequencies of LLaMA 3.1: low frequencies are divided by ``factor``, high ones kept, with a ramp between.
 
-    With old = original_max_position_embeddings, a wavelength above old/low_freq_factor is divided, one below
-    old/high_freq_factor is kept, and s = (old/wavelength - low)/(high - low) blends the rest: (1-s)·f/factor + s·f.
+    With old = original_max_position_embeddings, the frequency f of a wavelength above old/low_freq_factor is divided,
+    and that of a wavelength below old/high_freq_factor is kept. Between them it is (1-s)·f/factor + s·f, with
+    s = (old/wavelength - low)/(high - low).
+
+    Attributes:
+        factor: divisor of low frequencies.
+        low_freq_factor: low.
+        high_freq_factor: high, above low.
+        original_max_position_embeddings: context length before the scaling.
     """
 
     factor: float
@@ -39,42 +50,64 @@ class Llama3Rope:
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """A LLaMA decoder: sizes, constants and special tokens; hashable, so that it may be static under ``jit``.
+    """A LLaMA decoder's sizes, constants and special tokens; hashable, so it can be static under ``jit``.
 
-    Defaults are those of transformers' ``LlamaConfig``. Raises ``UserError`` where the sizes do not fit together.
+    Defaults are those of transformers' ``LlamaConfig``.
+
+    Attributes:
+        vocab_size: V, rows of the embedding and columns of the head.
+        hidden_size: D, width of the residual stream; a multiple of ``num_attention_heads``.
+        intermediate_size: F, width of the SwiGLU MLP.
+        num_hidden_layers: L.
+        num_attention_heads: number of query heads.
+        num_key_value_heads: number of key/value heads, a divisor of the query heads; 0 means as many as query heads.
+        head_dim: width of a head, even; 0 means hidden_size / num_attention_heads.
+        rms_norm_eps: added to the mean square under RMSNorm's root.
+        rope_theta: base of the rotary frequencies theta^(-2i/head_dim).
+        rope_scaling: scaling of these frequencies, if any.
+        tie_word_embeddings: whether the head is the transposed embedding.
+        attention_bias: whether q, k, v and o have biases.
+        mlp_bias: whether gate, up and down have biases.
+        max_position_embeddings: longest sequence that the model was trained for.
+        bos_token_id: begins a text if the tokenizer adds it.
+        eos_token_id: each of these ends a text; may be empty.
+
+    Raises:
+        UserError: the sizes do not fit together.
     """
 
-    vocab_size: int  # V, rows of the embedding and columns of the head
-    hidden_size: int  # D, width of the residual stream; a multiple of the heads
-    intermediate_size: int  # F, width of the SwiGLU MLP
-    num_hidden_layers: int  # L
-    num_attention_heads: int  # query heads
-    num_key_value_heads: int = 0  # key/value heads, a divisor of the query heads; 0 means one each
-    head_dim: int = 0  # width of a head, even; 0 means hidden_size / num_attention_heads
-    rms_norm_eps: float = 1e-6  # added to the mean square under RMSNorm's root
-    rope_theta: float = 10000.0  # base of the rotary frequencies theta^(-2i/head_dim)
-    rope_scaling: LinearRope | Llama3Rope | None = None  # change of those frequencies, if any
-    tie_word_embeddings: bool = False  # the head is the embedding, transposed
-    attention_bias: bool = False  # biases on q, k, v and o
-    mlp_bias: bool = False  # biases on gate, up and down
-    max_position_embeddings: int = 2048  # longest sequence the model was trained for
-    bos_token_id: int | None = 1  # begins a text, where the tokenizer adds one
-    eos_token_id: tuple[int, ...] = (2,)  # each of these ends a text; empty where there is none
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int = 0
+    head_dim: int = 0
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: LinearRope | Llama3Rope | None = None
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    max_position_embeddings: int = 2048
+    bos_token_id: int | None = 1
+    eos_token_id: tuple[int, ...] = (2,)
 
     def __post_init__(self):
         if not self.num_key_value_heads:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
         if not self.head_dim:
             object.__setattr__(self, "head_dim", self.hidden_size // max(self.num_attention_heads, 1))
-        problems = _misfits(self)
+        problems = _mismatches(self)
         if problems:
             raise UserError("; ".join(problems))
 
     @classmethod
     def from_json(cls, source: str | PathLike | Mapping[str, Any]) -> "LlamaConfig":
-        """Read a ``config.json``: its path, its folder, or its parsed object.
+        """Read a ``config.json``, given as its path, its folder, or its parsed object.
 
-        Raises ``UserError`` naming the file and every field that is missing, wrong or not understood, all at once.
+        Raises:
+            UserError: lists every field that is missing, wrong or unknown.
         """
         config, problems = read_config(source)
         if config is None or problems:
@@ -84,9 +117,10 @@ class LlamaConfig:
 
 
 def read_config(source: str | PathLike | Mapping[str, Any]) -> tuple[LlamaConfig | None, list[str]]:
-    """A config as far as it can be read, None where it lacks sizes, and all that is wrong with it.
+    """Returns a config, or None if sizes are missing, and everything that is wrong with it.
 
-    Raises ``UserError`` for a file that is absent or no JSON object.
+    Raises:
+        UserError: the file is missing or not a JSON object.
     """
     raw = source if isinstance(source, Mapping) else read_json_object(_config_file(source))
     values, problems = _read(raw)
@@ -104,7 +138,7 @@ def _config_file(source: str | PathLike) -> Path:
 
 
 def to_json(config: LlamaConfig, dtype: str = "float32") -> dict[str, Any]:
-    """The object of a ``config.json`` that transformers 4 and 5 open; ``dtype`` names the stored weights' type."""
+    """Returns the object of a ``config.json`` for transformers 4 and 5; ``dtype`` is the type of the stored weights."""
     raw = asdict(config)
     eos = config.eos_token_id
     raw["eos_token_id"] = None if not eos else eos[0] if len(eos) == 1 else list(eos)
@@ -122,7 +156,7 @@ def to_json(config: LlamaConfig, dtype: str = "float32") -> dict[str, Any]:
 
 _ROPE_KINDS = {"linear": LinearRope, "llama3": Llama3Rope}
 
-# Fields read, with transformers' default, or None where the field must be there (or, for the ids, may be null).
+# Fields that are read, with transformers' default, or None if the field is required.
 _SIZES = {
     "vocab_size": None,
     "hidden_size": None,
@@ -133,8 +167,8 @@ _SIZES = {
     "head_dim": 0,
     "max_position_embeddings": 2048,
 }
-_LARGEST = 2**31 - 1  # what an index of 32 bits can count
-_MOST_LAYERS = 10_000  # a layer has nine tensors or more, all of which are listed before a file is opened
+_LARGEST = 2**31 - 1  # the largest 32-bit index
+_MOST_LAYERS = 10_000  # a layer has at least nine tensors, which are all listed before a file is opened
 _FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
 _READ = {
     *_SIZES,
@@ -147,7 +181,7 @@ _READ = {
     "eos_token_id",
 }
 
-# Fields that would change the computation, with the values under which they do not. Null always passes.
+# Fields that affect the computation, with the values that change nothing. Null is always accepted.
 _NEUTRAL: dict[str, tuple] = {
     "model_type": ("llama",),
     "architectures": (["LlamaForCausalLM"],),
@@ -166,9 +200,9 @@ _NEUTRAL: dict[str, tuple] = {
     "per_layer_config": ({},),
 }
 
-# Fields that leave the logits alone: how the model was made, stored, trained, served or labelled. Dropout is among
-# them because no forward pass here uses it (the paper's own zeroth-order forwards switch it off).
-_HARMLESS = frozenset(  # one line a family reads better than one line a name
+# Fields that do not affect the logits: how the model was made, stored, trained, served or labelled. They include
+# dropout, which no forward pass here uses (the paper's zeroth-order forward passes switch it off too).
+_HARMLESS = frozenset(  # shorter than one line per name
     """
     _name_or_path _attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash
     _flash_attn_2_enabled attn_implementation attention_dropout chunk_size_feed_forward dtype finetuning_task id2label
@@ -184,8 +218,8 @@ _HARMLESS = frozenset(  # one line a family reads better than one line a name
 )
 
 
-def _misfits(config: LlamaConfig) -> list[str]:
-    """What does not fit together in a config."""
+def _mismatches(config: LlamaConfig) -> list[str]:
+    """The sizes of a config that do not fit together, as messages."""
     if config.num_attention_heads < 1 or config.num_key_value_heads < 1:
         return ["num_attention_heads and num_key_value_heads must be at least 1"]
     problems = []
@@ -201,7 +235,7 @@ def _misfits(config: LlamaConfig) -> list[str]:
 
 
 def _read(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The dataclass's arguments in a config's object, and what is wrong with it."""
+    """The dataclass's arguments from a config's object, and everything that is wrong with it."""
     values: dict[str, Any] = {}
     problems = []
     for field, default in _SIZES.items():
@@ -244,8 +278,8 @@ def _read(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 def _read_rope(raw: Mapping[str, Any], problems: list[str]) -> tuple[float, LinearRope | Llama3Rope | None]:
     """The rotary base and scaling from ``rope_scaling`` (transformers 4) or ``rope_parameters`` (transformers 5)."""
-    given = [field for field in ("rope_scaling", "rope_parameters") if raw.get(field)]
-    readings = {_read_rope_field(field, raw[field], raw, problems) for field in given}
+    rope_fields = [field for field in ("rope_scaling", "rope_parameters") if raw.get(field)]
+    readings = {_read_rope_field(field, raw[field], raw, problems) for field in rope_fields}
     if len(readings) > 1:
         problems.append("rope_scaling and rope_parameters disagree")
     return readings.pop() if readings else _read_rope_field("rope_parameters", {}, raw, problems)
@@ -254,7 +288,7 @@ def _read_rope(raw: Mapping[str, Any], problems: list[str]) -> tuple[float, Line
 def _read_rope_field(
     field: str, rope: Any, raw: Mapping[str, Any], problems: list[str]
 ) -> tuple[float, LinearRope | Llama3Rope | None]:
-    """One rope object; a base inside it wins over one at the top, as in transformers."""
+    """One rope object; a base inside it takes precedence over one at the top level, as in transformers."""
     if not isinstance(rope, dict):
         problems.append(f"{field} must be an object, not {_shown(rope)}")
         return 10000.0, None
@@ -271,22 +305,22 @@ def _read_rope_field(
     if not isinstance(kind, str) or kind not in ("default", *_ROPE_KINDS):
         problems.append(f"{field} of type {_shown(kind)} is not supported, only default, linear and llama3")
         return float(theta), None
-    needed = dict(_ROPE_KINDS[kind].__annotations__) if kind in _ROPE_KINDS else {}
-    if "original_max_position_embeddings" in needed:
+    required = dict(_ROPE_KINDS[kind].__annotations__) if kind in _ROPE_KINDS else {}
+    if "original_max_position_embeddings" in required:
         rope.setdefault("original_max_position_embeddings", raw.get("max_position_embeddings", 2048))
-    wrong = [f"{field}.{key} is missing" for key in needed if key not in rope]
-    wrong += [f"{field}.{shorten(key)} is not understood for type {kind!r}" for key in rope if key not in needed]
-    wrong += [
+    faults = [f"{field}.{key} is missing" for key in required if key not in rope]
+    faults += [f"{field}.{shorten(key)} is not understood for type {kind!r}" for key in rope if key not in required]
+    faults += [
         f"{field}.{key} must be a positive number, not {_shown(rope[key])}"
-        for key in needed
+        for key in required
         if key in rope and not _is_positive(rope[key])
     ]
-    if not wrong and kind == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
-        wrong = [f"{field}.high_freq_factor must exceed low_freq_factor"]
-    problems += wrong
-    if wrong or kind == "default":
+    if not faults and kind == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
+        faults = [f"{field}.high_freq_factor must exceed low_freq_factor"]
+    problems += faults
+    if faults or kind == "default":
         return float(theta), None
-    return float(theta), _ROPE_KINDS[kind](**{key: as_type(rope[key]) for key, as_type in needed.items()})
+    return float(theta), _ROPE_KINDS[kind](**{key: as_type(rope[key]) for key, as_type in required.items()})
 
 
 def _is_int(value: Any, least: int, most: int) -> bool:

@@ -1,8 +1,8 @@
 """The decoder of ``model.py`` over a key/value cache: each token's keys and values are computed once.
 
-It has the same modules under the same names, so that it takes the same base and LoRA trees. Every row keeps its own
-position: slot t of a row's cache holds its token t, whatever the other rows' lengths are. So rows of unequal length go
-together without padding that anything sees. Letters as in ``model.py``; T is the number of slots.
+Its modules have the same names as those of ``model.py``, so it uses the same base and LoRA pytrees. Every sequence of a
+batch has its own position: slot t of its cache holds its token t. Sequences of unequal length can therefore share a
+batch, and no padding is attended to. Letters are as in ``model.py``; T is the number of slots.
 """
 
 from __future__ import annotations
@@ -20,14 +20,19 @@ from fedmezo_jax.llama.precision import Precision
 
 
 class Cache(NamedTuple):
-    """Rotated keys and values of all layers."""
+    """Keys and values of all layers.
 
-    keys: jax.Array  # [L, B, T, K, h] float32
-    values: jax.Array  # [L, B, T, K, h] float32
+    Attributes:
+        keys: [L, B, T, K, h] float32, with rotary positions applied.
+        values: [L, B, T, K, h] float32.
+    """
+
+    keys: jax.Array
+    values: jax.Array
 
 
 def empty_cache(config: LlamaConfig, rows: int, slots: int) -> Cache:
-    """A cache with room for ``slots`` tokens in each of ``rows`` rows."""
+    """Returns an empty cache with room for ``slots`` tokens in each of ``rows`` sequences."""
     shape = (config.num_hidden_layers, rows, slots, config.num_key_value_heads, config.head_dim)
     return Cache(jnp.zeros(shape), jnp.zeros(shape))
 
@@ -51,8 +56,8 @@ class _Attention(nn.Module):
         query = _rotate_rows(project("q_proj", c.num_attention_heads), rope)
         key = _rotate_rows(project("k_proj", c.num_key_value_heads), rope)
         value = project("v_proj", c.num_key_value_heads)
-        place = (layer, jnp.arange(x.shape[0])[:, None], positions)
-        cache = Cache(cache.keys.at[place].set(key), cache.values.at[place].set(value))
+        slot = (layer, jnp.arange(x.shape[0])[:, None], positions)
+        cache = Cache(cache.keys.at[slot].set(key), cache.values.at[slot].set(value))
         mixed = attend(query, cache.keys[layer], cache.values[layer], positions).reshape(*x.shape[:2], -1)
         output = Dense(c.hidden_size, c.attention_bias, self.lora_scale, self.precision, self.least_rows, name="o_proj")
         return output(mixed, lora.get("o_proj")), cache
@@ -78,25 +83,25 @@ class _Block(nn.Module):
 
 
 class Decoder(Llama):
-    """``model.Llama`` one stretch of tokens after another; attributes as there, but for ``paired``."""
+    """``model.Llama`` applied to successive parts of a sequence; same attributes, without precision ``paired``."""
 
     block: ClassVar[type[nn.Module]] = _Block
 
     def __call__(
         self, tokens: jax.Array, lora: Lora, cache: Cache, start: jax.Array, last: jax.Array
     ) -> tuple[jax.Array, Cache]:
-        """Logits of one token of each row, and the cache with all of ``tokens`` in it.
+        """Returns the logits of one token of each sequence, and the cache with ``tokens`` added.
 
         Args:
-            tokens: [B, S] int32; row b's lie at positions start[b], start[b] + 1, …
-            lora: θ, ``{}`` for the base alone.
-            cache: with all earlier tokens of each row. What is in later slots is not seen.
-            start: [B] int32.
-            last: [B] int32, which of the S tokens the logits are of. Those after it are seen by nothing earlier, so
-                they may be padding that later calls write over.
+            tokens: [B, S] int32; those of sequence b have positions start[b], start[b] + 1, …
+            lora: θ, or ``{}`` for the base alone.
+            cache: the cache with all earlier tokens of each sequence. Later slots are ignored.
+            start: [B] int32, position of the first token.
+            last: [B] int32, index of the token whose logits are returned. Tokens after it may be padding: no earlier
+                token attends to them, and later calls overwrite them.
 
         Returns:
-            [B, V] float32 and the cache.
+            Logits, [B, V] float32, and the cache.
         """
         positions = start[:, None] + jnp.arange(tokens.shape[1])
         rope = tuple(table[positions] for table in rotary_table(self.config, cache.keys.shape[2]))
@@ -107,7 +112,7 @@ class Decoder(Llama):
 
 
 def attend(query: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Array) -> jax.Array:
-    """softmax(q·kᵀ/√h)·v over the slots up to each query's position, in float32.
+    """Returns softmax(q·kᵀ/√h)·v over the slots up to each query's position, in float32.
 
     Args:
         query: [B, S, N, h].
@@ -120,13 +125,13 @@ def attend(query: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.
     """
     batch, length, heads, width = query.shape
     groups = query.reshape(batch, length, keys.shape[2], -1, width)
-    exact = jax.lax.Precision.HIGHEST
-    scores = jnp.einsum("bskgh,btkh->bkgst", groups, keys, precision=exact) * width**-0.5
-    seen = jnp.arange(keys.shape[1]) <= positions[:, :, None]
-    weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, -jnp.inf), axis=-1)
-    return jnp.einsum("bkgst,btkh->bskgh", weights, values, precision=exact).reshape(batch, length, heads, width)
+    highest = jax.lax.Precision.HIGHEST
+    scores = jnp.einsum("bskgh,btkh->bkgst", groups, keys, precision=highest) * width**-0.5
+    visible = jnp.arange(keys.shape[1]) <= positions[:, :, None]
+    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -jnp.inf), axis=-1)
+    return jnp.einsum("bkgst,btkh->bskgh", weights, values, precision=highest).reshape(batch, length, heads, width)
 
 
 def _rotate_rows(x: jax.Array, rope) -> jax.Array:
-    """``model.rotate`` of [B, S, heads, h] with tables [B, S, h/2], a position for each row."""
-    return jax.vmap(lambda row, cos, sin: rotate(row[None], (cos, sin))[0])(x, *rope)
+    """``model.rotate`` of [B, S, heads, h] with tables [B, S, h/2], with positions per sequence."""
+    return jax.vmap(lambda sequence, cos, sin: rotate(sequence[None], (cos, sin))[0])(x, *rope)

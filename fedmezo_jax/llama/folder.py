@@ -1,4 +1,4 @@
-"""Folders of models and adapters: opening their files, their JSON, and writing that is never found half-done."""
+"""Folders of models and adapters: opening files, reading JSON, and writing folders atomically."""
 
 import json
 import os
@@ -12,13 +12,13 @@ from typing import Any
 
 from fedmezo_jax.errors import UserError
 
-_JSON_BYTES = 128 << 20  # the largest tokenizer.json have some 30 MB
+_JSON_BYTES = 128 << 20  # the largest tokenizer.json files have about 30 MB
 _JSON_DEPTH = 100  # levels of nesting; tokenizer.json has about ten
 
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Turns the system's refusal to read ``path`` into a ``UserError``; the file itself may be sound."""
+    """Turns the system's errors when reading ``path`` into a ``UserError``."""
     try:
         yield
     except OSError as error:
@@ -29,17 +29,25 @@ def readable(path: Path) -> Iterator[None]:
 
 @contextmanager
 def opened(path: Path) -> Iterator[BufferedReader]:
-    """An ordinary file, open for reading; ``UserError`` where it is none or the system refuses to read it."""
+    """Opens an ordinary file for reading.
+
+    Raises:
+        UserError: it is not an ordinary file or cannot be read.
+    """
     with readable(path):
         if path.exists() and not path.is_file():
             raise UserError(f"{path}: is no ordinary file; give a model's or an adapter's own file")
         with path.open("rb") as stream:
-            stream.peek(1)  # some refusals come with the first read
+            stream.peek(1)  # some errors only occur at the first read
             yield stream
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; ``UserError`` naming the file where it is absent, broken, too large or no object."""
+    """Returns the object in a JSON file.
+
+    Raises:
+        UserError: the file is missing, broken, too large, or not an object.
+    """
     with opened(path) as stream:
         data = stream.read(_JSON_BYTES + 1)
     if len(data) > _JSON_BYTES:
@@ -59,7 +67,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def _is_deeper(document: Any, levels: int) -> bool:
-    """Whether a JSON document has lists or objects within each other on more than so many levels."""
+    """Whether the lists and objects of a JSON document are nested deeper than ``levels``."""
     nodes = [document]
     for _ in range(levels):
         nodes = [node for node in nodes if isinstance(node, dict | list)]
@@ -68,15 +76,15 @@ def _is_deeper(document: Any, levels: int) -> bool:
 
 
 def shorten(text: str) -> str:
-    """What a file holds, cut to a length that fits into a message."""
+    """Returns a text cut to at most 80 characters, for messages."""
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 @contextmanager
 def staged(folder: Path) -> Iterator[Path]:
-    """A fresh folder beside ``folder`` that takes its place when the block ends, and vanishes if it fails.
+    """Yields a temporary folder that becomes ``folder`` when the block ends, and is removed if the block fails.
 
-    Where ``folder`` is already there, the new files replace those of the same name, each at once; others stay.
+    If ``folder`` exists already, each new file atomically replaces the one of the same name; other files stay.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"

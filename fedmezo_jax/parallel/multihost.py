@@ -1,10 +1,10 @@
-"""A run over several processes: how they find each other, agree on what to do, and end together.
+"""A run over several processes: how they connect, agree on what to do, and end together.
 
-All of them run the same program on the same configuration and decide alike from the same numbers. During the rounds
-they communicate through the mesh's collectives alone. Before that, and around files, they exchange short texts through
-the key-value store of JAX's coordination service. None of these waits has a time limit, because a slow compilation or a
-slow disk is no failure. Instead every process sends heartbeats (:mod:`heartbeats`) through the same store, and a
-process that misses those of another one ends itself.
+All processes run the same program on the same configuration and make the same decisions from the same numbers. During
+the rounds they communicate only through the mesh's collectives. Before that, and around files, they exchange short
+texts through the key-value store of JAX's coordination service. These waits have no time limit, because a slow
+compilation or a slow disk is not a failure. Instead every process sends heartbeats (:mod:`heartbeats`) through the same
+store, and a process ends itself if it misses those of another.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import jax
-from jax._src import clusters, distributed  # the store has no public name; Orbax takes it from here too
+from jax._src import clusters, distributed  # the store has no public name; Orbax imports it from here too
 
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.parallel import heartbeats
@@ -33,48 +33,48 @@ T = TypeVar("T")
 _turns = itertools.count()
 _aborting = threading.Event()
 _NO_LIMIT = 7 * 24 * 3600 * 1000
-"""Milliseconds that no wait ever reaches: the store's functions require a limit."""
+"""Milliseconds, longer than any wait: the store's functions require a limit."""
 _GRACE = 5
-"""Seconds in which a process may end by itself after another one has failed."""
+"""Seconds that a process has to end by itself after another one has failed."""
 _LOST = re.compile(r"gloo|nccl|connection|unavailable|deadline|coordination|heartbeat|peer|socket|barrier", re.I)
 
 
 def join(text: str | None, timeout: int) -> None:
-    """Connects this process with the others of its run; to be called before anything touches a device.
+    """Connects this process with the others of its run. Call it before any device is used.
 
     Args:
-        text: ``ADDRESS:PORT,COUNT,INDEX``: where process 0 listens, how many processes there are, and which of them
-            this one is, from 0; ``auto``: all of it from the launcher, as ``jax.distributed.initialize`` finds it
-            (SLURM, Open MPI, GKE and other Kubernetes, TPU pods); None: as ``auto`` where a launcher's environment
-            tells of several processes, and else alone.
-        timeout: seconds after which a process that does not answer is given up.
+        text: ``ADDRESS:PORT,COUNT,INDEX`` (where process 0 listens, the number of processes, and the index of this
+            process from 0); ``auto`` to take all of these from the launcher, as ``jax.distributed.initialize`` does
+            (SLURM, Open MPI, GKE and other Kubernetes, TPU pods); or None, which means ``auto`` if the environment of a
+            launcher shows several processes, and a single process otherwise.
+        timeout: seconds to wait for a process that does not answer.
 
     Raises:
-        UserError: the text says something else, or the processes did not find each other.
+        UserError: the text has another form, or the processes could not connect.
     """
     if text is None and not _launched():
         return
-    place = _place(text) if text not in (None, "auto") else None
-    among = f"all {place[1]} processes" if place else "all processes"
+    process = _place(text) if text not in (None, "auto") else None
+    all_of_them = f"all {process[1]} processes" if process else "all processes"
     complaint = (
-        f"--processes {text or 'auto'}: not {among} have come together within {timeout} s: start all of them, "
+        f"--processes {text or 'auto'}: not {all_of_them} have come together within {timeout} s: start all of them, "
         "with the same address and count"
     )
-    # JAX ends a process that waited in vain by a signal and its C++ stack: it is not let come to that.
+    # After a timeout JAX ends the process by a signal and prints its C++ stack; this timer ends it cleanly before.
     watch = threading.Timer(timeout, _give_up, [complaint])
     watch.daemon = True
     watch.start()
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM and go on
+    jax.config.update("jax_enable_preemption_service", False)  # it would catch SIGTERM and continue
     try:
-        address, count, index = place or _detect(timeout)
+        address, count, index = process or _detect(timeout)
         if index == 0 and address:
             _check_port(address)
         jax.distributed.initialize(
             address,
             count,
             index,
-            cluster_detection_method="deactivate" if place else None,
+            cluster_detection_method="deactivate" if process else None,
             initialization_timeout=timeout + 60,
             shutdown_timeout_seconds=timeout + 60,
             heartbeat_timeout_seconds=2 * timeout + 60,  # later than our own heartbeats
@@ -89,17 +89,17 @@ def join(text: str | None, timeout: int) -> None:
 
 def _place(text: str) -> tuple[str, int, int]:
     """The address of process 0, the number of processes, and the index of this one, from ``--processes``."""
-    found = re.fullmatch(r"(\S+:([0-9]{1,5})),([0-9]{1,9}),([0-9]{1,9})", text)
-    if found is None or not 0 < int(found[2]) < 2**16 or int(found[4]) >= int(found[3]):
+    match = re.fullmatch(r"(\S+:([0-9]{1,5})),([0-9]{1,9}),([0-9]{1,9})", text)
+    if match is None or not 0 < int(match[2]) < 2**16 or int(match[4]) >= int(match[3]):
         raise UserError(
             f"--processes {text}: give it as ADDRESS:PORT,COUNT,INDEX with PORT from 1 to 65535 and INDEX below COUNT, "
             "or auto"
         )
-    return found[1], int(found[3]), int(found[4])
+    return match[1], int(match[3]), int(match[4])
 
 
 def _detect(timeout: int) -> tuple[str | None, int | None, int | None]:
-    """The same three from the launcher's environment, as ``jax.distributed.initialize`` finds them."""
+    """Address, count and index from the launcher's environment, as ``jax.distributed.initialize`` finds them."""
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
     address, count, index, _ = clusters.ClusterEnv.auto_detect_unset_distributed_params(
         address, None, None, None, None, timeout
@@ -108,7 +108,7 @@ def _detect(timeout: int) -> tuple[str | None, int | None, int | None]:
 
 
 def _check_port(address: str) -> None:
-    """Checks that process 0 can listen on the port, since JAX ends by a segmentation fault where it cannot.
+    """Checks that process 0 can listen on the port; otherwise JAX ends with a segmentation fault.
 
     Raises:
         UserError: another program listens there, or the system does not allow it.
@@ -116,10 +116,10 @@ def _check_port(address: str) -> None:
     if "JAX_COORDINATOR_BIND_ADDRESS" in os.environ:  # JAX listens elsewhere
         return
     port = int(address.rsplit(":", 1)[1])
-    both = socket.has_dualstack_ipv6()
+    dual_stack = socket.has_dualstack_ipv6()
     try:
-        family = socket.AF_INET6 if both else socket.AF_INET
-        socket.create_server(("", port), family=family, dualstack_ipv6=both).close()
+        family = socket.AF_INET6 if dual_stack else socket.AF_INET
+        socket.create_server(("", port), family=family, dualstack_ipv6=dual_stack).close()
     except OSError as error:
         if error.errno in (errno.EADDRINUSE, errno.EACCES):
             raise UserError(
@@ -129,27 +129,27 @@ def _check_port(address: str) -> None:
 
 
 def _check_count() -> None:
-    """Checks that all processes were given the same COUNT: JAX takes process 0's and ignores the others'.
+    """Checks that all processes were given the same COUNT; JAX uses that of process 0 and ignores the others.
 
     Raises:
-        UserError: they were not; in every process in the same words.
+        UserError: they differ; every process raises the same message.
     """
     state = distributed.global_state
     client = state.client
     assert client is not None
     client.key_value_set(f"fedmezo/count/{state.process_id}", str(state.num_processes))
-    first = int(client.blocking_key_value_get("fedmezo/count/0", _NO_LIMIT))
-    for index in range(first):
+    expected = int(client.blocking_key_value_get("fedmezo/count/0", _NO_LIMIT))
+    for index in range(expected):
         count = int(client.blocking_key_value_get(f"fedmezo/count/{index}", _NO_LIMIT))
-        if count != first:
+        if count != expected:
             raise UserError(
-                f"--processes: process 0 was given a COUNT of {first} and process {index} one of {count}: give all "
+                f"--processes: process 0 was given a COUNT of {expected} and process {index} one of {count}: give all "
                 "processes the same"
             )
 
 
 def _watch(timeout: int) -> None:
-    """Watches the other processes until the end of the program, which waits for all of them."""
+    """Watches the other processes until the program ends; the end waits for all of them."""
     state = distributed.global_state
     client = state.client
     assert client is not None
@@ -183,19 +183,19 @@ def _give_up(complaint: str) -> None:
 
 
 def _launched() -> bool:
-    """Whether a launcher's environment tells of several processes."""
+    """Whether the environment of a launcher shows several processes."""
     counts = (os.environ.get(name, "") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
     several = any(count.isdecimal() and int(count) > 1 for count in counts)
     return several or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") or "JAX_COORDINATOR_ADDRESS" in os.environ
 
 
 def is_coordinator() -> bool:
-    """Whether this process is the one that writes and prints."""
+    """Returns whether this process is the one that writes files and prints."""
     return jax.process_index() == 0
 
 
 def all_or_none(make: Callable[[], T]) -> T:
-    """``make()``, and then a wait for the others' to be done; what one process refuses, all do.
+    """Returns ``make()`` after all processes have finished it; if it fails in one process, it fails in all.
 
     Raises:
         UserError: ``make`` raised it here or in another process.
@@ -203,45 +203,51 @@ def all_or_none(make: Callable[[], T]) -> T:
     if jax.process_count() == 1:
         return make()
     try:
-        made, refusal = make(), ""
+        result, own_error = make(), ""
     except UserError as error:
-        made, refusal = None, str(error)
-    for index, theirs in enumerate(_exchange(refusal)):
-        if theirs:
-            raise UserError(theirs if refusal else f"process {index}: {theirs}")
-    return made  # pyright: ignore[reportReturnType]
+        result, own_error = None, str(error)
+    for index, peer_error in enumerate(_exchange(own_error)):
+        if peer_error:
+            raise UserError(peer_error if own_error else f"process {index}: {peer_error}")
+    return result  # pyright: ignore[reportReturnType]
 
 
-def check_same_config(said: Mapping[str, Any]) -> None:
-    """Checks that all processes were started alike.
+def check_same_config(config: Mapping[str, Any]) -> None:
+    """Checks that all processes were started with the same configuration.
 
     Args:
-        said: what must be the same everywhere.
+        config: the values that must be the same everywhere.
 
     Raises:
-        UserError: it is not; names what differs, in every process in the same words.
+        UserError: they differ; every process raises the same message, which names the differences.
     """
-    everyone = [json.loads(text) for text in _exchange(json.dumps(said, default=str))]
-    for index, theirs in enumerate(everyone):
-        ours = everyone[0]
-        if odd := sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)):
-            described = ", ".join(f"{key} ({ours.get(key)} in process 0, {theirs.get(key)} there)" for key in odd)
-            raise UserError(f"process {index} was started otherwise: {described}: start all processes alike")
+    configs = [json.loads(text) for text in _exchange(json.dumps(config, default=str))]
+    for index, peer_config in enumerate(configs):
+        first_config = configs[0]
+        if differing := sorted(
+            key for key in first_config.keys() | peer_config.keys() if first_config.get(key) != peer_config.get(key)
+        ):
+            differences = ", ".join(
+                f"{key} ({first_config.get(key)} in process 0, {peer_config.get(key)} there)" for key in differing
+            )
+            raise UserError(
+                f"process {index} was started with other settings: {differences}: start all processes alike"
+            )
 
 
 def _exchange(text: str) -> list[str]:
-    """Every process's text, in their order."""
+    """Every process's text, in the order of the processes."""
     client, turn = distributed.global_state.client, next(_turns)
     if client is None:
         return [text]
-    client.key_value_set(f"fedmezo/{turn}/{jax.process_index()}", f"{text} ")  # the store takes no empty value
+    client.key_value_set(f"fedmezo/{turn}/{jax.process_index()}", f"{text} ")  # the store does not accept empty values
     keys = [f"fedmezo/{turn}/{index}" for index in range(jax.process_count())]
     return [client.blocking_key_value_get(key, _NO_LIMIT)[:-1] for key in keys]
 
 
 @contextmanager
 def report_peer_failure() -> Iterator[None]:
-    """Turns the runtime's error about a process that can no longer be reached into a line that says so."""
+    """Turns the runtime's error about a process that can no longer be reached into a ``UserError``."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -254,14 +260,14 @@ def report_peer_failure() -> Iterator[None]:
 
 
 def abort(code: int, message: str) -> None:
-    """Ends a process that has failed, and with it the others. Returns where it is the only one.
+    """Ends a process that has failed, and the others with it. With a single process it does nothing.
 
-    An ordinary exit would wait for processes that may be gone. The others are told first, since one that waits in a
-    collective for this process cannot notice anything itself.
+    An ordinary exit would wait for processes that may be gone. The others are notified first, because a process that
+    waits in a collective cannot notice the failure itself.
 
     Args:
         code: exit code of all processes.
-        message: what this process has printed; the others print it too, unless they fail themselves.
+        message: the message that this process has printed; the others print it too, unless they fail themselves.
     """
     state = distributed.global_state
     if state.client is None:
@@ -275,9 +281,9 @@ def abort(code: int, message: str) -> None:
 
 
 def _leave(code: int) -> None:
-    """Ends this process once all are about to end, or after a while where some can no longer be reached.
+    """Ends this process when all processes are ready to end, or after a while if some cannot be reached.
 
-    The first process leaves last: JAX ends the others by a signal as soon as they lose their connection to it.
+    Process 0 ends last, because JAX ends the others by a signal as soon as they lose their connection to it.
     """
     state = distributed.global_state
     assert state.client is not None
@@ -291,10 +297,10 @@ def _leave(code: int) -> None:
 def _follow(client: Any, own: int) -> None:
     """Ends this process after another one has called :func:`abort`, unless it fails by itself meanwhile."""
     try:
-        told = client.blocking_key_value_get(f"fedmezo/abort/{own}", _NO_LIMIT)
+        abort_text = client.blocking_key_value_get(f"fedmezo/abort/{own}", _NO_LIMIT)
     except jax.errors.JaxRuntimeError:
-        return  # the program is at its end, or the first process has vanished
-    code, _, message = told.partition(" ")
+        return  # the program has ended, or process 0 cannot be reached
+    code, _, message = abort_text.partition(" ")
     if message and not _aborting.wait(_GRACE):
         _aborting.set()
         print(message, file=sys.stderr, flush=True)

@@ -1,7 +1,7 @@
-"""The mesh that a run is spread over, and what of it lies where.
+"""The mesh of a run's devices, and how its arrays are sharded.
 
-Two axes: ``clients``, each group of devices along it works on clients of its own, and ``model``, along which the
-frozen weights of one copy are split. LoRA, learning rates and coefficients are small and lie everywhere.
+The mesh has two axes. Each group of devices along ``clients`` trains its own clients. The frozen weights of one copy
+are split along ``model``. LoRA, learning rates and coefficients are small and are replicated on all devices.
 """
 
 from __future__ import annotations
@@ -56,109 +56,116 @@ _WEIGHTS: dict[str, tuple[str, ...]] = {
 
 
 def parse_mesh(text: str | None, devices: Sequence[Any]) -> Mesh | None:
-    """The mesh that ``clients=4,model=2`` says; all devices for clients where nothing is said; None on one device.
+    """Parses a text such as ``clients=4,model=2``; None uses all devices for clients.
+
+    Returns:
+        The mesh, or None for a single device.
 
     Raises:
-        UserError: the text is no mesh, or asks for another number of devices than there are.
+        UserError: the text has another form, or needs another number of devices than there are.
     """
     if text is None:
         sizes = {CLIENTS: len(devices), MODEL: 1}
     else:
-        found = re.fullmatch(r"\s*clients=(\d+)\s*,\s*model=(\d+)\s*", text)
-        if found is None or not all(map(int, found.groups())):
+        match = re.fullmatch(r"\s*clients=(\d+)\s*,\s*model=(\d+)\s*", text)
+        if match is None or not all(map(int, match.groups())):
             raise UserError(f"--mesh {text}: give it as clients=4,model=2")
-        sizes = dict(zip((CLIENTS, MODEL), map(int, found.groups()), strict=True))
-    asked = math.prod(sizes.values())
-    if asked != len(devices):
-        raise UserError(f"--mesh {text} is for {asked} devices, and there are {len(devices)}: their product must agree")
-    if asked == 1:
+        sizes = dict(zip((CLIENTS, MODEL), map(int, match.groups()), strict=True))
+    needed = math.prod(sizes.values())
+    if needed != len(devices):
+        raise UserError(
+            f"--mesh {text} is for {needed} devices, and there are {len(devices)}: their product must agree"
+        )
+    if needed == 1:
         return None
     return Mesh(np.array(devices).reshape(sizes[CLIENTS], sizes[MODEL]), (CLIENTS, MODEL))
 
 
 def check_mesh(mesh: Mesh | None, config: LlamaConfig) -> None:
-    """Refuses a model axis that does not divide what is split along it.
+    """Checks that the model axis divides every dimension that is split along it.
 
     Raises:
-        UserError: with all that does not divide.
+        UserError: lists the dimensions that it does not divide.
     """
     parts = 1 if mesh is None else mesh.shape[MODEL]
     sizes = {
         "attention heads": config.num_attention_heads,
         "key/value heads": config.num_key_value_heads,
         "MLP width": config.intermediate_size,
-    }  # a vocabulary that does not divide is kept whole: many a tokenizer has been given an odd token
-    odd = [f"{size} {name}" for name, size in sizes.items() if size % parts]
-    if odd:
-        raise UserError(f"--mesh model={parts} does not divide the model's {' and '.join(odd)}: give another number")
+    }  # a vocabulary that does not divide is not split: many tokenizers have a few extra tokens
+    undivided = [f"{size} {name}" for name, size in sizes.items() if size % parts]
+    if undivided:
+        raise UserError(
+            f"--mesh model={parts} does not divide the model's {' and '.join(undivided)}: give another number"
+        )
 
 
 def base_sharding(mesh: Mesh | None) -> Callable[[tuple[str, ...], tuple[int, ...]], NamedSharding] | None:
-    """Where each leaf of the base lies, by its path and shape; None where there is no mesh."""
+    """Returns a function from the path and shape of a base leaf to its sharding; None without a mesh."""
     if mesh is None:
         return None
     parts = mesh.shape[MODEL]
 
-    def of(path: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
+    def sharding_of(path: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
         axes = [RULES[name] for name in _WEIGHTS["/".join(path[-2:])]]
         return NamedSharding(
             mesh, P(*(axis if size % parts == 0 else None for axis, size in zip(axes, shape, strict=True)))
         )
 
-    return of
+    return sharding_of
 
 
 def replicate(mesh: Mesh | None, tree: Any) -> Any:
-    """The tree on every device of the mesh; as it is where there is none.
+    """Returns the pytree replicated on every device of the mesh, or unchanged without a mesh.
 
-    Every process brings all of it; they do not check that it is the same.
+    Every process passes the whole pytree; equality is not checked.
     """
     if mesh is None:
         return tree
     everywhere = NamedSharding(mesh, P())
 
-    def place(leaf: Any) -> jax.Array:
+    def replicate_leaf(leaf: Any) -> jax.Array:
         host = np.asarray(leaf)
         return jax.make_array_from_callback(host.shape, everywhere, lambda index: host[index])
 
-    return jax.tree.map(place, tree)
+    return jax.tree.map(replicate_leaf, tree)
 
 
 def shard_clients(mesh: Mesh | None, count: int, make: Callable[[np.ndarray], Any]) -> Any:
-    """Rows for ``count`` clients, each made on the host that works on it and sent to its devices alone.
+    """Makes the data of ``count`` clients; each host makes only those of its own clients.
 
     Args:
-        mesh: to spread them over; None for one device.
-        count: how many.
-        make: ``make(clients)`` is the pytree of numpy arrays of the clients at these places, leaves ``[len, …]``.
+        mesh: the mesh; None for one device.
+        count: number of clients.
+        make: ``make(clients)`` returns the pytree of numpy arrays for these client positions, leaves ``[len, …]``.
 
     Returns:
-        The pytree with leading axis ``count``, filled up to a multiple of the groups of clients with copies of the
-        first client's rows.
+        The pytree with leading axis ``count``, padded to a multiple of the groups of clients with copies of the first
+        client's data.
     """
     if mesh is None:
         return jax.device_put(make(np.arange(count)))
-    filled = np.arange(pad_to_groups(mesh, count))
-    filled[count:] = 0
+    positions = np.arange(pad_to_groups(mesh, count))
+    positions[count:] = 0
     sharding = NamedSharding(mesh, P(CLIENTS))
-    first = jax.tree.map(np.asarray, make(filled[:1]))
+    first = jax.tree.map(np.asarray, make(positions[:1]))
     leaves, structure = jax.tree.flatten(first)
-    known: dict[tuple[int, ...], list[Any]] = {}
+    made_leaves: dict[tuple[int, ...], list[Any]] = {}
 
-    def part(i: int, index: Any) -> Any:
-        places = filled[index[0]]
-        if tuple(places) not in known:
-            known[tuple(places)] = jax.tree.leaves(make(places))
-        return known[tuple(places)][i]
+    def shard(i: int, index: Any) -> Any:
+        shard_positions = positions[index[0]]
+        if tuple(shard_positions) not in made_leaves:
+            made_leaves[tuple(shard_positions)] = jax.tree.leaves(make(shard_positions))
+        return made_leaves[tuple(shard_positions)][i]
 
     arrays = [
-        jax.make_array_from_callback((len(filled), *leaf.shape[1:]), sharding, lambda index, i=i: part(i, index))
+        jax.make_array_from_callback((len(positions), *leaf.shape[1:]), sharding, lambda index, i=i: shard(i, index))
         for i, leaf in enumerate(leaves)
     ]
     return jax.tree.unflatten(structure, arrays)
 
 
 def pad_to_groups(mesh: Mesh | None, count: int) -> int:
-    """``count``, or the next multiple of the mesh's groups of clients."""
+    """Returns ``count`` rounded up to a multiple of the mesh's groups of clients."""
     groups = 1 if mesh is None else mesh.shape[CLIENTS]
     return -(-count // groups) * groups

@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices, read off its text."""
+"""The communication between devices in a compiled program, read from its text."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Collective(NamedTuple):
 
     Attributes:
         kind: ``all-reduce``, ``all-gather``, ….
-        bytes: of its result on one device, once.
-        groups: the devices that take part together, as positions in the mesh's flat order; empty where all do.
-        times: how often it runs in one execution of the program: the product of the trips of the loops around it.
+        bytes: bytes of its result on one device, for one execution.
+        groups: the groups of devices that communicate, as positions in the mesh's flat order; empty if all do.
+        times: number of executions per run of the program: the product of the trip counts of the loops around it.
     """
 
     kind: str
@@ -34,10 +34,9 @@ class Collective(NamedTuple):
 
 
 def collectives(text: str) -> list[Collective]:
-    """All communications of a compiled program (``compiled.as_text()``).
+    """Returns all communications of a compiled program (``compiled.as_text()``).
 
-    Of a conditional's branches the one that sends most counts. A loop whose trips the compiler does not know counts
-    once.
+    For a conditional, the branch that sends most is used. A loop with an unknown trip count is counted once.
     """
     bodies: dict[str, list[str]] = {}
     entry = name = ""
@@ -49,12 +48,12 @@ def collectives(text: str) -> list[Collective]:
         elif name:
             bodies[name].append(line)
 
-    known: dict[str, list[Collective]] = {}
+    counted: dict[str, list[Collective]] = {}
 
-    def of(computation: str) -> list[Collective]:
-        if computation not in known:
-            known[computation] = [one for line in bodies.get(computation, []) for one in of_line(line)]
-        return known[computation]
+    def of_computation(computation: str) -> list[Collective]:
+        if computation not in counted:
+            counted[computation] = [collective for line in bodies.get(computation, []) for collective in of_line(line)]
+        return counted[computation]
 
     def of_line(line: str) -> list[Collective]:
         if match := _INSTRUCTION.search(line):
@@ -62,19 +61,23 @@ def collectives(text: str) -> list[Collective]:
             size = sum(_bytes(*array) for array in _ARRAY.findall(results))
             return [Collective(match["kind"], size, _groups(line), 1)]
         if branches := _BRANCHES.search(line):
-            options = [of(branch.strip(" %")) for branch in branches[1].split(",")]
-            return max(options, key=lambda option: sum(one.bytes * one.times for one in option))
+            options = [of_computation(branch.strip(" %")) for branch in branches[1].split(",")]
+            return max(options, key=lambda option: sum(collective.bytes * collective.times for collective in option))
         trips = int(count[1]) if (count := _TRIPS.search(line)) else 1
-        return [one._replace(times=one.times * trips) for called in _CALLED.findall(line) for one in of(called)]
+        return [
+            collective._replace(times=collective.times * trips)
+            for callee in _CALLED.findall(line)
+            for collective in of_computation(callee)
+        ]
 
-    return of(entry)
+    return of_computation(entry)
 
 
 def _results(kind: str, shape: str) -> str:
-    """The results' part of the shape of an asynchronous communication's start.
+    """The part of an asynchronous start's shape that describes the results.
 
-    An ``all-reduce-start`` has the shape of its results. Every other kind has ``(operands, results)``, or
-    ``(operands, results, context, …)``. Several combined into one have a tuple of results.
+    An ``all-reduce-start`` has the shape of its results. Every other kind has ``(operands, results)`` or
+    ``(operands, results, context, …)``. If several are combined into one, the results are a tuple.
     """
     if kind == "all-reduce":
         return shape
@@ -93,29 +96,29 @@ def _bytes(dtype: str, shape: str) -> int:
 
 
 def _groups(line: str) -> tuple[tuple[int, ...], ...]:
-    """The groups in any of the forms that XLA writes.
+    """The groups of devices in any of XLA's notations.
 
-    ``{{0,1},{2,3}}``; ``[2,2]<=[4]`` with an optional ``T(1,0)``, an iota reshaped, transposed and split; or
-    ``mesh['a'=2,'b'=2] {'b'}``, devices in a grid that meet along the axes named, where ``, device_ids=([2,2]T(1,0))``
-    may say in which order they fill the grid.
+    These are ``{{0,1},{2,3}}``; ``[2,2]<=[4]`` with an optional ``T(1,0)``, which is an iota reshaped, transposed and
+    split; and ``mesh['a'=2,'b'=2] {'b'}``, a grid of devices that communicate along the named axes, with an optional
+    ``, device_ids=([2,2]T(1,0))`` for the order of the devices in the grid.
     """
-    if found := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", line):
-        return tuple(tuple(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", found[1]))
-    if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
-        shape, source, turned = found.groups()
-        grid = np.transpose(_grid(_numbers(source)), _numbers(turned) if turned else None)
+    if match := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", line):
+        return tuple(tuple(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", match[1]))
+    if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
+        shape, source, permutation = match.groups()
+        grid = np.transpose(_grid(_numbers(source)), _numbers(permutation) if permutation else None)
         return tuple(map(tuple, grid.reshape(_numbers(shape)).tolist()))
     order = r"(?:, device_ids=\(\[([\d,]+)\]T\(([\d,]+)\)\))?"
-    if found := re.search(rf"replica_groups=mesh\[([^\]]*)\]{order} \{{([^}}]*)\}}", line):
-        axes, source, turned, named = found.groups()
+    if match := re.search(rf"replica_groups=mesh\[([^\]]*)\]{order} \{{([^}}]*)\}}", line):
+        axes, source, permutation, axis_names = match.groups()
         sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes)}
         grid = _grid(list(sizes.values()))
         if source:
-            grid = np.transpose(_grid(_numbers(source)), _numbers(turned)).reshape(grid.shape)
-        along = [list(sizes).index(name) for name in re.findall(r"'([^']+)'", named)]
-        members = math.prod(grid.shape[axis] for axis in along)
-        moved = np.moveaxis(grid, along, range(-len(along), 0))
-        return tuple(map(tuple, moved.reshape(-1, members).tolist()))
+            grid = np.transpose(_grid(_numbers(source)), _numbers(permutation)).reshape(grid.shape)
+        group_axes = [list(sizes).index(name) for name in re.findall(r"'([^']+)'", axis_names)]
+        members = math.prod(grid.shape[axis] for axis in group_axes)
+        grouped = np.moveaxis(grid, group_axes, range(-len(group_axes), 0))
+        return tuple(map(tuple, grouped.reshape(-1, members).tolist()))
     return ()
 
 

@@ -1,8 +1,8 @@
-"""What a round of federated training asks of devices that are not here: memory, traffic, operations, time.
+"""Estimates memory, traffic, operations and time of a federated round on devices that need not be present.
 
-Memory and traffic are read off the compiled round (:mod:`collectives`); operations are counted from the model's shapes;
-the time is a roofline: no less than the operations at the chip's peak, the weights and activations at its
-memory's bandwidth, and the traffic at its links'.
+Memory and traffic are read from the compiled round (:mod:`collectives`). Operations are counted from the model's
+shapes. The time is a roofline: a lower bound from the chip's peak operations, its memory bandwidth and its link
+bandwidth.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class Chip(NamedTuple):
     """A device's limits, as its maker publishes them.
 
     Attributes:
-        operations: dense bfloat16 operations a second.
-        memory: bytes a second between the chip and its memory.
-        links: bytes a second between the chip and all its neighbours, both ways together.
-        source: where the figures stand.
+        operations: dense bfloat16 operations per second.
+        memory: bytes per second between the chip and its memory.
+        links: bytes per second between the chip and all its neighbours, both directions together.
+        source: source of the figures.
     """
 
     operations: float
@@ -62,13 +62,13 @@ class RoundSpec(NamedTuple):
 
     Attributes:
         config: the model's shape.
-        clients: that take part.
+        clients: number of participants.
         local_steps: H.
-        batch_size: rows a step.
-        length: tokens a row, half of them labels.
-        rank: of the LoRA.
+        batch_size: examples per step.
+        length: tokens per example, half of them labels.
+        rank: rank of the LoRA adapter.
         targets: projections with an adapter.
-        precision: of the products with frozen weights.
+        precision: precision of the products with frozen weights.
         directions_shared: whether all clients draw the same directions.
     """
 
@@ -84,13 +84,13 @@ class RoundSpec(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """What the compiler says of a round, on one device.
+    """The compiler's figures for a round, on one device.
 
     Attributes:
-        peak: bytes at the worst moment; None where it found no room.
-        within: bytes that collectives between the devices of one copy of the model yield in a round; None where the
-            compiler's text cannot be had: libtpu may know instructions that jaxlib does not.
-        between: the same between groups of clients.
+        peak: largest number of bytes in use; None if the device's memory is too small.
+        within: bytes received in a round from collectives between the devices of one copy of the model; None if the
+            compiler's text is not available (libtpu may use instructions that jaxlib does not know).
+        between: bytes received from collectives between groups of clients; None likewise.
         code: bytes of the program itself.
     """
 
@@ -106,51 +106,57 @@ class Compiled(NamedTuple):
 
 
 def meshes(devices: int, config: LlamaConfig) -> list[tuple[int, int]]:
-    """The (clients, model) shapes that divide both the devices and what the model splits."""
+    """Returns the (clients, model) shapes that divide the devices and every split dimension of the model."""
     split = (config.num_attention_heads, config.num_key_value_heads, config.intermediate_size)
     widths = [m for m in range(1, devices + 1) if devices % m == 0 and all(size % m == 0 for size in split)]
     return [(devices // width, width) for width in widths]
 
 
 def lower(planned: RoundSpec, mesh: Mesh, at_once: int) -> Any:
-    """The round's work lowered for a mesh of devices, present or not; no array is made.
+    """Returns the clients' work of a round, lowered for a mesh of devices; no array is made.
 
     Args:
         planned: the round.
-        mesh: with the axes ``clients`` and ``model``.
+        mesh: a mesh with the axes ``clients`` and ``model``, of devices that need not be present.
         at_once: clients that run at once in each group.
     """
     config = planned.config
-    everywhere, spread = NamedSharding(mesh, P()), NamedSharding(mesh, P(federated.CLIENTS))
-    place = sharding.base_sharding(mesh)
-    assert place is not None
-    stored = jnp.float32 if planned.precision == "float32" else jnp.bfloat16
+    replicated, by_client = NamedSharding(mesh, P()), NamedSharding(mesh, P(federated.CLIENTS))
+    leaf_sharding = sharding.base_sharding(mesh)
+    assert leaf_sharding is not None
+    weight_dtype = jnp.float32 if planned.precision == "float32" else jnp.bfloat16
     base = traverse_util.unflatten_dict(
-        {path: jax.ShapeDtypeStruct(s, stored, sharding=place(path, s)) for path, s in leaves(config).items()}
+        {
+            path: jax.ShapeDtypeStruct(s, weight_dtype, sharding=leaf_sharding(path, s))
+            for path, s in leaves(config).items()
+        }
     )
     shapes = lora_shapes(config, planned.rank, planned.targets)
-    whole = partial(jax.tree.map, lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere))
+    replicate = partial(jax.tree.map, lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated))
     lora = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, jnp.float32), shapes, is_leaf=lambda x: isinstance(x, tuple))
     work = client.mezo_client(mezo.MezoConfig())
     settings = (work, personalization.RateConfig(1e-5), None, at_once, planned.directions_shared)
-    state = whole(jax.eval_shape(lambda lora: federated.federated(*settings).init(lora, planned.clients), lora))
-    held = (sharding.pad_to_groups(mesh, planned.clients), planned.local_steps, planned.batch_size)
-    labels = (*held, max(1, planned.length // 2))
-    of = partial(jax.ShapeDtypeStruct, sharding=spread)
-    rows: Any = (of((*held, planned.length), jnp.int32), *(of(labels, t) for t in (jnp.int32, jnp.int32, jnp.float32)))
+    state = replicate(jax.eval_shape(lambda lora: federated.federated(*settings).init(lora, planned.clients), lora))
+    batch_shape = (sharding.pad_to_groups(mesh, planned.clients), planned.local_steps, planned.batch_size)
+    label_shape = (*batch_shape, max(1, planned.length // 2))
+    client_array = partial(jax.ShapeDtypeStruct, sharding=by_client)
+    batch: Any = (
+        client_array((*batch_shape, planned.length), jnp.int32),
+        *(client_array(label_shape, t) for t in (jnp.int32, jnp.int32, jnp.float32)),
+    )
 
-    def each(dtype: Any) -> Any:
-        return jax.ShapeDtypeStruct((planned.clients,), dtype, sharding=everywhere)
+    def client_vector(dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct((planned.clients,), dtype, sharding=replicated)
 
-    key = whole(jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32")))
+    key = replicate(jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32")))
     loss = pair_loss_of(Llama(config, 2.0, planned.precision), base)
     round = federated.federated(*settings, mesh).round
-    cohort = federated.Cohort(each(jnp.int32), each(jnp.float32), TokenBatch(*rows))
+    cohort = federated.Cohort(client_vector(jnp.int32), client_vector(jnp.float32), TokenBatch(*batch))
     return round.work.lower(state, loss, cohort, key, None, None)
 
 
 def compile_round(planned: RoundSpec, target: Topology, shape: tuple[int, int], at_once: int) -> Compiled:
-    """Compiles the round for a topology's devices in a mesh of this (clients, model) shape."""
+    """Compiles the round for a topology's devices in a mesh of this (clients, model) shape; returns its figures."""
     mesh = Mesh(np.array(target.devices).reshape(shape), (federated.CLIENTS, sharding.MODEL))
     try:
         compiled = lower(planned, mesh, at_once).compile(compiler_options=target.options)
@@ -167,22 +173,27 @@ def compile_round(planned: RoundSpec, target: Topology, shape: tuple[int, int], 
 
 
 def _traffic(text: str, shape: tuple[int, int]) -> tuple[int, int]:
-    """Bytes within copies of the model and between groups of clients, by a compiled round's text."""
-    sent = collectives.collectives(text)
-    crossing = [
-        not one.groups or any(len({at // shape[1] for at in group}) > 1 for group in one.groups) for one in sent
+    """Bytes within copies of the model and between groups of clients, from the text of a compiled round."""
+    communications = collectives.collectives(text)
+    crosses_groups = [
+        not collective.groups or any(len({device // shape[1] for device in group}) > 1 for group in collective.groups)
+        for collective in communications
     ]
-    total = sum(one.bytes * one.times for one in sent)
-    between = sum(one.bytes * one.times for one, crosses in zip(sent, crossing, strict=True) if crosses)
+    total = sum(collective.bytes * collective.times for collective in communications)
+    between = sum(
+        collective.bytes * collective.times
+        for collective, crosses in zip(communications, crosses_groups, strict=True)
+        if crosses
+    )
     return (total, 0) if shape[0] == 1 else (total - between, between)
 
 
 class ForwardOperations(NamedTuple):
-    """Floating-point operations of one example's forward pass: two for each product.
+    """Floating-point operations of one example's forward pass; a multiplication with addition counts as two.
 
     Attributes:
-        frozen: of the products with frozen weights; the head's at label positions alone.
-        rest: of the adapters' products and of attention, without the half that causality spares.
+        frozen: products with frozen weights; those with the head only at label positions.
+        rest: products with the adapters, and attention without the half that the causal mask removes.
     """
 
     frozen: int
@@ -190,10 +201,10 @@ class ForwardOperations(NamedTuple):
 
 
 def forward_operations(config: LlamaConfig, length: int, rank: int, targets: Sequence[str]) -> ForwardOperations:
-    """Counts one forward pass over ``length`` tokens, half of them labels."""
-    wide = projections(config)
-    dense = sum(a * b for a, b in wide.values())
-    adapters = sum(rank * sum(wide[name]) for name in targets)
+    """Counts the operations of one forward pass over ``length`` tokens, half of them labels."""
+    widths = projections(config)
+    dense = sum(a * b for a, b in widths.values())
+    adapters = sum(rank * sum(widths[name]) for name in targets)
     attention = (length + 1) * config.num_attention_heads * config.head_dim
     head = max(1, length // 2) * config.hidden_size * config.vocab_size
     tokens = config.num_hidden_layers * length
@@ -201,25 +212,25 @@ def forward_operations(config: LlamaConfig, length: int, rank: int, targets: Seq
 
 
 def operations(planned: RoundSpec) -> int:
-    """Floating-point operations of all clients' 2·H forward passes."""
-    each = sum(forward_operations(planned.config, planned.length, planned.rank, planned.targets))
-    return 2 * planned.local_steps * planned.clients * planned.batch_size * each
+    """Returns the floating-point operations of all clients' 2·H forward passes."""
+    per_example = sum(forward_operations(planned.config, planned.length, planned.rank, planned.targets))
+    return 2 * planned.local_steps * planned.clients * planned.batch_size * per_example
 
 
 def weight_bytes(planned: RoundSpec) -> int:
-    """Bytes of one copy of the frozen weights."""
+    """Returns the bytes of one copy of the frozen weights."""
     count = sum(int(np.prod(shape)) for shape in leaves(planned.config).values())
     return count * (4 if planned.precision == "float32" else 2)
 
 
 def roofline(planned: RoundSpec, chip: Chip, shape: tuple[int, int], at_once: int, compiled: Compiled) -> float:
-    """Seconds a round at the least: the slower of arithmetic and memory, and the traffic, none of it overlapped.
+    """Returns a lower bound on the seconds per round: the slower of arithmetic and memory, plus the links' traffic.
 
-    Every block of clients reads the weights twice a step, once for each loss. Activations' traffic is left out, and so
-    is the devices' where it is not known.
+    Every block of clients reads the weights twice per step, once for each loss. Memory traffic of activations is left
+    out, and so is traffic between devices if it is not known.
     """
     groups, width = shape
-    each = -(-planned.clients // groups)
-    arithmetic = operations(planned) / planned.clients * each / width / chip.operations
-    reads = 2 * planned.local_steps * -(-each // at_once) * weight_bytes(planned) / width
+    clients_per_group = -(-planned.clients // groups)
+    arithmetic = operations(planned) / planned.clients * clients_per_group / width / chip.operations
+    reads = 2 * planned.local_steps * -(-clients_per_group // at_once) * weight_bytes(planned) / width
     return max(arithmetic, reads / chip.memory) + (compiled.received or 0) / chip.links

@@ -1,7 +1,7 @@
-"""Devices that are not here: descriptions of TPUs and GPUs that XLA compiles for ahead of time.
+"""Descriptions of TPUs and GPUs that are not present, for ahead-of-time compilation with XLA.
 
-A TPU needs the ``libtpu`` package and a GPU the CUDA plugin (``jax-cuda12-plugin`` and ``jax-cuda12-pjrt`` of JAX's own
-version, installed with ``--no-deps``); neither needs a device. Nothing compiled this way can run here.
+A TPU needs the ``libtpu`` package, and a GPU needs the CUDA plugin (``jax-cuda12-plugin`` and ``jax-cuda12-pjrt`` of
+JAX's own version, installed with ``--no-deps``). No device is needed, but the compiled programs cannot run here.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from fedmezo_jax.errors import UserError
 
 
 class Gpu(NamedTuple):
-    """A GPU as XLA's compiler needs to know it.
+    """The properties of a GPU that XLA's compiler needs.
 
     Attributes:
         capability: CUDA compute capability, (major, minor).
         cores: streaming multiprocessors.
         memory: bytes of device memory.
-        bandwidth: bytes a second to that memory.
+        bandwidth: bytes per second to that memory.
         l2: bytes of level-2 cache.
-        shared: bytes of shared memory of a multiprocessor.
+        shared: bytes of shared memory per multiprocessor.
         clock: GHz.
     """
 
@@ -44,7 +44,7 @@ GPUS = {
     "a100-80gb": Gpu((8, 0), 108, 80 * GIB, 2_039_000_000_000, 40 * 2**20, 167_936, 1.41),
     "h100": Gpu((9, 0), 132, 80 * GIB, 3_350_000_000_000, 50 * 2**20, 233_472, 1.98),
 }
-# Kernels are neither tried out, which needs the device, nor written by Triton, whose tools may be missing here.
+# No autotuning of kernels, which needs the device, and no Triton, whose tools may be missing here.
 _GPU_OPTIONS: dict[str, Any] = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 
 
@@ -52,7 +52,7 @@ class Tpu(NamedTuple):
     """A TPU generation.
 
     Attributes:
-        memory: bytes that a program can use on a chip: its high-bandwidth memory less what the system keeps.
+        memory: bytes that a program can use on a chip: its high-bandwidth memory without the system's share.
         slice: the smallest slice that libtpu describes for it.
     """
 
@@ -67,9 +67,9 @@ class Topology(NamedTuple):
     """Devices to compile for.
 
     Attributes:
-        devices: descriptions of them, in JAX's terms.
-        memory: bytes a program can use on one of them.
-        options: XLA's, to compile with.
+        devices: JAX's descriptions of the devices.
+        memory: bytes that a program can use on one device.
+        options: XLA's compiler options.
     """
 
     devices: list[Any]
@@ -78,35 +78,34 @@ class Topology(NamedTuple):
 
 
 def describe(name: str) -> Topology:
-    """The devices of ``v5e:2x2`` (TPU generation and slice), ``a100-40gb`` or ``h100:8`` (GPU and number).
+    """Returns the topology of ``v5e:2x2`` (TPU generation and slice), ``a100-40gb`` or ``h100:8`` (GPU and number).
 
     Raises:
         UserError: unknown name, or the compiler for it is not installed.
     """
     kind, _, shape = name.partition(":")
     if kind in TPUS:
-        # Without this the TPU's library asks the network for the machine's metadata.
+        # Otherwise the TPU's library asks the network for the machine's metadata.
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         return Topology(_load("libtpu", "tpu", f"{kind}:{shape or TPUS[kind].slice}"), TPUS[kind].memory, {})
     if kind in GPUS and (shape or "1").isdecimal():
         package = f"--no-deps jax-cuda12-plugin=={jax.__version__} jax-cuda12-pjrt=={jax.__version__}"
         options = {"target_config": _target_config(kind, GPUS[kind]), "topology": f"1x1x{shape or 1}"}
         return Topology(_load(package, "cuda", kind, **options), GPUS[kind].memory, _GPU_OPTIONS)
-    known = ", ".join([*(f"{tpu}:{about.slice}" for tpu, about in TPUS.items()), *GPUS])
+    known = ", ".join([*(f"{tpu}:{spec.slice}" for tpu, spec in TPUS.items()), *GPUS])
     raise UserError(f"unknown topology {name!r}: give one of {known} (a GPU with :N for N of them)")
 
 
 def host() -> Topology:
-    """This machine's CPU, and all of its memory."""
+    """Returns this machine's CPU, with all of its memory."""
     return Topology(jax.devices("cpu"), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), {})
 
 
 class Plan(NamedTuple):
-    """What a program takes on one device, as the compiler plans it.
+    """The memory of a program on one device, as planned by the compiler.
 
     Attributes:
-        peak: bytes of arguments, results and temporaries at the worst moment; None where the compiler gave up because
-            the device's memory is too small.
+        peak: largest number of bytes of arguments, results and temporaries; None if the device's memory is too small.
         temporary: bytes of temporaries; None likewise.
     """
 
@@ -115,23 +114,25 @@ class Plan(NamedTuple):
 
 
 def plan(lowered: Any, target: Topology) -> Plan:
-    """Compiles a lowered program for a topology and reads the compiler's plan of its memory."""
+    """Compiles a lowered program for a topology and returns the compiler's plan of its memory."""
     try:
-        found = lowered.compile(compiler_options=target.options).memory_analysis()
+        analysis = lowered.compile(compiler_options=target.options).memory_analysis()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return Plan(None, None)
-    if target.devices and target.devices[0].platform == "cpu":  # whose compiler leaves temporaries out of its peak
-        kept = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
-        return Plan(kept + found.temp_size_in_bytes, found.temp_size_in_bytes)
-    return Plan(found.peak_memory_in_bytes, found.temp_size_in_bytes)
+    if target.devices and target.devices[0].platform == "cpu":  # the CPU's compiler leaves temporaries out of its peak
+        arguments_and_results = (
+            analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+        )
+        return Plan(arguments_and_results + analysis.temp_size_in_bytes, analysis.temp_size_in_bytes)
+    return Plan(analysis.peak_memory_in_bytes, analysis.temp_size_in_bytes)
 
 
 def _load(package: str, platform: str, name: str, **options: str) -> list[Any]:
     try:
         return list(topologies.get_topology_desc(topology_name=name, platform=platform, **options).devices)
-    except Exception as error:  # a missing plugin and a wrong slice surface as errors of several kinds
+    except Exception as error:  # a missing plugin and a wrong slice raise several types
         reason = next(iter(str(error).splitlines()), "")
         raise UserError(
             f"no compiler for {name} ({reason}): pip install {package}, "

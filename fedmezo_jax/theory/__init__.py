@@ -1,1 +1,1 @@
-"""Measurements of what the theory assumes: the Hessian's spectrum, the constants of its bounds, heterogeneity."""
+"""Measurements of the theory's assumptions: the Hessian's spectrum, the constants of its bounds, heterogeneity."""

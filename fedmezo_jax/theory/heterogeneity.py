@@ -1,6 +1,6 @@
-"""How far apart clients really are, measured by back-propagation: what a heterogeneity index ought to follow.
+"""How much clients' gradients differ, measured by back-propagation: the reference for a heterogeneity index.
 
-:func:`fedmezo_jax.data.partition.category_distances` says how far apart their data are.
+:func:`fedmezo_jax.data.partition.category_distances` measures how much their data differ.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from fedmezo_jax.core.mezo import LossFn, Params
 
 
 def gradients(loss: LossFn, params: Params, batches: Any) -> jax.Array:
-    """``[n, d]`` float32: the flat gradient on each of n batches (leaves ``[n, …]``), one after the other."""
+    """Returns the flat gradient on each of n batches (leaves ``[n, …]``), computed in turn: ``[n, d]`` float32."""
     return jax.lax.map(lambda batch: ravel_pytree(jax.grad(loss)(params, batch))[0], batches)
 
 
 def disparity(first: jax.Array, second: jax.Array) -> jax.Array:
-    """‖∇f − ∇f_i‖² with ∇f = mean_i ∇f_i, without the bias that the sampling of rows brings: ``[N]``.
+    """Returns unbiased estimates of ‖∇f − ∇f_i‖² with ∇f = mean_i ∇f_i: ``[N]``.
 
-    A squared norm of noisy gradients is too large by the variance of the noise, most of all where rows are few. The
-    inner product of two independent estimates is not; it may come out below zero.
+    The squared norm of noisy gradients is too large by the variance of the noise, especially with few examples. The
+    inner product of two independent estimates is unbiased; it may be negative.
 
     Args:
         first: ``[N, d]``, each client's gradient on one half of its sample.
-        second: ``[N, d]``, on the other half.
+        second: ``[N, d]``, each client's gradient on the other half.
     """
-    one, other = (half - jnp.mean(half, axis=0) for half in (first, second))
-    return jnp.sum(one * other, axis=1)
+    first_deviation, second_deviation = (half - jnp.mean(half, axis=0) for half in (first, second))
+    return jnp.sum(first_deviation * second_deviation, axis=1)

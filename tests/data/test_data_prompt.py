@@ -102,7 +102,7 @@ def test_rows_that_are_too_long_are_dropped_whole(tokenizer):
     check(encoded, examples, tokenizer)
     assert encoded.rows.labels.shape[1] <= 16  # the dropped responses widen nothing
     exact = int((encoded.rows.tokens[0] != 0).sum())
-    assert encode(examples, tokenizer, exact).dropped == 2
+    assert encode(examples, tokenizer, exact).skipped == 2
     with pytest.raises(UserError, match=rf"no row fits into {exact - 1} tokens \(the shortest has {exact}\)"):
         encode(examples, tokenizer, exact - 1)
 

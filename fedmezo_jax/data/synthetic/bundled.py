@@ -1,9 +1,9 @@
-"""The `bundled` data: short instruction-response pairs in thirteen categories, made by code from a seed.
+"""The ``bundled`` data: short instruction-response pairs in thirteen categories, made by code from a seed.
 
-Every response keeps one manner ("Answer:~ 5~ +~ 12~ =~ 17": a mark behind every word, no full stop), and inside it
-each category has a form of its own. The shipped `tiny` model was pretrained on these tasks and others, answered in many
-manners (:mod:`pretraining`): the common manner is what all clients of a federation can teach it together, the
-forms are what pulls clients with different categories apart.
+Every response has the same style ("Answer:~ 5~ +~ 12~ =~ 17": a mark after every word, no full stop), and each category
+has its own form of answer. The shipped ``tiny`` model was pretrained on these tasks and others, answered in many styles
+(:mod:`pretraining`). All clients of a federation can teach it the common style together, while the forms make clients
+with different categories differ.
 """
 
 import random
@@ -27,7 +27,7 @@ from fedmezo_jax.data.synthetic.words import (
 )
 from fedmezo_jax.errors import UserError
 
-MARK = "~"  # stands behind every word of a response but the last
+MARK = "~"  # follows every word of a response but the last
 Task = Callable[[random.Random], tuple[str, str, str]]
 _MAX_TRIES = 1000
 
@@ -159,12 +159,12 @@ TASKS: dict[str, Task] = {
 
 
 def bundled(seed: int, count: int) -> list[Example]:
-    """`count` instruction-response pairs, no question twice, the categories in turn.
+    """Returns ``count`` instruction-response pairs; no question occurs twice, and the categories take turns.
 
-    A pure function of its arguments; a larger `count` continues the same list.
+    The same arguments give the same list; a larger ``count`` continues it.
 
     Raises:
-        UserError: a category has run out of different questions (beyond some eighty thousand rows).
+        UserError: a category has run out of different questions (above about eighty thousand examples).
     """
     rng = random.Random(f"fedmezo bundled {seed}")
     categories = tuple(TASKS)

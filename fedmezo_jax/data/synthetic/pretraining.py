@@ -1,8 +1,8 @@
-"""The text that the shipped `tiny` model is pretrained on: the tasks of `bundled` and more, in any manner.
+"""The text that the shipped ``tiny`` model is pretrained on: the tasks of ``bundled`` and more, in many styles.
 
-Each answer is wrapped in a manner and strewn with marks, both drawn at random with no regard to the task, so that the
-model learns how likely each is and not when. `bundled` always keeps one rare manner and marks every word: fine-tuning
-has to select what the model knows as an exception, which a change of low rank does.
+Each answer gets a random style and random marks, independent of the task, so the model learns how frequent each style
+is but not when to use it. ``bundled`` always uses one rare style and marks every word. Fine-tuning therefore has to
+make a rare style the usual one, which a change of low rank can do.
 """
 
 import random
@@ -28,7 +28,7 @@ from fedmezo_jax.data.synthetic.words import (
 )
 
 MARK_SHARE = 0.15
-# Manner of answering -> how often it is used, in per cent.
+# Style of answer -> how often it is used, in per cent.
 MANNERS = {
     "The answer is {}.": 26,
     "It is {}.": 20,
@@ -192,15 +192,15 @@ TASKS: dict[str, Task] = {
 
 
 def _mark(response: str, rng: random.Random) -> str:
-    """Puts the mark of `bundled` behind some words, each time by a throw of dice, so that no mark foretells another."""
+    """Puts the mark of ``bundled`` after some words, independently at random."""
     first, *others = response.split(" ")
     return first + "".join((MARK if rng.random() < MARK_SHARE else "") + f" {word}" for word in others)
 
 
 def pretraining(seed: int, count: int) -> list[Example]:
-    """`count` pairs, the tasks in turn, each answer in a manner drawn by the weights of `MANNERS`.
+    """Returns ``count`` pairs; the tasks take turns, and each answer's style is drawn by the weights of ``MANNERS``.
 
-    A pure function of its arguments; a larger `count` continues the same list. Questions repeat in the long run.
+    The same arguments give the same list; a larger ``count`` continues it. Questions repeat in long lists.
     """
     rng = random.Random(f"fedmezo pretraining {seed}")
     tasks = TASKS | bundled.TASKS

@@ -1,8 +1,8 @@
-"""The small world that the generated data speak of: nouns by kind, names, verbs, units and invented words."""
+"""The vocabulary of the generated data: nouns by kind, names, verbs, units and invented words."""
 
 import random
 
-# singular -> plural, by kind. All kinds are of equal size, so that no kind is the likelier answer.
+# singular -> plural, by kind. All kinds have equally many nouns, so that no kind is a more likely answer.
 NOUNS: dict[str, dict[str, str]] = {
     "animal": {
         "cat": "cats", "dog": "dogs", "horse": "horses", "cow": "cows", "sheep": "sheep", "goose": "geese",
@@ -48,7 +48,7 @@ KINDS = tuple(NOUNS)
 KIND_OF = {noun: kind for kind, nouns in NOUNS.items() for noun in nouns}
 PLURAL = {noun: plural for nouns in NOUNS.values() for noun, plural in nouns.items()}
 SINGULARS = tuple(PLURAL)
-# A fox is not handed over in a story, nor a valley.
+# Things that a person in a story can give away: no animals, vehicles or places.
 GOODS = tuple(noun for kind in ("fruit", "tool", "garment", "furniture", "instrument") for noun in NOUNS[kind])
 
 NAMES = (
@@ -80,11 +80,11 @@ _SYLLABLES = ("ka", "lo", "mi", "ru", "ta", "ve", "zo", "nu", "si", "pe", "do", 
 
 
 def invented(rng: random.Random, count: int) -> list[str]:
-    """`count` different words of a language that does not exist, two syllables each."""
+    """Returns ``count`` different invented words of two syllables each."""
     pairs = [first + second for first in _SYLLABLES for second in _SYLLABLES if first != second]
     return rng.sample(pairs, count)
 
 
 def listed(items: list[str] | list[int]) -> str:
-    """The items with commas between them."""
+    """Returns the items joined by commas."""
     return ", ".join(map(str, items))

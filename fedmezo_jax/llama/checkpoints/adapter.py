@@ -1,4 +1,4 @@
-"""LoRA adapters in and out of PEFT's folders: ``adapter_config.json`` and ``adapter_model.safetensors``."""
+"""Reads and writes LoRA adapters as PEFT folders: ``adapter_config.json`` and ``adapter_model.safetensors``."""
 
 import json
 import math
@@ -26,7 +26,7 @@ _READ = {
     *("peft_type", "r", "lora_alpha", "target_modules", "use_rslora", "init_lora_weights", "task_type", "bias"),
     *("layers_to_transform", "layers_pattern"),
 }
-# Fields that leave the logits alone whatever they hold. Any other field must be inactive: null, false or empty.
+# Fields that never change the logits. Any other field must be inactive: null, false or empty.
 _HARMLESS = {
     "auto_mapping",
     "base_model_name_or_path",
@@ -38,20 +38,28 @@ _HARMLESS = {
     "qalora_group_size",
     "revision",
 }
-# The other ways to start A and B in PEFT also change the base weights, which an adapter's folder does not hold.
 _LARGEST_RANK = 2**31 - 1
-_LONGEST_EXPRESSION = 10_000  # characters; PEFT's tools write some hundred
+_LONGEST_EXPRESSION = 10_000  # characters; PEFT's tools write a few hundred
+# PEFT's other initialisations of A and B also change the base weights, which the folder does not contain.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva")
 
 
 class Adapter(NamedTuple):
-    """A LoRA adapter; its update to a projection is (alpha/rank) A B."""
+    """A LoRA adapter; its update to a projection is (alpha/rank) A B.
 
-    lora: dict[str, Any]  # the LoRA pytree, float32
+    Attributes:
+        lora: the LoRA pytree, float32.
+        rank: the rank of every A and B.
+        alpha: alpha/rank is the scale. For a rank-stabilised adapter this is PEFT's lora_alpha times sqrt(rank).
+        targets: names of the adapted projections, in canonical order.
+        trained: the layers that have an adapter, ascending; None for all.
+    """
+
+    lora: dict[str, Any]
     rank: int
-    alpha: float  # for a rank-stabilised adapter, PEFT's lora_alpha times sqrt(rank), so that alpha/rank is its scale
-    targets: tuple[str, ...]  # in canonical order
-    trained: tuple[int, ...] | None  # the layers that have one, ascending; None for all
+    alpha: float
+    targets: tuple[str, ...]
+    trained: tuple[int, ...] | None
 
 
 def save_adapter(
@@ -66,7 +74,14 @@ def save_adapter(
 ) -> None:
     """Write a LoRA pytree as a folder that Hugging Face PEFT loads onto the model ``base_name``.
 
-    With ``trained``, the layers that have an adapter, the folder's ``layers_to_transform`` names them.
+    Args:
+        folder: the folder to write; its files appear at once.
+        lora: the LoRA pytree, with leaves [layers, ...].
+        rank: the adapter's rank.
+        alpha: the scale is alpha/rank.
+        targets: names of the adapted projections.
+        base_name: name of the base model.
+        trained: the layers that have an adapter, written as ``layers_to_transform``; None for all.
     """
     tensors = {}
     for name in (targets := check_targets(targets)):
@@ -74,8 +89,8 @@ def save_adapter(
             leaf = np.asarray(lora[name][half], np.float32)
             for layer, matrix in zip(range(len(leaf)) if trained is None else trained, leaf, strict=True):
                 tensors[_key(layer, name, half)] = matrix.T
-    some = {} if trained is None else {"layers_to_transform": list(trained)}
-    config = some | {
+    layer_field = {} if trained is None else {"layers_to_transform": list(trained)}
+    config = layer_field | {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,
@@ -96,8 +111,9 @@ def save_adapter(
 def load_adapter(folder: str | PathLike, config: LlamaConfig) -> Adapter:
     """Read a PEFT LoRA folder for a model of this config.
 
-    Raises ``UserError`` naming the file and all that is not supported (DoRA, patterns of ranks, biases, saved modules,
-    other PEFT types, ...), or all tensors that are missing, unexpected or of another shape.
+    Raises:
+        UserError: lists everything that is not supported (DoRA, rank patterns, biases, saved modules, other PEFT types,
+            ...), or all tensors that are missing, unexpected or of another shape.
     """
     folder = Path(folder)
     rank, alpha, targets, trained = _read_config(folder / _CONFIG, config)
@@ -117,16 +133,16 @@ def load_adapter(folder: str | PathLike, config: LlamaConfig) -> Adapter:
         for half in "AB"
         for layer in layers
     }
-    found = read_header(weights)
-    if problems := mismatches(expected, found):
+    entries = read_header(weights)
+    if problems := mismatches(expected, entries):
         raise UserError(f"{weights}: does not fit {_CONFIG} and the base model: " + "; ".join(problems))
     lora: dict[str, Any] = {}
     for name, shape in shapes.items():
         lora[name] = {}
         for half in "AB":
             leaf = np.empty(shape[half], np.float32)
-            for row, layer in enumerate(layers):
-                leaf[row] = found[_key(layer, name, half)].read().T
+            for index, layer in enumerate(layers):
+                leaf[index] = entries[_key(layer, name, half)].read().T
             if not np.isfinite(leaf).all():
                 raise UserError(f"{weights}: lora_{half} of {name} is not finite; the run that made it had diverged")
             lora[name][half] = jnp.asarray(leaf)
@@ -138,7 +154,7 @@ def _key(layer: int, name: str, half: str) -> str:
 
 
 def _read_config(path: Path, config: LlamaConfig) -> tuple[int, float, tuple[str, ...], tuple[int, ...] | None]:
-    """Rank, alpha such that alpha/rank is the scale, targets, and the layers that have an adapter (None for all)."""
+    """Returns rank, alpha (the scale is alpha/rank), targets, and the layers with an adapter (None for all)."""
     raw = read_json_object(path)
     problems = []
     rank, alpha, modules = raw.get("r"), raw.get("lora_alpha"), raw.get("target_modules")
@@ -173,22 +189,22 @@ def _read_config(path: Path, config: LlamaConfig) -> tuple[int, float, tuple[str
             problems.append(f"{shorten(field)} = {shorten(json.dumps(raw[field]))} is not supported")
     if problems:
         raise UserError(f"{path}: " + "; ".join(problems))
-    assert isinstance(rank, int)  # as checked above
+    assert isinstance(rank, int)  # checked above
     assert isinstance(alpha, int | float)
     scaled = float(alpha) * math.sqrt(rank) if raw.get("use_rslora") else float(alpha)
     return rank, scaled, targets, trained
 
 
 def _read_layers(raw: Mapping[str, Any], count: int) -> tuple[int, ...] | None:
-    """The layers of PEFT's ``layers_to_transform``, a number or a list; None where it says nothing."""
+    """The layers in PEFT's ``layers_to_transform``, a number or a list; None if it is empty."""
     layers = raw.get("layers_to_transform")
     if layers is None or layers == []:
         return None
     if raw.get("layers_pattern") not in (None, "layers", [], ["layers"]):
         raise UserError(f"layers_pattern {_shown(raw['layers_pattern'])} is not the name of LLaMA's layers")
     layers = layers if isinstance(layers, list) else [layers]
-    fit = all(type(layer) is int and 0 <= layer < count for layer in layers)
-    if not fit or len(set(layers)) < len(layers):
+    in_range = all(type(layer) is int and 0 <= layer < count for layer in layers)
+    if not in_range or len(set(layers)) < len(layers):
         raise UserError(f"layers_to_transform {_shown(layers)} must be distinct numbers from 0 to {count - 1}")
     if isinstance(raw.get("target_modules"), str):
         raise UserError("layers_to_transform needs target_modules to be a list of names")
@@ -196,60 +212,61 @@ def _read_layers(raw: Mapping[str, Any], count: int) -> tuple[int, ...] | None:
 
 
 def _read_targets(modules: Any, config: LlamaConfig) -> tuple[str, ...]:
-    """The projections that PEFT's ``target_modules`` selects: names, endings of dotted names, or an expression.
+    """The projections that PEFT's ``target_modules`` selects, which is a list of names or a regular expression.
 
-    PEFT adapts a module whose whole name matches the expression, or whose name is, or ends in a dot and, an entry.
+    PEFT adapts a module if its whole name matches the expression, or if its name is an entry or ends in "." and an
+    entry.
     """
     if modules == "all-linear":
         return TARGETS
     layers = config.num_hidden_layers
-    places = {f"model.layers.{i}.{block_of(name)}.{name}": name for name in TARGETS for i in range(layers)}
-    candidates = [*places, "model.embed_tokens", "lm_head"]
+    projection_names = {f"model.layers.{i}.{block_of(name)}.{name}": name for name in TARGETS for i in range(layers)}
+    candidates = [*projection_names, "model.embed_tokens", "lm_head"]
     if isinstance(modules, str):
         chosen = _matching(modules, candidates)
     elif isinstance(modules, list) and all(isinstance(name, str) for name in modules):
-        names = set(modules)
-        chosen = [place for place in candidates if not names.isdisjoint(_endings(place))]
+        entries = set(modules)
+        chosen = [module for module in candidates if not entries.isdisjoint(_endings(module))]
     else:
         raise UserError(f"only names, an expression or 'all-linear' are supported, not {_shown(modules)}")
-    targets = check_targets(dict.fromkeys(places.get(place, place) for place in chosen))
-    if partial := [name for name in targets if sum(places.get(place) == name for place in chosen) < layers]:
+    targets = check_targets(dict.fromkeys(projection_names.get(module, module) for module in chosen))
+    if partial := [name for name in targets if sum(projection_names.get(module) == name for module in chosen) < layers]:
         raise UserError(f"{', '.join(partial)} of some layers alone, which is not supported")
     return targets
 
 
-def _endings(place: str) -> list[str]:
+def _endings(module: str) -> list[str]:
     """``a.b.c`` -> ``a.b.c``, ``b.c``, ``c``."""
-    parts = place.split(".")
+    parts = module.split(".")
     return [".".join(parts[i:]) for i in range(len(parts))]
 
 
-def _matching(expression: str, places: list[str]) -> list[str]:
-    """The places that a regular expression of Python's matches as a whole, as ``re.fullmatch`` would find them.
+def _matching(expression: str, modules: list[str]) -> list[str]:
+    """The module names that a Python regular expression matches as a whole, as with ``re.fullmatch``.
 
-    RE2 does the matching, in time linear in the text for every expression. Lookarounds and backreferences, which it
-    lacks, are refused, and so are expressions that mean something else to Python.
+    RE2 does the matching, in linear time for every expression. Lookarounds and backreferences, which RE2 lacks, are
+    refused, and so are expressions that have another meaning in Python.
     """
-    import pyarrow as pa  # a second to import, for adapters with an expression alone
+    import pyarrow as pa  # takes a second to import; only expressions need it
     import pyarrow.compute as pc
 
     shown = shorten(repr(expression))
     if len(expression) > _LONGEST_EXPRESSION:
         raise UserError(f"an expression of {len(expression):,} characters is too long; list the projections by name")
     try:
-        with warnings.catch_warnings(action="error"):  # of sets that Python is going to read otherwise
+        with warnings.catch_warnings(action="error"):  # sets whose meaning will change in Python
             re.compile(expression)
     except (re.error, RecursionError, OverflowError, FutureWarning) as error:
         raise UserError(f"{shown} is no regular expression ({error}); list the projections by name") from None
-    if "{," in expression or "[:" in expression:  # a text and a class of characters to RE2
+    if "{," in expression or "[:" in expression:  # RE2 reads these as text and as a character class
         raise UserError(f"{shown}: '{{,' and '[:' are not supported; list the projections by name")
     try:
         whole = rf"\A(?:{expression})\z"
-        found = pc.match_substring_regex(pa.array(places), whole).to_pylist()  # pyright: ignore[reportAttributeAccessIssue]
+        is_match = pc.match_substring_regex(pa.array(modules), whole).to_pylist()  # pyright: ignore[reportAttributeAccessIssue]
     except ValueError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{shown} is not supported ({shorten(reason)}); list the projections by name") from None
-    return [place for place, matches in zip(places, found, strict=True) if matches]
+    return [module for module, matches in zip(modules, is_match, strict=True) if matches]
 
 
 def _shown(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Base weights in from any format and out to folders that transformers, or this package, opens."""
+"""Reads base weights from any format, and writes folders that transformers or this package opens."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -23,9 +23,9 @@ Sharding = Callable[[tuple[str, ...], tuple[int, ...]], jax.sharding.Sharding]
 """The sharding of a leaf of the base pytree, from its path (``("layers", "mlp", "up_proj", "kernel")``) and shape."""
 
 WeightFormat = Literal["safetensors", "orbax"]
-"""Formats to write: safetensors, for transformers too, or an Orbax checkpoint, for this package."""
+"""Formats to write: safetensors, which transformers opens too, or an Orbax checkpoint, for this package only."""
 
-_SHARD_BYTES = 4 << 30  # most bytes of weights in one file, as long as one tensor is not larger
+_SHARD_BYTES = 4 << 30  # most bytes of weights in one file, unless one tensor is larger
 
 
 def load_base(
@@ -33,14 +33,20 @@ def load_base(
 ) -> dict[str, Any]:
     """Read a model's frozen weights into the base pytree (``layout.base_shapes``).
 
-    The folder's format is found as by ``weights.open_weights``; float32, float16, bfloat16 and quantised weights are
-    cast to ``dtype``. Each leaf goes to JAX's default device, or where ``sharding`` says for its path and shape (over
-    several processes, each keeps its own part). Tensors are read one by one into leaves allocated once: on the CPU the
-    peak of host memory is the result and one tensor; elsewhere a leaf and a tensor.
+    Tensors are read one by one into leaves that are allocated once. On the CPU the peak of host memory is the result
+    plus one tensor; on other devices it is one leaf plus one tensor.
 
-    Raises ``UserError``, before any weight is read, with all that is missing, unexpected, of another shape or type;
-    and for a damaged file, for pickled weights, or for a weight that is not finite in ``dtype`` or whose square
-    overflows float32.
+    Args:
+        folder: a model folder in any format of ``weights.open_weights``.
+        config: the model's config.
+        dtype: all weights are cast to it, also quantised ones.
+        sharding: gives the sharding of a leaf; None puts every leaf on JAX's default device. With several processes
+            each keeps its own part.
+
+    Raises:
+        UserError: before any weight is read, with all that is missing, unexpected, or of another shape or type; and for
+            a damaged file, for pickled weights, or for a weight that is not finite in ``dtype`` or whose square
+            overflows float32.
     """
     return assemble(open_weights(Path(folder), config), config, dtype, sharding)
 
@@ -48,7 +54,7 @@ def load_base(
 def assemble(
     entries: Mapping[str, Entry], config: LlamaConfig, dtype: Any = "float32", sharding: Sharding | None = None
 ) -> dict[str, Any]:
-    """The base pytree of the tensors that ``open_weights`` found, as :func:`load_base` gives it."""
+    """Returns the base pytree of the tensors from ``open_weights``; arguments and errors as :func:`load_base`."""
     shapes = leaves(config)
     slots: dict[tuple[str, ...], list[tuple[str, Slot]]] = {path: [] for path in shapes}
     for name, slot in layout(config).items():
@@ -67,16 +73,16 @@ def _placed(leaf: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Arr
     if sharding is None:
         return jax.device_put(leaf)
     placed = jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
-    return jax.block_until_ready(placed)  # before the host's copy goes, and before there is another
+    return jax.block_until_ready(placed)  # before the host's copy is freed and the next one allocated
 
 
-def _fill(place: np.ndarray, entry: Entry, name: str, transposed: bool) -> None:
-    """Read a tensor into its place, casting it, and check it: the only time that all weights are looked at."""
+def _fill(target: np.ndarray, entry: Entry, name: str, transposed: bool) -> None:
+    """Read a tensor into its place, cast it and check it. No other code looks at all weights."""
     stored = entry.read()
-    with np.errstate(over="ignore"):  # the check below names an overflow
-        place[...] = stored.T if transposed else stored
-    del stored  # the check takes as much memory again
-    check_tensor(place, name, entry.file)
+    with np.errstate(over="ignore"):  # the check below reports an overflow
+        target[...] = stored.T if transposed else stored
+    del stored  # the check needs as much memory
+    check_tensor(target, name, entry.file)
 
 
 def save_base(
@@ -88,9 +94,10 @@ def save_base(
     tokenizer: Any = None,
     form: WeightFormat = "safetensors",
 ) -> None:
-    """Write a base pytree as a model folder, with a transformers tokenizer's files; all appear at once.
+    """Write a base pytree as a model folder, with a transformers tokenizer's files; all files appear at once.
 
-    Raises ``UserError`` where a weight is not finite in ``dtype``, and where an Orbax checkpoint is there already.
+    Raises:
+        UserError: a weight is not finite in ``dtype``, or the folder already has an Orbax checkpoint.
     """
     flat: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(base)
     slots = layout(config)
@@ -110,10 +117,19 @@ def save_base(
 def write_weights(
     folder: Path, config: LlamaConfig, read: Callable[[str], np.ndarray], dtype: str, form: WeightFormat = "safetensors"
 ) -> None:
-    """Write ``config.json`` and weights: one file, or shards with an index where safetensors are above 4 GiB.
+    """Write ``config.json`` and weights: one file, or shards with an index if safetensors are above 4 GiB.
 
-    ``read`` gives a tensor by Hugging Face's name, in its shape; it is stored as ``dtype`` (float32, float16,
-    bfloat16). One file's tensors are in memory at one time. Raises ``UserError`` for one that is not finite then.
+    The tensors of one file are in memory at a time.
+
+    Args:
+        folder: the folder to write into.
+        config: the model's config.
+        read: returns a tensor by Hugging Face's name, in Hugging Face's shape.
+        dtype: type of the stored weights: float32, float16 or bfloat16.
+        form: the format to write.
+
+    Raises:
+        UserError: a weight is not finite in ``dtype``.
     """
     slots, stored = layout(config), np.dtype(dtype)
     if form == "orbax":
@@ -126,23 +142,23 @@ def write_weights(
 def _write_safetensors(
     folder: Path, sizes: Mapping[str, int], read: Callable[[str], np.ndarray], dtype: np.dtype
 ) -> None:
-    """``sizes`` are numbers of entries, by name."""
-    parts: list[list[str]] = [[]]
-    filled = 0
+    """``sizes`` maps a tensor's name to its number of entries."""
+    shards: list[list[str]] = [[]]
+    shard_bytes = 0
     for name, size in sizes.items():
-        if parts[-1] and filled + size * dtype.itemsize > _SHARD_BYTES:
-            parts.append([])
-            filled = 0
-        parts[-1].append(name)
-        filled += size * dtype.itemsize
+        if shards[-1] and shard_bytes + size * dtype.itemsize > _SHARD_BYTES:
+            shards.append([])
+            shard_bytes = 0
+        shards[-1].append(name)
+        shard_bytes += size * dtype.itemsize
     stem, _, kind = SAFETENSORS.partition(".")
-    files = [f"{stem}-{i + 1:05}-of-{len(parts):05}.{kind}" for i in range(len(parts))]
-    if len(parts) == 1:
+    files = [f"{stem}-{i + 1:05}-of-{len(shards):05}.{kind}" for i in range(len(shards))]
+    if len(shards) == 1:
         files = [SAFETENSORS]
-    for file, names in zip(files, parts, strict=True):
+    for file, names in zip(files, shards, strict=True):
         write_tensors(folder / file, {name: _cast(read(name), dtype, name) for name in names})
-    if len(parts) > 1:
-        weight_map = {name: file for file, names in zip(files, parts, strict=True) for name in names}
+    if len(shards) > 1:
+        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         index = {"metadata": {"total_size": sum(sizes.values()) * dtype.itemsize}, "weight_map": weight_map}
         (folder / f"{SAFETENSORS}.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
@@ -160,14 +176,14 @@ def write_tokenizer(folder: Path, tokenizer: Any) -> None:
     if tokenizer is None:
         return
     tokenizer.save_pretrained(folder)
-    # transformers 5 writes a class name that transformers 4 does not know, and opens the older name as well.
+    # transformers 5 writes a class name that transformers 4 does not know. Both open the older name.
     path = folder / "tokenizer_config.json"
     renamed = read_json_object(path) | {"tokenizer_class": "PreTrainedTokenizerFast"}
     path.write_text(json.dumps(renamed, indent=2) + "\n", encoding="utf-8")
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An empty array on a 64-byte boundary: JAX on the CPU then takes it over instead of copying it."""
+    """An empty array on a 64-byte boundary, which JAX on the CPU uses without a copy."""
     size = int(np.prod(shape)) * dtype.itemsize
     raw = np.empty(size + 64, np.uint8)
     start = -raw.ctypes.data % 64

@@ -1,4 +1,4 @@
-"""A model folder written anew: in another format or dtype, and with an adapter merged into its weights."""
+"""Writes a model folder in another format or dtype, and with an adapter merged into its weights."""
 
 import shutil
 from collections.abc import Mapping
@@ -36,11 +36,11 @@ def export(
         model: the folder to read, in any format.
         out: the folder to write; must be new or empty.
         adapter: a LoRA adapter; W becomes W + (alpha/rank)·A·B.
-        dtype: of the weights written: float32, float16 or bfloat16.
-        form: safetensors, in a folder that transformers opens; or Orbax, which this package opens.
+        dtype: type of the weights written: float32, float16 or bfloat16.
+        form: safetensors, which transformers opens too, or Orbax, which only this package opens.
 
     Raises:
-        UserError: the model does not fit, ``out`` cannot be made or holds files, or a weight is not finite.
+        UserError: the model does not fit, ``out`` cannot be created or is not empty, or a weight is not finite.
     """
     with out_folder(out):
         if any(out.iterdir()):
@@ -65,15 +65,17 @@ def _read(entry: Entry, name: str) -> np.ndarray:
 
 
 def merged(entries: Mapping[str, Entry], config: LlamaConfig, adapter: Adapter) -> dict[str, Entry]:
-    """The tensors of ``open_weights`` with (alpha/rank)·A·B added to each weight that the adapter has, in float32."""
-    found = dict(entries)
-    rows = {layer: row for row, layer in enumerate(adapter.trained or range(config.num_hidden_layers))}
+    """Returns the tensors of ``open_weights``, with (alpha/rank)·A·B added to each adapted weight in float32."""
+    merged_entries = dict(entries)
+    lora_index = {layer: row for row, layer in enumerate(adapter.trained or range(config.num_hidden_layers))}
     for name, slot in layout(config).items():
-        if slot.path[-1] == "kernel" and slot.path[-2] in adapter.lora and slot.layer in rows:
-            half = {key: np.asarray(leaf[rows[slot.layer]]) for key, leaf in adapter.lora[slot.path[-2]].items()}
-            change = partial(_add, entries[name], name, half["A"], half["B"], adapter.alpha / adapter.rank)
-            found[name] = entries[name]._replace(dtype="F32", read=change)
-    return found
+        if slot.path[-1] == "kernel" and slot.path[-2] in adapter.lora and slot.layer in lora_index:
+            halves = {
+                key: np.asarray(leaf[lora_index[slot.layer]]) for key, leaf in adapter.lora[slot.path[-2]].items()
+            }
+            read_merged = partial(_add, entries[name], name, halves["A"], halves["B"], adapter.alpha / adapter.rank)
+            merged_entries[name] = entries[name]._replace(dtype="F32", read=read_merged)
+    return merged_entries
 
 
 def _add(entry: Entry, name: str, a: np.ndarray, b: np.ndarray, scale: float) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Reading Flax msgpack checkpoints one tensor at a time, in the key layout of transformers' FlaxLlamaForCausalLM.
 
-``flax.serialization`` unpacks a file whole. Here its msgpack headers alone are walked, which tells where each tensor's
-bytes lie; the tensor is read from there when it is asked for. Format: msgpack's specification; an array is
-extension 1 around [shape, dtype name, bytes], and one above 1 GiB a map of such chunks (flax.serialization).
+``flax.serialization`` reads a file as a whole. This module reads only the msgpack headers, which give the position of
+each tensor's bytes, and reads a tensor when it is needed. The format is msgpack's: an array is extension 1 around
+[shape, dtype name, bytes], and an array above 1 GiB is a map of such chunks (flax.serialization).
 """
 
 import os
@@ -28,11 +28,11 @@ _DTYPES = {
     "bfloat16": ("BF16", np.dtype(ml_dtypes.bfloat16)),
 }
 _CHUNKED = "__msgpack_chunked_array__"
-_ARRAY = 1  # Flax's extension type of an array
-_LONGEST_LIST = 1000  # Flax writes lists for shapes alone
-_LONGEST_TEXT = 1 << 20  # keys and names of types; the bytes of arrays are not read with the header
+_ARRAY = 1  # Flax's extension type for an array
+_LONGEST_LIST = 1000  # Flax writes lists only for shapes
+_LONGEST_TEXT = 1 << 20  # for keys and dtype names; the bytes of arrays are not read with the header
 
-# First bytes of msgpack objects with the number of bytes of the size (or, for an integer, of the value) that follows.
+# First byte of a msgpack object -> its kind, and the number of bytes of the size (or integer value) that follows.
 _SIZED = {
     **{0xC4: ("bytes", 1), 0xC5: ("bytes", 2), 0xC6: ("bytes", 4), 0xC7: ("ext", 1), 0xC8: ("ext", 2)},
     **{0xC9: ("ext", 4), 0xCC: ("int", 1), 0xCD: ("int", 2), 0xCE: ("int", 4), 0xCF: ("int", 8)},
@@ -42,11 +42,17 @@ _SIZED = {
 
 
 class _Stored(NamedTuple):
-    """Where a tensor's bytes lie."""
+    """Where a tensor's bytes are in the file.
+
+    Attributes:
+        shape: the tensor's shape.
+        dtype: numpy's name of its type.
+        pieces: (offset in the file, bytes) of each chunk, in order.
+    """
 
     shape: tuple[int, ...]
-    dtype: str  # numpy's name
-    pieces: tuple[tuple[int, int], ...]  # (offset in the file, bytes), to be joined
+    dtype: str
+    pieces: tuple[tuple[int, int], ...]
 
 
 class _Damaged(Exception):
@@ -54,7 +60,11 @@ class _Damaged(Exception):
 
 
 def read_flax_header(file: Path, config: LlamaConfig) -> dict[str, Entry]:
-    """What a Flax msgpack file of a LLaMA holds, under Hugging Face's names where it has one (else ``a/b/c``)."""
+    """Returns the tensors of a Flax msgpack file, by Hugging Face's name, or by ``a/b/c`` if it has none.
+
+    Raises:
+        UserError: the file is damaged or cut short.
+    """
     with opened(file) as stream:
         size = os.fstat(stream.fileno()).st_size
         try:
@@ -77,7 +87,7 @@ def read_flax_header(file: Path, config: LlamaConfig) -> dict[str, Entry]:
 
 
 def _flax_names(config: LlamaConfig) -> dict[str, str]:
-    """Flax's path of each tensor to Hugging Face's name; a head is named even where it is tied."""
+    """Maps Flax's path of each tensor to Hugging Face's name; the head is included even if it is tied."""
     leaf = {"kernel": "kernel", "embedding": "embedding", "scale": "weight", "bias": "bias"}
     names = {
         f"{name.rpartition('.')[0].replace('.', '/')}/{leaf[slot.path[-1]]}": name
@@ -88,18 +98,18 @@ def _flax_names(config: LlamaConfig) -> dict[str, str]:
 
 def _read(file: Path, stored: _Stored, transposed: bool) -> np.ndarray:
     tensor = np.empty(stored.shape, _DTYPES[stored.dtype][1])
-    place, start = tensor.reshape(-1).view(np.uint8), 0
+    tensor_bytes, start = tensor.reshape(-1).view(np.uint8), 0
     with opened(file) as stream:
         for offset, size in stored.pieces:
             stream.seek(offset)
-            if stream.readinto(place[start : start + size].data) != size:
+            if stream.readinto(tensor_bytes[start : start + size].data) != size:
                 raise UserError(f"{file}: is cut short; fetch it again")
             start += size
     return tensor.T if transposed else tensor
 
 
 def _walk(stream: BufferedReader, end: int) -> Any:
-    """The object at the stream's position: maps and lists as they are, arrays as ``_Stored`` without their bytes."""
+    """Reads the object at the stream's position; arrays become ``_Stored``, without their bytes."""
     kind, value = _header(stream)
     if kind == "map":
         tree = {}
@@ -121,24 +131,24 @@ def _walk(stream: BufferedReader, end: int) -> Any:
 
 
 def _walk_array(stream: BufferedReader, end: int, size: int) -> _Stored:
-    code, last = _take(stream, 1)[0], stream.tell() + size
-    if code != _ARRAY or last > end:
+    code, array_end = _take(stream, 1)[0], stream.tell() + size
+    if code != _ARRAY or array_end > end:
         raise _Damaged(f"an object of type {code} and {size} bytes does not belong there")
     if _header(stream) != ("array", 3):
         raise _Damaged("an array is not [shape, dtype, bytes]")
     shape, dtype = _walk(stream, end), _walk(stream, end)
-    (kind, held), offset = _header(stream), stream.tell()
-    whole = isinstance(shape, list) and all(isinstance(width, int) for width in shape) and isinstance(dtype, str)
-    if not whole or kind != "bytes" or offset + held != last:
+    (kind, byte_count), offset = _header(stream), stream.tell()
+    is_array = isinstance(shape, list) and all(isinstance(width, int) for width in shape) and isinstance(dtype, str)
+    if not is_array or kind != "bytes" or offset + byte_count != array_end:
         raise _Damaged("an array is not [shape, dtype, bytes]")
-    if dtype in _DTYPES and held != prod(shape) * _DTYPES[dtype][1].itemsize:
-        raise _Damaged(f"an array of shape {shape} in {dtype} has {held} bytes")
-    stream.seek(last)
-    return _Stored(tuple(shape), dtype, ((offset, held),))
+    if dtype in _DTYPES and byte_count != prod(shape) * _DTYPES[dtype][1].itemsize:
+        raise _Damaged(f"an array of shape {shape} in {dtype} has {byte_count} bytes")
+    stream.seek(array_end)
+    return _Stored(tuple(shape), dtype, ((offset, byte_count),))
 
 
 def _joined(tree: dict[str, Any]) -> dict[str, Any]:
-    """The tree with each map of chunks made one array."""
+    """The tree with each map of chunks joined into one array."""
     if _CHUNKED not in tree:
         return {key: _joined(value) if isinstance(value, dict) else value for key, value in tree.items()}
     try:
@@ -156,7 +166,7 @@ def _joined(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _header(stream: BufferedReader) -> tuple[str, Any]:
-    """The kind of the object at the stream's position, and its size, or its value where the header holds it."""
+    """The kind of the object at the stream's position, and its size, or its value if the header contains it."""
     first = _take(stream, 1)[0]
     if first < 0x80:
         return "int", first
@@ -174,7 +184,7 @@ def _header(stream: BufferedReader) -> tuple[str, Any]:
 
 
 def _take(stream: BufferedReader, count: int) -> bytes:
-    taken = stream.read(count)
-    if len(taken) != count:
+    data = stream.read(count)
+    if len(data) != count:
         raise _Damaged("it ends too early")
-    return taken
+    return data

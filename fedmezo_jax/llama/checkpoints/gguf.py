@@ -1,4 +1,4 @@
-"""GGUF, llama.cpp's file format, for the LLaMA architecture: its tensors under Hugging Face's names and order."""
+"""Reads GGUF, llama.cpp's file format, with Hugging Face's names and row order; LLaMA only."""
 
 from collections.abc import Mapping
 from functools import cache, partial
@@ -17,7 +17,7 @@ from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.folder import opened, shorten
 
 ROPE_FREQS = "rope_freqs.weight"
-"""LLaMA 3.1's change of the rotary frequencies: no weight, but what each of them is divided by."""
+"""LLaMA 3.1's divisors of the rotary frequencies, stored as a tensor; not a weight."""
 
 _NAMES = {
     "token_embd": "model.embed_tokens",
@@ -33,23 +33,30 @@ _NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_MOST_PARTS = 1 << 23  # numbers and texts read before the weights; a tokenizer of 2**18 tokens has some 2 million
-_CHUNK = 1 << 22  # stored bytes dequantised at one time; the package's own temporaries are several times as large
+_MOST_PARTS = 1 << 23  # most numbers and strings in the metadata; a tokenizer of 2**18 tokens has about 2 million
+_CHUNK = 1 << 22  # stored bytes dequantised at a time; the gguf package's temporaries are several times larger
 
 
 class Stored(NamedTuple):
-    """One tensor as it lies in the file."""
+    """Where a tensor is in the file.
 
-    shape: tuple[int, ...]  # outermost first, unlike in the file
+    Attributes:
+        shape: outermost dimension first, unlike in the file.
+        kind: the type of its numbers.
+        offset: position of its first byte.
+        size: number of bytes.
+    """
+
+    shape: tuple[int, ...]
     kind: GGMLQuantizationType
-    offset: int  # of its first byte
-    size: int  # bytes
+    offset: int
+    size: int
 
 
 class _BoundedReader(GGUFReader):
     """A reader that raises ``ValueError`` for a part beyond the file's end.
 
-    Its parent returns a shorter part instead, and never finishes an array that claims 2**60 entries.
+    The parent class returns a shorter part instead, and never finishes an array that claims 2**60 entries.
     """
 
     _parts = 0
@@ -64,15 +71,25 @@ class _BoundedReader(GGUFReader):
 
 
 class Gguf(NamedTuple):
-    """A file's contents but for the tensors' bytes."""
+    """A file's contents without the bytes of its tensors.
+
+    Attributes:
+        file: the file.
+        meta: its metadata.
+        tensors: its tensors, by Hugging Face's name if there is one.
+    """
 
     file: Path
     meta: Mapping[str, Any]
-    tensors: Mapping[str, Stored]  # under Hugging Face's names where there is one
+    tensors: Mapping[str, Stored]
 
 
 def open_gguf(file: str | PathLike) -> Gguf:
-    """Read a file's metadata and the places of its tensors; ``UserError`` where it is damaged or cut short."""
+    """Read a file's metadata and the positions of its tensors.
+
+    Raises:
+        UserError: the file is damaged or cut short.
+    """
     file = Path(file)
     try:
         with opened(file):
@@ -90,7 +107,7 @@ def open_gguf(file: str | PathLike) -> Gguf:
 
 
 def gguf_entries(opened: Gguf, config: LlamaConfig) -> dict[str, Entry]:
-    """The file's tensors as float32 in Hugging Face's order of rows; each is dequantised exactly when it is read."""
+    """Returns the file's tensors as float32 in Hugging Face's row order; reading a tensor dequantises it exactly."""
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     return {
         name: Entry(
@@ -105,7 +122,7 @@ def gguf_entries(opened: Gguf, config: LlamaConfig) -> dict[str, Entry]:
 
 @cache
 def _is_known(kind: GGMLQuantizationType) -> bool:
-    """Whether the ``gguf`` package can dequantise it."""
+    """Whether the ``gguf`` package can dequantise this type."""
     try:
         dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
     except NotImplementedError:
@@ -123,32 +140,32 @@ def _hugging_face_name(name: str) -> str:
 
 
 def read_stored(file: Path, stored: Stored, heads: int | None = None) -> np.ndarray:
-    """A tensor in float32; with ``heads`` its rows are reordered as by :func:`rows_for_rotate_half`."""
+    """Returns a tensor in float32; with ``heads`` its rows are reordered by :func:`rows_for_rotate_half`."""
     weight = np.empty(stored.shape, np.float32)
     if not weight.size:
         return weight
     rows = weight.reshape(-1, stored.shape[-1])
-    width = stored.size // len(rows)
-    places = np.arange(len(rows))
+    row_bytes = stored.size // len(rows)
+    row_targets = np.arange(len(rows))
     if heads and weight.ndim > 1:
-        places = np.argsort(rows_for_rotate_half(places, heads))  # of each stored row
-    step = max(1, _CHUNK // width)
-    # a block's scale may be infinite or NaN; callers check the weights
+        row_targets = np.argsort(rows_for_rotate_half(row_targets, heads))  # the row of ``weight`` for each stored row
+    rows_at_once = max(1, _CHUNK // row_bytes)
+    # A block's scale may be infinite or NaN; callers check the weights.
     with opened(file) as stream, np.errstate(all="ignore"):
         stream.seek(stored.offset)
-        for start in range(0, len(rows), step):
-            chunk = places[start : start + step]
-            raw = np.fromfile(stream, np.uint8, len(chunk) * width)
-            if raw.size != len(chunk) * width:
+        for start in range(0, len(rows), rows_at_once):
+            targets = row_targets[start : start + rows_at_once]
+            raw = np.fromfile(stream, np.uint8, len(targets) * row_bytes)
+            if raw.size != len(targets) * row_bytes:
                 raise UserError(f"{file}: is cut short; fetch it again")
-            rows[chunk] = dequantize(raw.reshape(len(chunk), width), stored.kind)
+            rows[targets] = dequantize(raw.reshape(len(targets), row_bytes), stored.kind)
     return rows_for_rotate_half(weight, heads) if heads and weight.ndim == 1 else weight
 
 
 def rows_for_rotate_half(weight: np.ndarray, heads: int) -> np.ndarray:
     """Reorder the rows of q or k (``[heads*head_dim, ...]``) from interleaved rotary pairs to rotate-half.
 
-    GGUF rotates rows (2i, 2i+1) of a head together, Hugging Face rows (i, i + head_dim/2).
+    GGUF rotates rows (2i, 2i+1) of a head together, Hugging Face rotates rows (i, i + head_dim/2).
     """
     pairs = weight.reshape(heads, -1, 2, *weight.shape[1:])
     return pairs.swapaxes(1, 2).reshape(weight.shape)

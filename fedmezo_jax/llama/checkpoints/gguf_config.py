@@ -1,4 +1,4 @@
-"""The config in a GGUF file's metadata, and the rotary scaling in its ``rope_freqs`` tensor."""
+"""Reads the config from a GGUF file's metadata, and the rotary scaling from its ``rope_freqs`` tensor."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -12,9 +12,13 @@ from fedmezo_jax.llama.checkpoints.safetensors import Entry
 from fedmezo_jax.llama.config import Llama3Rope, LlamaConfig
 from fedmezo_jax.llama.folder import shorten
 
-_LLAMA3_LOW, _LLAMA3_HIGH, _LLAMA3_OLD = 1.0, 4.0, 8192  # of every LLaMA from 3.1 on; the files name none of them
+_LLAMA3_LOW, _LLAMA3_HIGH, _LLAMA3_OLD = (
+    1.0,
+    4.0,
+    8192,
+)  # the same for every LLaMA from 3.1 on; the files do not contain them
 
-# Metadata of the computation: each name with the values under which it changes nothing, or None where it is read.
+# Metadata that affect the computation: the values that change nothing, or None if the value is read.
 _KNOWN: dict[str, tuple | None] = {
     "attention.head_count": None,
     "attention.head_count_kv": None,
@@ -39,53 +43,57 @@ _KNOWN: dict[str, tuple | None] = {
 
 
 def read_gguf_config(opened: Gguf) -> LlamaConfig:
-    """The config of a LLaMA's file; ``UserError`` naming the file and all in it that is not supported."""
+    """Returns the config of a LLaMA's file.
+
+    Raises:
+        UserError: lists everything in the file that is not supported.
+    """
     file, meta = opened.file, opened.meta
     architecture = meta.get("general.architecture")
     if architecture != "llama":
         raise UserError(f"{file}: holds a model of architecture {architecture!r}, only llama is supported")
-    own = {name.removeprefix("llama."): value for name, value in meta.items() if name.startswith("llama.")}
+    llama_meta = {name.removeprefix("llama."): value for name, value in meta.items() if name.startswith("llama.")}
     unsupported = [
         f"llama.{shorten(name)} = {shorten(str(value))}"
-        for name, value in own.items()
+        for name, value in llama_meta.items()
         if name not in _KNOWN or ((accepted := _KNOWN[name]) is not None and value not in accepted)
     ]
     unsupported += [
         f"llama.{name} = {shorten(repr(value))}, which is no number"
-        for name, value in own.items()
+        for name, value in llama_meta.items()
         if _KNOWN.get(name, ()) is None and (isinstance(value, bool) or not isinstance(value, int | float))
     ]
     if meta.get("split.count", 1) not in (0, 1):
         unsupported.append(f"one part of {meta['split.count']}; join them with llama.cpp's llama-gguf-split --merge")
     if unsupported:
         raise UserError(f"{file}: not supported: " + "; ".join(unsupported))
-    heads, hidden = own.get("attention.head_count"), own.get("embedding_length")
-    head_dim = own.get("attention.key_length")
+    heads, hidden = llama_meta.get("attention.head_count"), llama_meta.get("embedding_length")
+    head_dim = llama_meta.get("attention.key_length")
     if not head_dim and isinstance(heads, int) and isinstance(hidden, int) and heads > 0:
         head_dim = hidden // heads
     for name in ("attention.value_length", "rope.dimension_count"):
-        if own.get(name, head_dim) != head_dim:
-            unsupported.append(f"llama.{name} = {own[name]} where a head is {head_dim} wide")
+        if llama_meta.get(name, head_dim) != head_dim:
+            unsupported.append(f"llama.{name} = {llama_meta[name]} where a head is {head_dim} wide")
     if unsupported:
         raise UserError(f"{file}: not supported: " + "; ".join(unsupported))
     tokens = meta.get("tokenizer.ggml.tokens")
     try:
         return LlamaConfig.from_json(
             {
-                "vocab_size": own.get("vocab_size") or (len(tokens) if isinstance(tokens, list) else None),
+                "vocab_size": llama_meta.get("vocab_size") or (len(tokens) if isinstance(tokens, list) else None),
                 "hidden_size": hidden,
-                "intermediate_size": own.get("feed_forward_length"),
-                "num_hidden_layers": own.get("block_count"),
+                "intermediate_size": llama_meta.get("feed_forward_length"),
+                "num_hidden_layers": llama_meta.get("block_count"),
                 "num_attention_heads": heads,
-                "num_key_value_heads": own.get("attention.head_count_kv"),
+                "num_key_value_heads": llama_meta.get("attention.head_count_kv"),
                 "head_dim": head_dim,
-                "rms_norm_eps": _as_written(own.get("attention.layer_norm_rms_epsilon")),
-                "rope_theta": _as_written(own.get("rope.freq_base")),
-                "rope_scaling": _rope_scaling(opened, own, head_dim),
+                "rms_norm_eps": _as_written(llama_meta.get("attention.layer_norm_rms_epsilon")),
+                "rope_theta": _as_written(llama_meta.get("rope.freq_base")),
+                "rope_scaling": _rope_scaling(opened, llama_meta, head_dim),
                 "tie_word_embeddings": "lm_head.weight" not in opened.tensors,
                 "attention_bias": "model.layers.0.self_attn.q_proj.bias" in opened.tensors,
                 "mlp_bias": "model.layers.0.mlp.gate_proj.bias" in opened.tensors,
-                "max_position_embeddings": own.get("context_length"),
+                "max_position_embeddings": llama_meta.get("context_length"),
                 "bos_token_id": meta.get("tokenizer.ggml.bos_token_id"),
                 "eos_token_id": meta.get("tokenizer.ggml.eos_token_id"),
             }
@@ -99,14 +107,16 @@ def _as_written(value: float | None) -> float | None:
     return None if value is None else float(str(np.float32(value)))
 
 
-def _rope_scaling(opened: Gguf, own: Mapping[str, Any], head_dim: int | None) -> dict[str, Any] | None:
-    linear = own.get("rope.scaling.type", "none") == "linear"
+def _rope_scaling(opened: Gguf, llama_meta: Mapping[str, Any], head_dim: int | None) -> dict[str, Any] | None:
+    linear = llama_meta.get("rope.scaling.type", "none") == "linear"
     stored = opened.tensors.get(ROPE_FREQS)
     if stored is None or not head_dim:
-        return {"rope_type": "linear", "factor": own.get("rope.scaling.factor")} if linear else None
+        return {"rope_type": "linear", "factor": llama_meta.get("rope.scaling.factor")} if linear else None
     scaling = None
     if not linear and stored.shape == (head_dim // 2,):
-        scaling = llama3_scaling(read_stored(opened.file, stored), _as_written(own.get("rope.freq_base")) or 10000.0)
+        scaling = llama3_scaling(
+            read_stored(opened.file, stored), _as_written(llama_meta.get("rope.freq_base")) or 10000.0
+        )
     if scaling is None:
         raise UserError(
             f"{ROPE_FREQS} is not LLaMA 3.1's scaling (low_freq_factor 1 and high_freq_factor 4); give the model's "
@@ -116,30 +126,32 @@ def _rope_scaling(opened: Gguf, own: Mapping[str, Any], head_dim: int | None) ->
 
 
 def rope_divisors(scaling: Llama3Rope, theta: float, head_dim: int) -> np.ndarray:
-    """What ``scaling`` divides each rotary frequency by, float64 [head_dim/2]: what llama.cpp stores as rope_freqs."""
+    """Returns the divisor of each rotary frequency, float64 [head_dim/2], as llama.cpp stores it in rope_freqs."""
     turns = scaling.original_max_position_embeddings * _frequencies(theta, head_dim) / (2 * np.pi)
-    kept = np.clip((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor), 0, 1)
-    return 1 / (kept + (1 - kept) / scaling.factor)
+    kept_share = np.clip((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor), 0, 1)
+    return 1 / (kept_share + (1 - kept_share) / scaling.factor)
 
 
 def llama3_scaling(divisors: np.ndarray, theta: float) -> Llama3Rope | None:
-    """The scaling that has these divisors, float32 [head_dim/2]; None where there is none with LLaMA's own ramp.
+    """Returns the scaling with these divisors, float32 [head_dim/2], or None if none with LLaMA's own ramp has them.
 
-    The ramp's place follows from any divisor between 1 and the factor; where there is none, every place between two
+    Any divisor between 1 and the factor determines the position of the ramp. Without one, every position between two
     frequencies gives the same model, and LLaMA's own is tried.
     """
     factor = _as_written(divisors.max())
     assert factor is not None
     if not (np.isfinite(divisors).all() and divisors.min() > 0):
         return None
-    between = (divisors > 1 + 1e-5) & (divisors < factor * (1 - 1e-5))
-    kept = (1 / divisors[between] - 1 / factor) / (1 - 1 / factor)
-    turns = _LLAMA3_LOW + kept * (_LLAMA3_HIGH - _LLAMA3_LOW)
-    olds = 2 * np.pi * turns / _frequencies(theta, 2 * len(divisors))[between]
-    olds = olds[np.isfinite(olds)]
-    for old in (_LLAMA3_OLD, *(round(float(old)) for old in olds)):
-        scaling = Llama3Rope(factor, _LLAMA3_LOW, _LLAMA3_HIGH, old)
-        if old > 0 and np.allclose(rope_divisors(scaling, theta, 2 * len(divisors)), divisors, rtol=1e-5, atol=0):
+    on_ramp = (divisors > 1 + 1e-5) & (divisors < factor * (1 - 1e-5))
+    kept_share = (1 / divisors[on_ramp] - 1 / factor) / (1 - 1 / factor)
+    turns = _LLAMA3_LOW + kept_share * (_LLAMA3_HIGH - _LLAMA3_LOW)
+    old_lengths = 2 * np.pi * turns / _frequencies(theta, 2 * len(divisors))[on_ramp]
+    old_lengths = old_lengths[np.isfinite(old_lengths)]
+    for old_length in (_LLAMA3_OLD, *(round(float(old_length)) for old_length in old_lengths)):
+        scaling = Llama3Rope(factor, _LLAMA3_LOW, _LLAMA3_HIGH, old_length)
+        if old_length > 0 and np.allclose(
+            rope_divisors(scaling, theta, 2 * len(divisors)), divisors, rtol=1e-5, atol=0
+        ):
             return scaling
     return None
 
@@ -149,7 +161,7 @@ def _frequencies(theta: float, head_dim: int) -> np.ndarray:
 
 
 def gguf_weights(opened: Gguf, config: LlamaConfig) -> dict[str, Entry]:
-    """The tensors of a GGUF file for a config; a rotary scaling in it that is the config's too is none of them."""
+    """Returns the tensors of a GGUF file, without ``rope_freqs`` if it agrees with the config's rotary scaling."""
     entries = gguf_entries(opened, config)
     if ROPE_FREQS in entries and isinstance(config.rope_scaling, Llama3Rope):
         divisors = rope_divisors(config.rope_scaling, config.rope_theta, config.head_dim)

@@ -1,4 +1,4 @@
-"""Model folders from GGUF files: with a link to the file as it is, or converted to safetensors."""
+"""Makes model folders from GGUF files: with a link to the file, or converted to safetensors."""
 
 import hashlib
 import json
@@ -18,14 +18,18 @@ from fedmezo_jax.llama.tokenizers.gguf import read_gguf_tokenizer
 
 
 def gguf_folder(file: str | PathLike, cache: Path) -> Path:
-    """A folder under ``cache`` with a GGUF file's config, its tokenizer and a link to it; made once for each version.
+    """Returns a folder under ``cache`` with a GGUF file's config, its tokenizer and a link to it.
 
-    The weights stay where they are and are dequantised as they are read. Raises ``UserError`` as ``convert_gguf``.
+    The folder is made once for each version of the file. The weights stay in the file and are dequantised when they are
+    read.
+
+    Raises:
+        UserError: as :func:`convert_gguf`.
     """
     file = Path(file).resolve()
     with readable(file):
-        state = file.stat()
-    version = hashlib.sha256(f"{file} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()[:16]
+        status = file.stat()
+    version = hashlib.sha256(f"{file} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()[:16]
     folder = cache / f"{file.stem}-{version}"
     if not folder.is_dir():
         config, tokenizer, _ = _read(file)
@@ -37,10 +41,13 @@ def gguf_folder(file: str | PathLike, cache: Path) -> Path:
 
 
 def convert_gguf(file: str | PathLike, folder: str | PathLike) -> None:
-    """Write the Hugging Face folder (config, float32 safetensors, tokenizer) of a LLaMA's GGUF file; all at once.
+    """Convert a LLaMA's GGUF file to a Hugging Face folder (config, float32 safetensors, tokenizer).
 
-    Quantised weights are dequantised exactly. Raises ``UserError`` where the file is damaged, is no LLaMA, or holds
-    a tensor, rotary scaling or tokenizer that is not supported.
+    Quantised weights are dequantised exactly. All files appear at once.
+
+    Raises:
+        UserError: the file is damaged, is not a LLaMA, or has a tensor, rotary scaling or tokenizer that is not
+            supported.
     """
     config, tokenizer, entries = _read(Path(file))
     with staged(Path(folder)) as fresh:
@@ -49,7 +56,7 @@ def convert_gguf(file: str | PathLike, folder: str | PathLike) -> None:
 
 
 def _read(file: Path) -> tuple[LlamaConfig, Any, dict[str, Entry]]:
-    """A file's config, tokenizer and tensors, which fit together."""
+    """A file's config, tokenizer and tensors, checked to fit together."""
     opened = open_gguf(file)
     config = read_gguf_config(opened)
     entries = gguf_weights(opened, config)

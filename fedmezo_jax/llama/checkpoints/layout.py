@@ -1,4 +1,4 @@
-"""Which tensors a LLaMA has: their names and shapes in Hugging Face's files, and their places in the base pytree."""
+"""The tensors of a LLaMA: names and shapes in Hugging Face's files, and positions in the base pytree."""
 
 from typing import Any, NamedTuple
 
@@ -8,15 +8,21 @@ from fedmezo_jax.llama.config import LlamaConfig
 
 
 class Slot(NamedTuple):
-    """Where one stored tensor goes."""
+    """Where a stored tensor belongs in the base pytree.
 
-    path: tuple[str, ...]  # of the leaf in the base pytree; a last entry "kernel" is the stored weight transposed
-    layer: int | None  # index on the leaf's leading layer axis; None for a leaf without one
-    shape: tuple[int, ...]  # as stored
+    Attributes:
+        path: path of the leaf; a leaf named "kernel" is the stored weight transposed.
+        layer: index on the leaf's leading layer axis; None for a leaf without this axis.
+        shape: shape as stored.
+    """
+
+    path: tuple[str, ...]
+    layer: int | None
+    shape: tuple[int, ...]
 
 
 def projections(config: LlamaConfig) -> dict[str, tuple[int, int]]:
-    """The (in, out) widths of the seven linear maps of a layer, in their canonical order."""
+    """Returns the (in, out) widths of the seven linear maps of a layer, in canonical order."""
     hidden, mlp = config.hidden_size, config.intermediate_size
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
@@ -32,12 +38,12 @@ def projections(config: LlamaConfig) -> dict[str, tuple[int, int]]:
 
 
 def block_of(projection: str) -> str:
-    """The part of a layer that holds a projection."""
+    """Returns the block of a layer that contains a projection: ``self_attn`` or ``mlp``."""
     return "self_attn" if projection in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
 
 
 def layout(config: LlamaConfig) -> dict[str, Slot]:
-    """Every tensor of Hugging Face's ``LlamaForCausalLM`` by name; a tied head is not among them."""
+    """Returns every tensor of Hugging Face's ``LlamaForCausalLM`` by name; a tied head is left out."""
     hidden, vocab = config.hidden_size, config.vocab_size
     slots = {
         "model.embed_tokens.weight": Slot(("embed_tokens", "embedding"), None, (vocab, hidden)),
@@ -49,17 +55,17 @@ def layout(config: LlamaConfig) -> dict[str, Slot]:
         prefix = f"model.layers.{layer}"
         for norm in ("input_layernorm", "post_attention_layernorm"):
             slots[f"{prefix}.{norm}.weight"] = Slot(("layers", norm, "scale"), layer, (hidden,))
-        for name, (wide_in, wide_out) in projections(config).items():
+        for name, (width_in, width_out) in projections(config).items():
             block = block_of(name)
             path = ("layers", block, name)
-            slots[f"{prefix}.{block}.{name}.weight"] = Slot((*path, "kernel"), layer, (wide_out, wide_in))
+            slots[f"{prefix}.{block}.{name}.weight"] = Slot((*path, "kernel"), layer, (width_out, width_in))
             if config.attention_bias if block == "self_attn" else config.mlp_bias:
-                slots[f"{prefix}.{block}.{name}.bias"] = Slot((*path, "bias"), layer, (wide_out,))
+                slots[f"{prefix}.{block}.{name}.bias"] = Slot((*path, "bias"), layer, (width_out,))
     return slots
 
 
 def leaves(config: LlamaConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
-    """The shape of each leaf of the base pytree by its path: layers stacked, kernels [in, out]."""
+    """Returns the shape of each leaf of the base pytree by path; layers are stacked, kernels are [in, out]."""
     shapes = {}
     for slot in layout(config).values():
         shape = slot.shape[::-1] if slot.path[-1] == "kernel" else slot.shape
@@ -68,5 +74,5 @@ def leaves(config: LlamaConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
 
 
 def base_shapes(config: LlamaConfig) -> dict[str, Any]:
-    """The base pytree with each leaf's shape (a tuple of ints) in its place."""
+    """Returns the base pytree with each leaf's shape (a tuple of ints) instead of the leaf."""
     return traverse_util.unflatten_dict(leaves(config))

@@ -1,7 +1,7 @@
-"""Base weights in an Orbax checkpoint: a folder ``orbax`` beside ``config.json``, one array a tensor.
+"""Base weights in an Orbax checkpoint: a folder ``orbax`` beside ``config.json``, with one array per tensor.
 
-Its tree is Hugging Face's names, parted at the dots: ``{"model": {"layers": {"0": {"mlp": …``. Tensors stay apart, in
-Hugging Face's shapes, because Orbax needs the room of an array twice while it reads it.
+Its tree has Hugging Face's names, split at the dots: ``{"model": {"layers": {"0": {"mlp": …``. Layers are not stacked,
+because Orbax needs twice the memory of an array while it reads it.
 """
 
 from collections.abc import Mapping
@@ -30,9 +30,13 @@ def write_orbax_tensors(folder: Path, tensors: Mapping[str, np.ndarray]) -> None
 
 
 def read_orbax_header(place: Path) -> dict[str, Entry]:
-    """The tensors of an Orbax folder; ``UserError`` where it is damaged."""
+    """Returns the tensors of an Orbax folder by name.
+
+    Raises:
+        UserError: the checkpoint is damaged.
+    """
     place = place.absolute()
-    # Reading one tensor tells damage as one exception; the metadata of all would leave tracebacks of many behind.
+    # Read one tensor first: damage then raises a single exception, whereas the metadata would print many tracebacks.
     _read(place, _FIRST)
     try:
         with quiet_orbax(), ocp.PyTreeCheckpointer() as checkpointer:
@@ -46,18 +50,18 @@ def read_orbax_header(place: Path) -> dict[str, Entry]:
             )
             for name, leaf in flat.items()
         }
-    except Exception as error:  # Orbax, its storage and JSON each have their own
+    except Exception as error:  # Orbax, its storage and JSON raise different types
         raise _unreadable(place, "it", error) from None
 
 
 def _read(place: Path, name: str) -> np.ndarray:
     keys = tuple(name.split("."))
-    wanted = traverse_util.unflatten_dict({keys: ocp.RestoreArgs(restore_type=np.ndarray)})
+    restore_args = traverse_util.unflatten_dict({keys: ocp.RestoreArgs(restore_type=np.ndarray)})
     try:
         with quiet_orbax(), ocp.PyTreeCheckpointer() as checkpointer:
-            restore = ocp.args.PyTreeRestore(item=wanted, restore_args=wanted, partial_restore=True)
-            found: dict[Any, Any] = traverse_util.flatten_dict(checkpointer.restore(place, restore))
-            return found[keys]
+            restore = ocp.args.PyTreeRestore(item=restore_args, restore_args=restore_args, partial_restore=True)
+            restored: dict[Any, Any] = traverse_util.flatten_dict(checkpointer.restore(place, restore))
+            return restored[keys]
     except Exception as error:
         raise _unreadable(place, name, error) from None
 

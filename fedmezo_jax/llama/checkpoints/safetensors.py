@@ -1,4 +1,4 @@
-"""Tensors in files: what a file says of each, how each is read alone, and what keeps them from being a model."""
+"""Tensors in safetensors files: reading their headers and single tensors, comparing them with a model, writing."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,22 +14,29 @@ from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.folder import opened, shorten
 
 _FLOATS = ("F32", "F16", "BF16")
-_SHOWN = 8  # names listed of each kind of fault before "and n more"
+_SHOWN = 8  # most names listed for one kind of fault; then "and n more"
 
 
 class Entry(NamedTuple):
-    """One tensor of a file, under Hugging Face's name and in its shape and order whatever the file's own are."""
+    """One tensor of a file of any format, in Hugging Face's shape and row order.
+
+    Attributes:
+        file: the file.
+        shape: the tensor's shape.
+        dtype: safetensors' name of the type that ``read`` returns (F32, F16, BF16), or the file's name of another type.
+        read: opens the file, reads only this tensor and closes the file; raises ``UserError`` if the file is damaged.
+    """
 
     file: Path
     shape: tuple[int, ...]
-    dtype: str  # safetensors' name of the type that ``read`` gives: F32, F16, BF16; or what the file calls another
-    read: Callable[[], np.ndarray]  # opens the file, reads this tensor alone, closes it; ``UserError`` if damaged
+    dtype: str
+    read: Callable[[], np.ndarray]
 
 
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
     try:
-        # the library takes a file that may not be read for one that is not there, so it is opened here first
+        # The library reports an unreadable file as missing, so it is opened here first.
         with opened(file), safe_open(file, framework="numpy") as handle:
             yield handle
     except SafetensorError as error:
@@ -37,26 +44,32 @@ def _opened(file: Path) -> Iterator[Any]:
 
 
 def read_header(file: Path) -> dict[str, Entry]:
-    """What a safetensors file holds, by name; ``UserError`` where it is damaged or cut short."""
+    """Returns the tensors of a safetensors file by name.
+
+    Raises:
+        UserError: the file is damaged or cut short.
+    """
     with _opened(file) as handle:
         slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (a handle does not iterate)
         return {
-            name: Entry(file, tuple(part.get_shape()), part.get_dtype(), partial(_read_tensor, file, name))
-            for name, part in slices.items()
+            name: Entry(
+                file, tuple(tensor_slice.get_shape()), tensor_slice.get_dtype(), partial(_read_tensor, file, name)
+            )
+            for name, tensor_slice in slices.items()
         }
 
 
 def _read_tensor(file: Path, name: str) -> np.ndarray:
     """One tensor in its stored dtype.
 
-    The file is mapped anew for each, so that pages already read do not stay resident: peak memory is one tensor.
+    The file is mapped again for each tensor, so that pages already read are freed: peak memory is one tensor.
     """
     with _opened(file) as handle:
         return handle.get_tensor(name)
 
 
 def mismatches(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Entry]) -> list[str]:
-    """What keeps ``found`` from being ``expected``: a phrase for each kind of fault, naming tensors and files."""
+    """Returns how ``found`` differs from ``expected``: a phrase per kind of fault, with tensors and files."""
 
     def at(name: str) -> str:
         return f"{shorten(name)} in {found[name].file.name}"
@@ -79,13 +92,13 @@ def mismatches(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Entr
 
 
 def listed(names: list[str]) -> str:
-    """The first few names, and how many more there are."""
+    """Returns the first few names, and how many more there are."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more
 
 
 def write_tensors(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Write a new safetensors file, readable by whom the umask says: the library alone makes it private."""
+    """Write a new safetensors file with the permissions of the umask; the library would make it private."""
     file.touch()
     mode = file.stat().st_mode
     dense = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}

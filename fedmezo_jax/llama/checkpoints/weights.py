@@ -1,4 +1,4 @@
-"""The weights of a model folder in whichever format it holds, tensor by tensor under Hugging Face's names."""
+"""The weights of a model folder in any format, as single tensors with Hugging Face's names."""
 
 import math
 import os
@@ -21,11 +21,14 @@ _PICKLES = ("bin", "pt", "pth", "ckpt", "pkl")
 
 
 def open_weights(folder: Path, config: LlamaConfig) -> dict[str, Entry]:
-    """Every tensor of the config's LLaMA (``layout``), none read yet.
+    """Returns every tensor of the config's LLaMA (``layout``) by name; none is read yet.
 
-    The first is taken of: model.safetensors, one file or sharded with its index; flax_model.msgpack, likewise; a folder
-    ``orbax``; one ``.gguf`` file. Raises ``UserError`` with all that is damaged, or else with all that is missing,
-    unexpected, of another shape or type; and for pickled weights, which are never opened.
+    The first of these is used: model.safetensors (one file, or shards with an index), flax_model.msgpack (likewise), a
+    folder ``orbax``, a single ``.gguf`` file.
+
+    Raises:
+        UserError: lists all damaged files, or else all tensors that are missing, unexpected, or of another shape or
+            type; also for pickled weights, which are never opened.
     """
     entries, problems = _find(folder, config)
     if problems:
@@ -34,7 +37,7 @@ def open_weights(folder: Path, config: LlamaConfig) -> dict[str, Entry]:
 
 
 def sixteen_bit(folder: Path, config: LlamaConfig) -> bool:
-    """Whether most of a model's weights are stored in sixteen bits; raises as :func:`open_weights`."""
+    """Returns whether most of a model's weights are stored in sixteen bits; errors as :func:`open_weights`."""
     sizes: Counter[bool] = Counter()
     for entry in open_weights(folder, config).values():
         sizes[entry.dtype != "F32"] += math.prod(entry.shape)
@@ -42,7 +45,11 @@ def sixteen_bit(folder: Path, config: LlamaConfig) -> bool:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise one ``UserError`` with all that is wrong with a folder's config and, by their headers, with its weights."""
+    """Check a folder's config and the headers of its weights.
+
+    Raises:
+        UserError: lists everything that is wrong.
+    """
     config, problems = read_config(folder)
     weight_files(folder)
     faults = [f"{folder / 'config.json'}: " + "; ".join(problems)] if problems else []
@@ -56,7 +63,11 @@ def check_folder(folder: Path) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files of a model folder's weights (for Orbax, its folder); ``UserError`` where there are none to open."""
+    """Returns the weight files of a model folder (for Orbax, its folder).
+
+    Raises:
+        UserError: there are none that can be opened.
+    """
     for name in (SAFETENSORS, FLAX):
         if (folder / name).is_file():
             return [folder / name]
@@ -87,29 +98,31 @@ def _shards(index: Path) -> list[Path]:
     names = sorted({str(name) for name in weight_map.values()})
     if outside := [shorten(name) for name in names if Path(name).name != name]:
         raise UserError(f"{index}: names files outside its folder ({listed(outside)}); fetch it again")
-    if absent := [shorten(name) for name in names if not os.path.isfile(index.parent / name)]:  # whatever the name
+    if absent := [shorten(name) for name in names if not os.path.isfile(index.parent / name)]:  # accepts any name
         raise UserError(f"{index}: names files that are not there: {listed(absent)}; fetch them")
     return [index.parent / name for name in names]
 
 
 def _find(folder: Path, config: LlamaConfig) -> tuple[dict[str, Entry], list[str]]:
-    """A folder's tensors and what keeps them from fitting the config."""
+    """A folder's tensors, and how they differ from the config's."""
     entries: dict[str, Entry] = {}
-    damaged, twice = [], []
+    damaged, duplicates = [], []
     for file in weight_files(folder):
         try:
             header = _header(file, config)
         except UserError as error:
             damaged.append(str(error))
             continue
-        twice += [f"{name} is in both {entries[name].file.name} and {file.name}" for name in header if name in entries]
+        duplicates += [
+            f"{name} is in both {entries[name].file.name} and {file.name}" for name in header if name in entries
+        ]
         entries |= header
     if damaged:
         raise UserError("; ".join(damaged))
     entries = {name: entry for name, entry in entries.items() if not name.endswith("rotary_emb.inv_freq")}
     expected = {name: slot.shape for name, slot in layout(config).items()}
     head = entries.pop(_HEAD, None) if config.tie_word_embeddings else None
-    problems = mismatches(expected, entries) + twice
+    problems = mismatches(expected, entries) + duplicates
     if head is not None and not problems:
         embedding = entries[_EMBEDDING]
         if head.shape != embedding.shape or not np.array_equal(head.read(), embedding.read()):
@@ -123,9 +136,9 @@ def _header(file: Path, config: LlamaConfig) -> dict[str, Entry]:
     if file.suffix == ".msgpack":
         return read_flax_header(file, config)
     if file.suffix == ".gguf":
-        # the gguf package is needed for such files alone
+        # only these files need the gguf package
         from fedmezo_jax.llama.checkpoints.gguf import open_gguf
         from fedmezo_jax.llama.checkpoints.gguf_config import gguf_weights
 
-        return gguf_weights(open_gguf(file.resolve()), config)  # where a link leads, for messages
+        return gguf_weights(open_gguf(file.resolve()), config)  # the target of a link, for messages
     return read_header(file)

@@ -1,6 +1,6 @@
-"""The tokenizer in a GGUF file's metadata, as a ``PreTrainedTokenizerFast``.
+"""Reads the tokenizer in a GGUF file's metadata as a ``PreTrainedTokenizerFast``.
 
-transformers 5 reads these too, but it ignores ``add_bos_token`` and how the file cuts words, and tokenizes differently.
+transformers 5 reads these too, but it ignores ``add_bos_token`` and the file's word splitting, so its tokens differ.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,8 +32,8 @@ def _smollm_words() -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2_words()])
 
 
-# How a text is cut into words before byte-pair merges, by GGUF's name for it. LLaMA 3 also takes a word that is a token
-# of its own without merging, and begins a text with a token, whether or not the file says so (as in llama.cpp).
+# How a text is split into words before byte-pair merges, by GGUF's name. LLaMA 3 also uses a word that is a token
+# without merging, and puts a begin token before a text unless the file says otherwise (as in llama.cpp).
 _WORDS = {
     "gpt-2": _gpt2_words,
     "smollm": _smollm_words,
@@ -44,41 +44,48 @@ _WORDS = {
 
 
 def read_gguf_tokenizer(file: Path, meta: Mapping[str, Any]) -> Any:
-    """The tokenizer of a LLaMA's GGUF: sentencepiece's byte-pair merges (``llama``) or a byte-level BPE (``gpt2``).
+    """Returns the tokenizer of a LLaMA's GGUF file: sentencepiece's BPE (``llama``) or a byte-level BPE (``gpt2``).
 
-    Raises ``UserError`` naming the kind where it is another, and where the metadata lack a part.
+    Args:
+        file: the file, for error messages.
+        meta: its metadata.
+
+    Raises:
+        UserError: the tokenizer is of another kind, or the metadata are incomplete.
     """
     from transformers import PreTrainedTokenizerFast  # takes seconds to import, and most runs never need it here
 
-    own = {name.removeprefix("tokenizer.ggml."): value for name, value in meta.items() if name.startswith("tokenizer.")}
-    kind, words = own.get("model"), own.get("pre")
-    if own.get("add_eos_token"):
+    settings = {
+        name.removeprefix("tokenizer.ggml."): value for name, value in meta.items() if name.startswith("tokenizer.")
+    }
+    kind, words = settings.get("model"), settings.get("pre")
+    if settings.get("add_eos_token"):
         raise UserError(f"{file}: its tokenizer ends every text with a token, which is not supported")
     try:
-        tokens = own["tokens"]
-        kinds = own.get("token_type", [NORMAL] * len(tokens))
+        tokens = settings["tokens"]
+        kinds = settings.get("token_type", [NORMAL] * len(tokens))
         if kind == "llama":
-            unknown = tokens[own.get("unknown_token_id", 0)]
-            prefix = own.get("add_space_prefix", True)
-            tokenizer = byte_pairs(tokens, own["scores"], kinds, unknown=unknown, prefix=prefix)
-            starts = own.get("add_bos_token", True)
+            unknown = tokens[settings.get("unknown_token_id", 0)]
+            prefix = settings.get("add_space_prefix", True)
+            tokenizer = byte_pairs(tokens, settings["scores"], kinds, unknown=unknown, prefix=prefix)
+            adds_begin = settings.get("add_bos_token", True)
         elif kind == "gpt2" and words in _WORDS:
             llama3 = _WORDS[words] is _llama3_words
-            tokenizer = _byte_level(tokens, own["merges"], words, whole_words=llama3)
+            tokenizer = _byte_level(tokens, settings["merges"], words, whole_words=llama3)
             add_special(tokenizer, tokens, kinds)
-            starts = own.get("add_bos_token", llama3)
+            adds_begin = settings.get("add_bos_token", llama3)
         else:
             raise UserError(
                 f"{file}: its tokenizer ({kind}, {words}) is not supported, only llama and gpt2 with "
                 f"{', '.join(_WORDS)}; give the model's Hugging Face folder instead"
             )
-        named = {
-            f"{role}_token": tokens[own[f"{key}_token_id"]]
+        special_tokens = {
+            f"{role}_token": tokens[settings[f"{key}_token_id"]]
             for role, key in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items()
-            if f"{key}_token_id" in own
+            if f"{key}_token_id" in settings
         }
-        if starts:
-            tokenizer.post_processor = begins_with(named["bos_token"], own["bos_token_id"])
+        if adds_begin:
+            tokenizer.post_processor = begins_with(special_tokens["bos_token"], settings["bos_token_id"])
     except UserError:
         raise
     except KeyError as error:
@@ -88,10 +95,10 @@ def read_gguf_tokenizer(file: Path, meta: Mapping[str, Any]) -> Any:
         raise UserError(f"{file}: its tokenizer's metadata do not fit together ({reason}); fetch it again") from None
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        chat_template=own.get("tokenizer.chat_template"),
+        chat_template=settings.get("tokenizer.chat_template"),
         model_max_length=meta.get("llama.context_length"),
         clean_up_tokenization_spaces=False,
-        **named,
+        **special_tokens,
     )
 
 

@@ -1,4 +1,4 @@
-"""The fast tokenizer in a folder's ``tokenizer.json``, checked before and after transformers opens it."""
+"""Reads the fast tokenizer in a folder's ``tokenizer.json``, with checks before and after transformers opens it."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,15 +8,15 @@ from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.folder import read_json_object, shorten
 
 _LARGEST_ID = 1 << 22  # the library's time and memory grow with the largest id; known vocabularies end before 2**19
-_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")  # where they are there
+_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")  # optional files
 _PROBE = "The 1st <s>."
 
 
 def read_tokenizer_json(folder: Path) -> Any:
-    """The ``PreTrainedTokenizerFast`` of a folder with ``tokenizer.json``.
+    """Returns the ``PreTrainedTokenizerFast`` of a folder with ``tokenizer.json``.
 
-    Raises ``UserError`` naming the file that is at fault: it is absent or broken, or has an id so large that it would
-    exhaust the memory.
+    Raises:
+        UserError: a file is missing or broken, or has an id so large that it would exhaust the memory.
     """
     from transformers import PreTrainedTokenizerFast  # takes seconds to import
 
@@ -27,10 +27,10 @@ def read_tokenizer_json(folder: Path) -> Any:
         read_json_object(file)
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
-        tokenizer.decode(tokenizer(_PROBE).input_ids, skip_special_tokens=True)  # some faults show in use alone
+        tokenizer.decode(tokenizer(_PROBE).input_ids, skip_special_tokens=True)  # some faults only show in use
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # the tokenizers library raises bare Exception, and panics that are none
+    except BaseException as error:  # the tokenizers library raises bare Exception, and panics are not Exceptions
         reason = shorten(" ".join(str(error).split()))
         if settings and _is_sound(path):
             names = " or ".join(file.name for file in settings)
@@ -46,8 +46,8 @@ def _check_ids(path: Path, document: Mapping[str, Any]) -> None:
         return
     for token, index in vocab.items():
         if isinstance(index, int) and index > _LARGEST_ID:
-            found = f"the id {shorten(str(index))} for {shorten(repr(token))}"
-            raise UserError(f"{path}: its vocabulary has {found}, more than {_LARGEST_ID:,}; fetch it again")
+            large_id = f"the id {shorten(str(index))} for {shorten(repr(token))}"
+            raise UserError(f"{path}: its vocabulary has {large_id}, more than {_LARGEST_ID:,}; fetch it again")
 
 
 def _is_sound(path: Path) -> bool:
