@@ -413,6 +413,23 @@ def test_the_ledger_alone_makes_the_run_again(run, tmp_path, monkeypatch):
     assert content(folder) == content(run.folder)
 
 
+def test_momentum_and_the_clients_own_rates_are_rebuilt_too(setup, tmp_path, monkeypatch):
+    """Both hang on what earlier rounds were, those among them that were taken in part or not at all."""
+    ours = setup._replace(config=replace(setup.config, personalize="model-diff", server_optimizer="momentum"))
+    with monkeypatch.context() as patch:
+        script(patch)
+        whole = start(tmp_path / "whole", ours)
+    assert [entry.step for entry in whole.entries] == TAKEN
+    assert any(len(set(entry.learning_rates)) > 1 for entry in whole.entries)
+    resumed = stopped_and_resumed(ours, tmp_path / "cut", script, 3, monkeypatch)
+    assert content(resumed.folder) == content(whole.folder)
+    for name in ("checkpoints", "adapter"):
+        shutil.rmtree(resumed.folder / name)
+    start(resumed.folder, ours)
+    assert content(resumed.folder) == content(whole.folder)
+    assert largest_difference(replay(whole.folder / "run.ledger").lora, whole.result.lora) is None
+
+
 def test_a_run_that_sends_its_lora_is_the_same_run(setup, steady, tmp_path, monkeypatch):
     """The server reconstructs with the program that the clients use, so it is the same adapter bit for bit."""
     ours = setup._replace(config=replace(setup.config, uplink="lora"))
