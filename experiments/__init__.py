@@ -15,7 +15,7 @@ def _stop(number: int, frame: Any) -> None:
 
 
 # While ``python -m`` looks for a module, the name of the program is "-m". Its imports take seconds, in which there is
-# nothing to clean up; ``common.run`` then takes the signals over.
+# nothing to clean up; ``_cli.run`` then takes the signals over.
 if sys.argv[:1] == ["-m"]:
     for _number in STOPS:
         if signal.getsignal(_number) is not signal.SIG_IGN:  # as nohup ignores SIGHUP

@@ -143,7 +143,7 @@ class LocalConfig(Options):
     estimator: Literal["two-point", "forward-gradient"] = "forward-gradient"
     """how a step measures the slope of the loss along its directions: from two losses at 2n forward passes (paper), or
     by forward-mode differentiation at the cost of about 1 + n"""
-    directions: int = 8
+    directions: int = 10
     """directions n averaged in a step (paper: 1)"""
     distribution: Distribution = "rademacher"
     """distribution of a direction's entries (paper: gaussian)"""

@@ -168,7 +168,7 @@ def test_a_run_trains_and_leaves_what_every_run_leaves(finished):
     assert result.loss_after == Network().evaluate(result.lora)
     assert [record["round"] for record in result.metrics] == [1, 2, 3, 4, 5, 6]
     assert [record["test_loss"] is None for record in result.metrics] == [True, True, False] * 2
-    assert {record["tokens"] for record in result.metrics} == {(1 + 8) * 3 * STEPS * BATCH}  # a loss and eight tangents
+    assert {record["tokens"] for record in result.metrics} == {(1 + 10) * 3 * STEPS * BATCH}  # a loss and ten tangents
     assert {file.name for file in folder.iterdir()} >= {"config.json", "run.ledger", "checkpoints", "network"}
     assert len(list(ledger.entries(folder / "run.ledger"))) == 6
     assert json.loads((folder / "config.json").read_text())["model"] == "task:Network"
