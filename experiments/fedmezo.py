@@ -144,6 +144,10 @@ def conclude(out: Path, result: RunResult, seconds: float) -> None:
     print(f"padding: {np.mean([record['padding_share'] for record in result.metrics]):.1%} of the computed tokens")
     if failed := Counter(event["why"] for record in result.metrics for event in record["failed"]):
         print("clients left out: " + ", ".join(f"{count} {why}" for why, count in failed.most_common()))
+    if config.learning_rate == "auto":
+        taken = Counter(record["server_step"] for record in result.metrics)
+        counts = ", ".join(f"{step:g}: {taken[step]}" for step in sorted(taken, reverse=True))
+        print(f"rounds by how much of their update the server took: {counts}")
     print(f"test loss {result.loss_before:.4f} -> {result.loss_after:.4f} ({change:+.1f} %)")
     ledger = "run.ledger, " if config.algorithm == "fedmezo" else ""
     print(f"{out}: {ledger}metrics.jsonl, results.json, loss.png, partition.png, adapter/, checkpoints/")

@@ -291,31 +291,32 @@ def traffic_of(config: RunConfig, round: federated.Round, progress: Progress, en
 
 
 def notices(config: LocalConfig, record: dict[str, Any], trained: int) -> list[str]:
-    """What of a round's record the user should be told."""
-    said = [
-        f"round {record['round']}: client {event['client']} {event['why']}: left out"
+    """What the user should know of a round, from its record; ``trained`` is the number of trained parameters."""
+    lines = [
+        f"client {event['client']} {event['why']}: left out"
         for event in record["failed"]
         if event["why"] not in (client_failures.DROPPED, client_failures.LATE)
     ]
-    if config.learning_rate == "auto":
-        pass  # the search along the update has dealt with it
-    elif record["diverged"] or record["rolled_back"]:
-        then = (
-            "rolled back, learning rates halved"
-            if record["rolled_back"]
-            else "lower --learning-rate, or --on-divergence"
-        )
-        said.append(f"round {record['round']}: the loss has exploded ({record['train_loss']}): {then}")
-    elif (record["gradient_growth"] or 0) > divergence.GROWTH:
-        rate = max(record["learning_rates"])
-        walk = divergence.step_length(rate, record["projected_gradient"], trained, config.local_steps)
-        said.append(
-            f"round {record['round']}: projected gradients grew {record['gradient_growth']:.1f}-fold over the local "
-            f"steps, which move θ by η·|g|·√(d·H) = {walk:.2g}: the loss is about to diverge, lower --learning-rate"
-        )
+    if config.learning_rate != "auto":  # which deals with divergence itself
+        lines += _divergence_notices(config, record, trained)
     if record["clipped"]:
-        said.append(f"round {record['round']}: {record['clipped']} steps were clipped")
-    return said
+        lines.append(f"{record['clipped']} steps were clipped")
+    return [f"round {record['round']}: {line}" for line in lines]
+
+
+def _divergence_notices(config: LocalConfig, record: dict[str, Any], trained: int) -> list[str]:
+    if record["rolled_back"]:
+        return [f"the loss has exploded ({record['train_loss']}): rolled back, learning rates halved"]
+    if record["diverged"]:
+        return [f"the loss has exploded ({record['train_loss']}): lower --learning-rate, or --on-divergence"]
+    if (record["gradient_growth"] or 0) <= divergence.GROWTH:
+        return []
+    rate = max(record["learning_rates"])
+    distance = divergence.step_length(rate, record["projected_gradient"], trained, config.local_steps)
+    return [
+        f"projected gradients grew {record['gradient_growth']:.1f}-fold over the local steps, which move θ by "
+        f"η·|g|·√(d·H) = {distance:.2g}: the loss is about to diverge, lower --learning-rate"
+    ]
 
 
 def metrics_of(
