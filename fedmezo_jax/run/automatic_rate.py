@@ -30,17 +30,20 @@ LOWEST, HIGHEST = 1e-30, 1e30
 """The rate stays between these: float32 would otherwise end at 0 or at infinity, and no step leads back from there."""
 
 
-def first_rate(report: RoundReport, trained: int) -> float:
+def first_rate(report: RoundReport | None, trained: int) -> float:
     """η of the first round: √(mean of a first step's (Δθ)²) = :data:`FIRST_MOVE` over the entries of θ, in expectation.
 
     With g ~ N(0, E‖∇F‖²) along n directions that is η·√(E‖∇F‖²/n). Back-propagated steps move θ by η·∇F.
 
     Args:
-        report: of a round at rate 0, all of whose steps are at θ's start.
+        report: of a round at rate 0, all of whose steps are at θ's start; None for back-propagation, for which ‖∇F‖ is
+            taken as 1.
         trained: d, the trained parameters.
     """
-    gradients = np.asarray(report.projected_gradients, np.float64)
-    square = np.mean(gradients**2) / gradients.shape[-1] if gradients.size else 1 / trained
+    square = 1 / trained
+    if report is not None:
+        gradients = np.asarray(report.projected_gradients, np.float64)
+        square = np.mean(gradients**2) / gradients.shape[-1]
     rate = FIRST_MOVE / math.sqrt(square) if 0 < square < math.inf else FIRST_MOVE
     return float(np.float32(np.clip(rate, LOWEST, HIGHEST)))
 
@@ -55,7 +58,8 @@ def choose_step(validation_loss: Callable[[float], float], before: float) -> flo
     whole = validation_loss(1.0)
     further = 2.0 if whole <= before else 0.25
     losses = {0.0: before, 1.0: whole, further: validation_loss(further)}
-    return min(losses, key=lambda step: (losses[step] if math.isfinite(losses[step]) else math.inf, -step))
+    finite = {step: loss for step, loss in losses.items() if math.isfinite(loss)}
+    return min(finite, key=lambda step: (finite[step], -step), default=0.0)
 
 
 def next_rate(rate: Any, step: float) -> Any:
