@@ -10,7 +10,7 @@ are rounded to bfloat16 for all precisions, so only the error of the arithmetic 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -22,11 +22,10 @@ import numpy as np
 from experiments import _cli, _plots
 from fedmezo_jax.core import mezo, random
 from fedmezo_jax.core.random import run_key
-from fedmezo_jax.data.examples import TokenBatch
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.loss import loss_of, pair_loss_of
 from fedmezo_jax.llama.precision import WARN_ABOVE, Precision
-from fedmezo_jax.run.config import RunConfig
+from fedmezo_jax.run.config import RunConfig, paper_config
 from fedmezo_jax.run.context import RunContext, prepare
 
 
@@ -43,6 +42,12 @@ class Config:
     """directions z"""
     out: Path = Path("runs/precision")
     """folder for config.json, results.json and precision.png"""
+
+    @classmethod
+    def defaults(cls, arguments: Sequence[str]) -> Config:
+        """Those of the published method, whose two-point estimate this measures."""
+        del arguments
+        return cls(paper_config())
 
 
 def main(config: Config) -> None:
@@ -72,7 +77,7 @@ def main(config: Config) -> None:
 def measure(setup: RunContext, scales: list[float], count: int, probes: int) -> Iterator[dict[str, Any]]:
     """Yields one row per precision and scale: √(Σ(g − zᵀ∇L)² / Σ(zᵀ∇L)²) over the probes."""
     base = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), setup.task.base)
-    rows = TokenBatch(*(jnp.asarray(leaf[:count]) for leaf in setup.task.train))
+    rows = jax.tree.map(lambda leaf: jnp.asarray(leaf[:count]), setup.task.train)
     keys = jax.random.split(jax.random.fold_in(run_key(setup.config.seed), random.PRECISION), probes)
     distribution: mezo.Distribution = setup.config.distribution
     zeros = jax.tree.map(jnp.zeros_like, setup.lora)
