@@ -22,7 +22,7 @@ from fedmezo_jax.core.random import run_key
 from fedmezo_jax.data.batches import TOKENS_AT_ONCE, round_batches
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.run.config import RunConfig
-from fedmezo_jax.run.context import RunContext, build, local_optimizer, server_optimizer
+from fedmezo_jax.run.context import ESTIMATORS, RunContext, build, local_optimizer, server_optimizer
 
 
 class SweepAxes(NamedTuple):
@@ -66,6 +66,8 @@ def check_supported(config: RunConfig) -> None:
     Raises:
         UserError: with the first option that a sweep cannot follow.
     """
+    if config.learning_rate == "auto":
+        raise UserError("--learning-rate auto: runs side by side cannot follow it: give a number")
     for option, value, needed in (
         ("dropout", config.dropout, 0.0),
         ("deadline", config.deadline, None),
@@ -155,7 +157,7 @@ def _round(config: RunConfig, knobs: SweepAxes, states, loss, cohorts: federated
         ids = jnp.asarray(cohort.ids)
         if config.algorithm == "fedmezo":
             settings = (knobs.perturbation_scale, config.directions, config.distribution, config.weight_decay)
-            work = client.mezo_client(mezo.MezoConfig(*settings))
+            work = client.estimator_client(ESTIMATORS[config.estimator](mezo.MezoConfig(*settings)))
         else:
             work = client.sgd_client(local_optimizer(config))
         rates = personalization.RateConfig(knobs.learning_rate, config.personalize, knobs.personalize_scale)

@@ -39,6 +39,7 @@ def base(tmp_path_factory):
         {"personalize": "model-diff", "weighting": "samples"},
         {"personalize": "round-wise", "participation": 0.67, "server_optimizer": "momentum", "directions_shared": True},
         {"algorithm": "fedavg", "local_optimizer": "adam"},
+        {"estimator": "forward-gradient", "directions": 3, "layers": "last:1"},
     ],
     ids=lambda fields: "-".join(map(str, fields.values())),
 )
@@ -61,7 +62,9 @@ def test_each_run_is_the_main_job_s(tmp_path, base, fields):
         # In float32 the rounding of a loss, divided by 2μ, is what two programs may differ by.
         np.testing.assert_allclose(curve.test_loss, [alone.loss_before, *measured], rtol=1e-4)
         np.testing.assert_allclose(curve.train_loss, [record["train_loss"] for record in alone.metrics], rtol=1e-4)
-    assert len({curve.test_loss[-1] for curve in curves}) == 3 - (shared.algorithm == "fedavg")
+    assert len({curve.test_loss[-1] for curve in curves}) == 3 - (
+        shared.algorithm == "fedavg" or shared.estimator == "forward-gradient"
+    )  # which have no μ
 
 
 def test_only_runs_of_one_shape_go_together(base):
@@ -70,7 +73,14 @@ def test_only_runs_of_one_shape_go_together(base):
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("dropout", 0.2), ("deadline", 1.5), ("on_divergence", "rollback"), ("length_buckets", 4)]
+    ("option", "value"),
+    [
+        ("dropout", 0.2),
+        ("deadline", 1.5),
+        ("on_divergence", "rollback"),
+        ("length_buckets", 4),
+        ("learning_rate", "auto"),
+    ],
 )
 def test_an_option_that_a_sweep_cannot_follow_is_refused(base, option, value):
     with pytest.raises(UserError, match=f"--{option.replace('_', '-')} {value}"):
