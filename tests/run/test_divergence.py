@@ -64,7 +64,7 @@ def test_it_warns_above_that_rate_alone(probe):
 
 
 def test_a_round_has_diverged_if_its_loss_is_far_above_the_typical_one_or_none_at_all():
-    means = {"train_loss": 99.0, "projected_gradient": 99.0}  # which a single client can move
+    means = {"train_loss": 99.0, "projected_gradient": 99.0, "server_step": 1.0}  # which a single client can move
     metrics = [
         {"median_loss": loss, "median_gradient": 1.0, "diverged": diverged, "rolled_back": False} | means
         for loss, diverged in [(2.0, False)] * 6 + [(50.0, True)] * 9

@@ -262,7 +262,7 @@ def test_a_round_is_done_once_it_is_in_the_ledger(config, undisturbed, tmp_path,
         raise StopError
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.rounds, "conclude", cut)
+        patch.setattr(loop.rounds, "advance", cut)
         with pytest.raises(StopError):
             start(tmp_path, config)
     assert run_folder.read_metrics(tmp_path) == []
