@@ -10,7 +10,13 @@ from typing import Any
 from experiments import _plots
 from fedmezo_jax.planning.hardware import GIB
 
-STYLES = {"forward": "k--", "fedmezo": "C2v-", "backprop": "C3^-", "backprop_checkpointed": "C1s-"}
+STYLES = {
+    "forward": "k--",
+    "fedmezo": "C2v-",
+    "forward_gradient": "C4D-",
+    "backprop": "C3^-",
+    "backprop_checkpointed": "C1s-",
+}
 
 
 def plot_growth(file: Path, rows: Sequence[dict[str, Any]], field: str, memory: float, title: str) -> None:

@@ -45,11 +45,12 @@ def test_no_program_copies_the_base(model, precision):
 def test_rows_tell_programs_apart(model):
     found = plans(model=model)
     # By default the step is shown as runs compute it, paired, and in plain bfloat16.
-    forward, paired, plain, backprop, checkpointed = found.values()
+    forward, paired, plain, tangents, backprop, checkpointed = found.values()
     assert list(found) == [
         ("forward", "bfloat16"),
         ("fedmezo", "paired"),
         ("fedmezo", "bfloat16"),
+        ("forward_gradient", "bfloat16"),
         ("backprop", "bfloat16"),
         ("backprop_checkpointed", "bfloat16"),
     ]
@@ -57,6 +58,7 @@ def test_rows_tell_programs_apart(model):
     assert backprop["over_forward"] > 1  # temporaries are in the peak
     assert backprop["temp_bytes"] > checkpointed["temp_bytes"] > paired["temp_bytes"]
     assert checkpointed["temp_bytes"] > plain["temp_bytes"]
+    assert tangents["temp_bytes"] > plain["temp_bytes"]  # four tangents have activations of their own
     assert all(row["fits"] for row in found.values())
 
 
@@ -76,8 +78,8 @@ def test_a_sweep_writes_its_table_and_its_picture(model, tmp_path, monkeypatch, 
     monkeypatch.setattr(sys, "argv", ["memory", *arguments])
     _cli.run(memory.main, memory.Config, memory.__doc__)
     rows = json.loads((out / "results.json").read_text())["rows"]
-    assert [row["length"] for row in rows] == [8] * 5 + [16] * 5
-    assert rows[6]["peak_bytes"] > rows[1]["peak_bytes"]
+    assert [row["length"] for row in rows] == [8] * 6 + [16] * 6
+    assert rows[7]["peak_bytes"] > rows[1]["peak_bytes"]
     assert (out / "growth.png").read_bytes()[1:4] == b"PNG"
 
 

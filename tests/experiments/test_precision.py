@@ -67,7 +67,7 @@ def test_the_default_looks_at_the_cpu(monkeypatch, tmp_path, text, has):
 
 @pytest.mark.parametrize(("scale", "size"), [(4e-7, "250%"), (1e-8, "more than 1000%"), (1e-60, "more than 1000%")])
 def test_the_warning_is_a_line_that_can_be_read(scale, size):
-    run = SimpleNamespace(algorithm="fedmezo", perturbation_scale=scale)
-    (line,) = job.warnings(SimpleNamespace(config=run, model=SimpleNamespace(precision="float32")), check_rate=False)
+    run = SimpleNamespace(algorithm="fedmezo", estimator="two-point", perturbation_scale=scale, precision="float32")
+    (line,) = job.warnings(SimpleNamespace(config=run), check_rate=False)
     assert f"is likely off by {size}: choose" in line
     assert len(line) < 250

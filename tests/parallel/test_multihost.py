@@ -188,7 +188,7 @@ def test_processes_that_were_started_otherwise_all_say_so(place):
     for code, _, err in found:
         assert code == 2, err
         assert lines(err) == [
-            "error: process 1 was started with other settings: learning_rate (0.001 in process 0, 0.5 there): "
+            "error: process 1 was started with other settings: learning_rate (auto in process 0, 0.5 there): "
             "start all processes alike"
         ]
     assert not (place / "no").exists()
