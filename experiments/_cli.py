@@ -25,10 +25,10 @@ from rich.table import Table
 from rich.text import Text
 
 from experiments import STOPS
-from fedmezo_jax.compilation_cache import keep_compiled
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.registry import cache_folder
 from fedmezo_jax.parallel import multihost
+from fedmezo_jax.run.compilation_cache import keep_compiled
 from fedmezo_jax.run.run_folder import write_json
 
 T = TypeVar("T")

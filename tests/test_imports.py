@@ -17,7 +17,7 @@ LEVELS = [
     {"llama", "theory"},
     {"data"},
     {"core"},
-    {"out_folder", "orbax_logging", "compilation_cache"},
+    {"out_folder", "orbax_logging"},
     {"errors"},
 ]
 """The wings from top to bottom. A wing may import wings of lower levels and, on its own level, only itself."""

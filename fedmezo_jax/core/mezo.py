@@ -112,7 +112,7 @@ def shift(params: Params, perturbation: Perturbation) -> Params:
 
     Args:
         params: pytree of float arrays. The path of a leaf names its stream, so adding a leaf changes no other leaf's z.
-        perturbation: key, scale and law of z.
+        perturbation: key, scale and distribution of z.
 
     Returns:
         A new tree of the same structure, shapes and dtypes; ``params`` itself does not change.
@@ -210,7 +210,7 @@ def estimate(pair_loss: PairLoss, params: Params, batch: Any, key: jax.Array, co
         params: θ, pytree of float arrays.
         batch: whatever ``pair_loss`` takes.
         key: the step's key; direction k is drawn from ``fold_in(key, k)``.
-        config: μ, n and the law of z.
+        config: μ, n and the distribution of z.
     """
 
     def probe(k):

@@ -141,7 +141,7 @@ def run_round(
     work: Work,
     like: Params,
 ) -> tuple[Entry, list[Params | None]]:
-    """Lets the clients work until some of them come back with numbers of use.
+    """Asks the clients for their work until some of them return usable numbers.
 
     Args:
         config: the run's.
@@ -187,7 +187,7 @@ def run_round(
         if weights.any() or entry.rolled_back or not entry.step:
             return entry, [answer.params for answer in received]
     raise UserError(
-        f"round {t + 1}: in {config.attempts} attempts no client came back with numbers of use "
+        f"round {t + 1}: in {config.attempts} attempts no client returned usable numbers "
         f"({', '.join(sorted({why for *_, why in failed}))}): {_remedy(failed)}, or allow more --attempts"
     )
 
