@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from fedmezo_jax.data.partition import Partition
 from fedmezo_jax.data.seeding import generator
 
 Tree = TypeVar("Tree")
@@ -38,7 +37,7 @@ def _take(seed: int, client: int, n: int, start: int, count: int) -> np.ndarray:
 
 def round_picks(
     rows: Any,
-    parts: Partition,
+    parts: Sequence[np.ndarray],
     participants: Sequence[int] | np.ndarray,
     round_index: int,
     *,

@@ -7,22 +7,27 @@ local step that starts from it runs the layers from there on alone, and the devi
 from __future__ import annotations
 
 import hashlib
+import math
 import os
-from functools import partial
+import time
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fedmezo_jax.data.examples import HiddenBatch, TokenBatch
+from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.model import Base, Llama
 
 IN_MEMORY = 1 << 30
-"""Bytes of hidden states up to which they stay in memory; larger ones lie in a memory-mapped file."""
+"""Bytes of hidden states up to which they stay in memory; more of them lie in a file."""
 _EXAMPLES = 16
 """Examples of one call of the compiled prefix."""
-_CHUNK = 1 << 24
+_DIGEST = 32
+_SECONDS = 10  # between two lines about a long computation
 
 
 def trained_part(model: Llama, base: Base) -> Base:
@@ -33,77 +38,159 @@ def trained_part(model: Llama, base: Base) -> Base:
     return rest | {"layers": jax.tree.map(lambda leaf: leaf[first:], base["layers"])}
 
 
-def hidden_states(model: Llama, base: Base, rows: TokenBatch, folder: Path, base_hash: str) -> HiddenBatch:
-    """The rows with the residual stream below the first trained layer in place of their tokens.
+class Prefix:
+    """The frozen layers below the first trained one.
 
-    Args:
-        model: the decoder, with a precision for one point (not ``paired``).
-        base: its frozen weights, all of them.
-        rows: N examples, on the host.
-        folder: where a file goes if there are more than :data:`IN_MEMORY` bytes. It is named after all that decides its
-            content, and used again where its checksum holds.
-        base_hash: names the weights.
-
-    Returns:
-        ``hidden`` is float32 ``[N, S, D]``, in memory or mapped read-only from the file.
-
-    Raises:
-        OSError: the file cannot be written.
+    An example's hidden states do not depend on which others are computed with it: the program runs them one by one.
     """
-    tokens = np.ascontiguousarray(rows.tokens, np.int32)
-    shape = (*tokens.shape, model.config.hidden_size)
-    if 4 * int(np.prod(shape)) <= IN_MEMORY:
-        hidden = np.empty(shape, np.float32)
-        _compute(model, base, tokens, hidden)
-        return HiddenBatch(hidden, *rows[1:])
-    cut = f"{base_hash} {model.trained_layers[0]} {model.precision} {jax.default_backend()} {jax.__version__} {shape}"
-    name = hashlib.sha256(cut.encode() + tokens.tobytes()).hexdigest()
-    file = folder / f"{name}.npy"
-    if not _intact(file, shape):
-        folder.mkdir(parents=True, exist_ok=True)
-        fresh = folder / f".{name}.{os.getpid()}"
+
+    def __init__(self, model: Llama, base: Base, base_hash: str, load: Callable[[], Base]):
+        """Args: the decoder, with a precision for one point (not ``paired``); its weights, and their name; a reader."""
+        self.model, self.base_hash = model, base_hash
+        self._base: Base | None = base
+        self._load = load
+
+    def release(self) -> None:
+        """Lets the weights go. They are loaded again if more hidden states are asked for."""
+        self._base = None
+
+    def __call__(self, tokens: np.ndarray) -> Iterator[np.ndarray]:
+        """The hidden states of each row of tokens ``[N, S]``, float32 ``[S, D]``."""
+        base = self._load() if self._base is None else self._base
+        leaf = jax.tree.leaves(base)[0]
+        placed = leaf.sharding if isinstance(leaf, jax.Array) else None
+        everywhere = NamedSharding(placed.mesh, PartitionSpec()) if isinstance(placed, NamedSharding) else None
+
+        def run(base: Base, tokens: jax.Array) -> jax.Array:
+            return jax.lax.map(lambda row: self.model.apply({"params": base}, row[None], method="prefix")[0], tokens)
+
+        compiled = jax.jit(run, out_shardings=everywhere)
+        for start in range(0, len(tokens), _EXAMPLES):
+            picked = np.minimum(np.arange(start, start + _EXAMPLES), len(tokens) - 1)  # copies fill the last call up
+            yield from np.asarray(compiled(base, tokens[picked]))[: len(tokens) - start]
+
+
+class HiddenStates:
+    """Hidden states of a table of examples: an array ``[N, S, D]`` whose rows are computed when they are first used.
+
+    Attributes:
+        shape: (N, S, D).
+        dtype: float32.
+    """
+
+    def __init__(self, prefix: Prefix, tokens: np.ndarray, expected: int, folder: Path):
+        """Nothing is computed yet.
+
+        Args:
+            prefix: the frozen layers.
+            tokens: int32 ``[N, S]``, on the host.
+            expected: how many of the examples are likely to be used.
+            folder: where a file goes if their states are more than :data:`IN_MEMORY` bytes. It is named after all that
+                decides its content, and shared by all runs with the same.
+        """
+        self._prefix, self._tokens = prefix, np.ascontiguousarray(tokens, np.int32)
+        self.shape = (*tokens.shape, prefix.model.config.hidden_size)
+        self.dtype = np.dtype(np.float32)
+        if 4 * expected * math.prod(self.shape[1:]) <= IN_MEMORY:
+            self._store: _Store = _Memory()
+        else:
+            model = prefix.model
+            cut = f"{prefix.base_hash} {model.trained_layers[0]} {model.precision} {self.shape}"
+            cut += f" {jax.default_backend()} {jax.__version__}"
+            name = hashlib.sha256(cut.encode() + self._tokens.tobytes()).hexdigest()
+            self._store = _File(folder / f"{name}.states", self.shape[1:])
+
+    def compute(self, examples: np.ndarray, notify: Callable[[str], None] = lambda line: None) -> None:
+        """Computes those of the examples that are not there yet.
+
+        Args:
+            examples: their indices.
+            notify: called with a line about the progress, every ten seconds.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        missing = np.array([i for i in np.unique(examples) if self._store.read(int(i)) is None], int)
+        if not len(missing):
+            return
+        said = time.monotonic()
+        for done, (i, states) in enumerate(zip(missing, self._prefix(self._tokens[missing]), strict=True)):
+            self._store.write(int(i), states)
+            if time.monotonic() - said > _SECONDS:
+                notify(
+                    f"hidden states below layer {self._prefix.model.trained_layers[0]}: {done:,} of {len(missing):,}"
+                )
+                said = time.monotonic()
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """The states of the examples that an array of indices picks, ``[*index.shape, S, D]``."""
+        index = np.asarray(index)
+        states = [self._store.read(int(i)) for i in index.ravel()]
+        if any(row is None for row in states):
+            self.compute(index)
+            states = [self._store.read(int(i)) for i in index.ravel()]
+        return np.stack(states).reshape(*index.shape, *self.shape[1:])  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+
+class _Store(Protocol):
+    """Keeps the states of single examples by their index."""
+
+    def read(self, i: int) -> np.ndarray | None:
+        """None where there are none."""
+        ...
+
+    def write(self, i: int, states: np.ndarray) -> None: ...
+
+
+class _Memory:
+    def __init__(self):
+        self._states: dict[int, np.ndarray] = {}
+
+    def read(self, i: int) -> np.ndarray | None:
+        return self._states.get(i)
+
+    def write(self, i: int, states: np.ndarray) -> None:
+        self._states[i] = np.array(states)
+
+
+class _File:
+    """Records of one size, each with a digest before it: one that is missing, damaged or half-written reads as None.
+
+    Runs that share the file write the same bytes into it.
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, ...]):
+        self._path, self._shape, self._bytes = path, shape, 4 * math.prod(shape)
         try:
-            mapped = np.lib.format.open_memmap(fresh, "w+", np.float32, shape)
-            _compute(model, base, tokens, mapped)
-            mapped.flush()
-            del mapped
-            _checksum_file(file).write_text(_checksum(fresh), encoding="utf-8")
-            os.replace(fresh, file)
-        finally:
-            fresh.unlink(missing_ok=True)
-    return HiddenBatch(np.load(file, mmap_mode="r", allow_pickle=False), *rows[1:])
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise self._refusal(error) from None
+        weakref.finalize(self, os.close, self._file)
 
+    def read(self, i: int) -> np.ndarray | None:
+        record = os.pread(self._file, _DIGEST + self._bytes, i * (_DIGEST + self._bytes))
+        digest, content = record[:_DIGEST], record[_DIGEST:]
+        if len(content) < self._bytes or digest != self._digest(i, content):
+            return None
+        return np.frombuffer(content, np.float32).reshape(self._shape)
 
-def _compute(model: Llama, base: Base, tokens: np.ndarray, hidden: np.ndarray) -> None:
-    """Fills ``hidden``, some examples at a time; the last call's missing ones are copies."""
-    leaf = jax.tree.leaves(base)[0]
-    placed = leaf.sharding if isinstance(leaf, jax.Array) else None
-    everywhere = NamedSharding(placed.mesh, PartitionSpec()) if isinstance(placed, NamedSharding) else None
-    run = jax.jit(partial(model.apply, method="prefix"), out_shardings=everywhere)
-    for start in range(0, len(tokens), _EXAMPLES):
-        picked = np.minimum(np.arange(start, start + _EXAMPLES), len(tokens) - 1)
-        states = run({"params": base}, tokens[picked])
-        hidden[start : start + _EXAMPLES] = np.asarray(states)[: len(tokens) - start]
+    def write(self, i: int, states: np.ndarray) -> None:
+        content = np.ascontiguousarray(states, np.float32).tobytes()
+        record = memoryview(self._digest(i, content) + content)
+        start = i * len(record)
+        try:
+            while record:
+                written = os.pwrite(self._file, record, start)
+                record, start = record[written:], start + written
+        except OSError as error:
+            raise self._refusal(error) from None
 
+    def _digest(self, i: int, content: bytes) -> bytes:
+        return hashlib.blake2b(content, digest_size=_DIGEST, salt=i.to_bytes(8, "little")).digest()
 
-def _checksum_file(file: Path) -> Path:
-    return file.with_suffix(".blake2b")
-
-
-def _checksum(file: Path) -> str:
-    digest = hashlib.blake2b(digest_size=32)
-    with file.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _intact(file: Path, shape: tuple[int, ...]) -> bool:
-    """Whether the file is there, of this shape, and as it was written."""
-    try:
-        if _checksum_file(file).read_text(encoding="utf-8") != _checksum(file):
-            return False
-        found = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError):
-        return False
-    return found.shape == shape and found.dtype == np.float32
+    def _refusal(self, error: OSError) -> UserError:
+        return UserError(
+            f"{self._path.parent}: cannot hold the hidden states of the frozen layers ({error.strerror}): set "
+            "FEDMEZO_CACHE to a folder with room for them, or give --layers all"
+        )

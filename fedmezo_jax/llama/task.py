@@ -18,15 +18,14 @@ from fedmezo_jax.core.blocks import block_width
 from fedmezo_jax.core.task import Task
 from fedmezo_jax.data.batches import TOKENS_AT_ONCE
 from fedmezo_jax.data.buckets import Widths, bucketed_loss, bucketed_point_loss, computed_tokens, lengths
-from fedmezo_jax.data.examples import Rows, TokenBatch
-from fedmezo_jax.errors import UserError
+from fedmezo_jax.data.examples import HiddenBatch, Rows, TokenBatch
 from fedmezo_jax.llama.checkpoints.adapter import save_adapter
 from fedmezo_jax.llama.checks import check_finite
 from fedmezo_jax.llama.lora import init_lora
 from fedmezo_jax.llama.loss import loss_of, loss_sums, pair_loss_of, point_loss_of
 from fedmezo_jax.llama.model import Base, Llama
 from fedmezo_jax.llama.precision import least_clients, least_rows
-from fedmezo_jax.llama.prefix import hidden_states, trained_part
+from fedmezo_jax.llama.prefix import HiddenStates, Prefix, trained_part
 
 
 def unpaired(model: Llama) -> Llama:
@@ -72,28 +71,38 @@ class LlamaTask(Task):
     group_size: int
     place: Callable[[Any], Any] = jax.device_put
 
-    def from_hidden_states(self, folder: Path) -> LlamaTask:
-        """The same task from the hidden states below the first trained layer on, which are computed here.
+    def from_hidden_states(
+        self,
+        folder: Path,
+        used: np.ndarray,
+        load: Callable[[], Base],
+        notify: Callable[[str], None] = lambda line: None,
+    ) -> LlamaTask:
+        """The same task from the hidden states below the first trained layer on. Those layers are let go.
 
         Args:
             folder: for hidden states that are too large for memory.
+            used: the training examples whose states are computed here; those of others are when they are asked for.
+            load: reads all weights of the base again, where the states of others are.
+            notify: called with a line about the progress of long work.
 
         Raises:
             UserError: the folder cannot hold them.
         """
-        model = unpaired(self.model)
-        try:
-            train, validation, test = (
-                hidden_states(model, self.base, rows, folder, self.base_hash) if isinstance(rows, TokenBatch) else rows
-                for rows in (self.train, self.validation, self.test)
-            )
-        except OSError as error:
-            raise UserError(
-                f"{folder}: cannot hold the hidden states of the frozen layers ({error.strerror}): set FEDMEZO_CACHE "
-                "to a folder with room for them, or give --layers all"
-            ) from None
-        base = trained_part(self.model, self.base)
-        return replace(self, base=base, train=train, validation=validation, test=test)
+        prefix = Prefix(unpaired(self.model), self.base, self.base_hash, load)
+
+        def states(rows: TokenBatch, examples: np.ndarray) -> HiddenBatch:
+            hidden = HiddenStates(prefix, rows.tokens, len(examples), folder)  # pyright: ignore[reportArgumentType]
+            hidden.compute(examples, notify)
+            return HiddenBatch(hidden, *rows[1:])  # pyright: ignore[reportArgumentType]
+
+        assert isinstance(self.train, TokenBatch)
+        assert isinstance(self.validation, TokenBatch)
+        assert isinstance(self.test, TokenBatch)
+        train = states(self.train, used)
+        validation, test = (states(rows, np.arange(len(rows.tokens))) for rows in (self.validation, self.test))
+        prefix.release()
+        return replace(self, base=trained_part(self.model, self.base), train=train, validation=validation, test=test)
 
     @property
     def frozen(self) -> Base:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -15,11 +16,12 @@ import optax
 from jax.sharding import Mesh
 from jax.tree_util import Partial
 
-from fedmezo_jax.core import client, federated, mezo, personalization
+from fedmezo_jax.core import aggregation, client, federated, mezo, personalization
 from fedmezo_jax.core.estimators import Estimator, ForwardGradient, TwoPoint
 from fedmezo_jax.core.random import init_key
 from fedmezo_jax.core.task import Task
 from fedmezo_jax.core.tree_hash import tree_hash
+from fedmezo_jax.data.batches import round_picks
 from fedmezo_jax.data.buckets import lengths, widths
 from fedmezo_jax.data.examples import TokenBatch
 from fedmezo_jax.data.partition import heterogeneity
@@ -108,12 +110,15 @@ def stored_type(precision: Precision) -> Any:
     return jnp.float32 if precision == "float32" else jnp.bfloat16
 
 
-def prepare(config: RunConfig, mesh: Mesh | None = None) -> RunContext[LlamaTask]:
+def prepare(
+    config: RunConfig, mesh: Mesh | None = None, notify: Callable[[str], None] = lambda line: None
+) -> RunContext[LlamaTask]:
     """Loads model and data and deals the rows to clients.
 
     Args:
         config: the run's.
         mesh: what to spread it over; the weights are read straight onto its devices.
+        notify: called with a line about the progress of long work.
 
     Raises:
         UserError: anything about model, data, partition or mesh that does not fit.
@@ -140,7 +145,8 @@ def prepare(config: RunConfig, mesh: Mesh | None = None) -> RunContext[LlamaTask
         parts, categories = deal(config.partition, [table.examples[i] for i in kept], lengths(train), *how)
 
     model = Llama(llama, config.lora_alpha / config.lora_rank, config.precision, trained=trained)
-    base = load_base(folder, llama, stored_type(config.precision), sharding.base_sharding(mesh))
+    load = partial(load_base, folder, llama, stored_type(config.precision), sharding.base_sharding(mesh))
+    base = load()
     task = LlamaTask(
         model,
         base,
@@ -158,9 +164,32 @@ def prepare(config: RunConfig, mesh: Mesh | None = None) -> RunContext[LlamaTask
         -(-config.participants // (1 if mesh is None else mesh.shape[federated.CLIENTS])),
         jax.device_put if mesh is None else partial(sharding.replicate, mesh),
     )
-    task = task.from_hidden_states(cache_folder() / "hidden") if trained and trained[0] else task
+    if trained and trained[0]:
+        task = task.from_hidden_states(cache_folder() / "hidden", used_examples(config, task), load, notify)
     lora = sharding.replicate(mesh, task.init_params(init_key(config.seed)))
     return RunContext(config, task, lora, mesh, categories, table.skipped, table.truncated)
+
+
+def round_examples(config: RunConfig, task: Task, t: int, attempt: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """A round's clients, ``[P]`` int32, and the training examples that they work on, ``[P, H, batch]`` int64."""
+    ids = aggregation.sample_participants(config.seed, t, config.clients, config.participants, attempt)
+    settings = {"seed": config.seed, "local_steps": config.local_steps, "batch_size": config.batch_size}
+    return ids, round_picks(task.train, task.parts, ids, t, **settings, by_length=task.by_length)
+
+
+def used_examples(config: RunConfig, task: Task) -> np.ndarray:
+    """Indices of the training examples of all rounds, sorted.
+
+    With several processes those of further attempts at a round are among them: no process can compute hidden states of
+    its own clients' examples alone where the base is spread over all.
+    """
+    attempts = range(config.attempts if jax.process_count() > 1 else 1)
+    used = np.zeros(len(task.train.labels), bool)
+    for t, attempt in itertools.product(range(config.rounds), attempts):
+        used[round_examples(config, task, t, attempt)[1]] = True
+        if used.all():
+            break
+    return np.flatnonzero(used)
 
 
 def spare(train: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -130,7 +130,7 @@ def _open(
 
     def load() -> RunContext:
         devices = parse_mesh(mesh, jax.devices())
-        return prepare(config, devices) if task is None else context_of(task, config, devices)
+        return prepare(config, devices, notify) if task is None else context_of(task, config, devices)
 
     context = multihost.all_or_none(load)
     loss_before = context.task.loss_before(context.lora)

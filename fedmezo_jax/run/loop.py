@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedmezo_jax.core import aggregation, federated, mezo, random, transforms
+from fedmezo_jax.core import federated, mezo, random, transforms
 from fedmezo_jax.core.random import run_key
-from fedmezo_jax.data.batches import round_picks, take
+from fedmezo_jax.data.batches import take
 from fedmezo_jax.parallel import multihost, sharding
 from fedmezo_jax.run import automatic_rate, divergence, ledger, rounds, run_checkpoints, run_folder
 from fedmezo_jax.run.config import RunConfig
-from fedmezo_jax.run.context import RunContext, build
+from fedmezo_jax.run.context import RunContext, build, round_examples
 from fedmezo_jax.run.journal import open_journal
 
 
@@ -211,20 +211,12 @@ PROBE_DIRECTIONS, PROBE_BATCHES, PROBE_SCALE = 8, 8, 1e-2
 
 def probe_start(setup: RunContext) -> divergence.Probe:
     """Measures at θ's start how large a learning rate may be, on batches of the first round."""
-    picks = _picks(setup, 0, 0)[1]
+    picks = round_examples(setup.config, setup.task, 0)[1]
     picks = picks.reshape(-1, picks.shape[-1])
     some = np.linspace(0, len(picks) - 1, PROBE_BATCHES).astype(int)
     batches = sharding.replicate(setup.mesh, take(setup.task.train, picks[some]))
     key = jax.random.fold_in(run_key(setup.config.seed), random.PROBE)
     return divergence.probe(setup.task.pair_loss, setup.lora, batches, key, PROBE_SCALE, PROBE_DIRECTIONS)
-
-
-def _picks(setup: RunContext, t: int, attempt: int) -> tuple[np.ndarray, np.ndarray]:
-    """A round's clients ``[P]``, and the training rows they work on, ``[P, H, batch]``."""
-    config, task = setup.config, setup.task
-    ids = aggregation.sample_participants(config.seed, t, config.clients, config.participants, attempt)
-    settings = {"seed": config.seed, "local_steps": config.local_steps, "batch_size": config.batch_size}
-    return ids, round_picks(task.train, task.parts, ids, t, **settings, by_length=task.by_length)
 
 
 def _cohorts(setup: RunContext) -> Callable[[int, int], tuple[federated.Cohort, int, int]]:
@@ -234,7 +226,7 @@ def _cohorts(setup: RunContext) -> Callable[[int, int], tuple[federated.Cohort, 
 
     @lru_cache(maxsize=2)
     def cohort(t: int, attempt: int) -> tuple[federated.Cohort, int, int]:
-        ids, picks = _picks(setup, t, attempt)
+        ids, picks = round_examples(setup.config, task, t, attempt)
         batches = sharding.shard_clients(setup.mesh, len(ids), lambda at: take(task.train, picks[at]))
         return federated.Cohort(ids, sizes[ids], batches), *task.count_tokens(picks)
 

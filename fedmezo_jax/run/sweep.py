@@ -112,7 +112,6 @@ def sweep(
     optimizer = jax.vmap(server_optimizer(config).init)(params)
     states = federated.FederatedState(params, optimizer, _stack(start), jnp.zeros(count, jnp.int32))
     keys = jnp.stack([run_key(one.seed) for one in configs])
-    train = _alike([setup.task.train for setup in setups])
 
     def evaluate() -> list[float]:
         each = [jax.tree.map(lambda leaf, i=i: leaf[i], states.params) for i in range(count)]
@@ -121,15 +120,16 @@ def sweep(
     def cohort(t: int) -> federated.Cohort:
         steps, size = config.local_steps, config.batch_size
         each = []
-        for setup, rows in zip(setups, train, strict=True):
+        for setup in setups:
             ids = aggregation.sample_participants(setup.config.seed, t, config.clients, clients)
             sizes = np.array([len(setup.task.parts[i]) for i in ids], np.float32)
             weights = sizes if config.weighting == "samples" else np.ones(clients, np.float32)
             batches = round_batches(
-                rows, setup.task.parts, ids, t, seed=setup.config.seed, local_steps=steps, batch_size=size
+                setup.task.train, setup.task.parts, ids, t, seed=setup.config.seed, local_steps=steps, batch_size=size
             )
             each.append(federated.Cohort(ids, weights, batches))
-        return jax.device_put(_stack(each))
+        batches = _padded([cohort.batches for cohort in each])
+        return jax.device_put(_stack(c._replace(batches=b) for c, b in zip(each, batches, strict=True)))
 
     rounds, test_losses, train_losses = [0], [evaluate()], []
     seconds = []
@@ -180,11 +180,11 @@ def _stack(trees: Iterable[Any]) -> Any:
     return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
 
 
-def _alike(tables: Sequence[Any]) -> list[Any]:
-    """The tables padded to one width: their rows were cut from unlike texts."""
-    widths = jax.tree.map(lambda *leaves: np.max([leaf.shape[1:] for leaf in leaves], axis=0), *tables)
+def _padded(batches: Sequence[Any]) -> list[Any]:
+    """The batches padded to one width: their examples were cut from unlike texts."""
+    shapes = jax.tree.map(lambda *leaves: np.max([leaf.shape for leaf in leaves], axis=0), *batches)
 
     def pad(leaf, shape):
-        return np.pad(leaf, [(0, 0), *((0, most - held) for most, held in zip(shape, leaf.shape[1:], strict=True))])
+        return np.pad(leaf, [(0, most - size) for most, size in zip(shape, leaf.shape, strict=True)])
 
-    return [jax.tree.map(pad, table, widths) for table in tables]
+    return [jax.tree.map(pad, batch, shapes) for batch in batches]

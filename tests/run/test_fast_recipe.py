@@ -245,7 +245,7 @@ def test_the_validation_loss_never_rises(setup, steady, bold):
 
 def test_validation_examples_are_in_neither_training_nor_test_rows(config, setup):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LlamaTask, "from_hidden_states", lambda task, folder: task)
+        patch.setattr(LlamaTask, "from_hidden_states", lambda task, *_: task)
         task = prepare(config).task
     train_rows, validation, test = (
         {row.tobytes() for row in np.asarray(rows.tokens)} for rows in (task.train, task.validation, task.test)
@@ -524,7 +524,7 @@ def test_from_hidden_states_or_from_tokens_it_is_the_same_run_up_to_rounding(con
     order: some 1e-7 of a float32 loss, and of its slopes.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LlamaTask, "from_hidden_states", lambda task, folder: task)
+        patch.setattr(LlamaTask, "from_hidden_states", lambda task, *_: task)
         whole = prepare(replace(config, layers="last:1"))
     run = start(tmp_path / "whole", whole._replace(config=config))
     assert isinstance(whole.task.train, TokenBatch)
