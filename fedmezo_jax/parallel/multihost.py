@@ -10,12 +10,10 @@ store, and a process ends itself if it misses those of another.
 from __future__ import annotations
 
 import atexit
-import errno
 import itertools
 import json
 import os
 import re
-import socket
 import sys
 import threading
 import time
@@ -28,6 +26,7 @@ from jax._src import clusters, distributed  # the store has no public name; Orba
 
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.parallel import heartbeats
+from fedmezo_jax.parallel.roll_call import listen, roll_call
 
 T = TypeVar("T")
 _turns = itertools.count()
@@ -58,7 +57,7 @@ def join(text: str | None, timeout: int) -> None:
     all_of_them = f"all {process[1]} processes" if process else "all processes"
     complaint = (
         f"--processes {text or 'auto'}: not {all_of_them} have come together within {timeout} s: start all of them, "
-        "with the same address and count"
+        "with the same address and count, and each with its own index"
     )
     # After a timeout JAX ends the process by a signal and prints its C++ stack; this timer ends it cleanly before.
     watch = threading.Timer(timeout, _give_up, [complaint])
@@ -68,8 +67,10 @@ def join(text: str | None, timeout: int) -> None:
     jax.config.update("jax_enable_preemption_service", False)  # it would catch SIGTERM and continue
     try:
         address, count, index = process or _detect(timeout)
-        if index == 0 and address:
-            _check_port(address)
+        if process:
+            roll_call(*process, timeout)
+        elif index == 0 and address and "JAX_COORDINATOR_BIND_ADDRESS" not in os.environ:  # there JAX listens elsewhere
+            listen(address).close()  # where it cannot, JAX ends with a segmentation fault
         jax.distributed.initialize(
             address,
             count,
@@ -79,7 +80,8 @@ def join(text: str | None, timeout: int) -> None:
             shutdown_timeout_seconds=timeout + 60,
             heartbeat_timeout_seconds=2 * timeout + 60,  # later than our own heartbeats
         )
-        _check_count()
+    except TimeoutError:
+        raise UserError(complaint) from None
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{complaint} ({_first_line(error)})") from None
     finally:
@@ -105,47 +107,6 @@ def _detect(timeout: int) -> tuple[str | None, int | None, int | None]:
         address, None, None, None, None, timeout
     )
     return address, count, index
-
-
-def _check_port(address: str) -> None:
-    """Checks that process 0 can listen on the port; otherwise JAX ends with a segmentation fault.
-
-    Raises:
-        UserError: another program listens there, or the system does not allow it.
-    """
-    if "JAX_COORDINATOR_BIND_ADDRESS" in os.environ:  # JAX listens elsewhere
-        return
-    port = int(address.rsplit(":", 1)[1])
-    dual_stack = socket.has_dualstack_ipv6()
-    try:
-        family = socket.AF_INET6 if dual_stack else socket.AF_INET
-        socket.create_server(("", port), family=family, dualstack_ipv6=dual_stack).close()
-    except OSError as error:
-        if error.errno in (errno.EADDRINUSE, errno.EACCES):
-            raise UserError(
-                f"process 0 cannot listen on port {port} ({os.strerror(error.errno)}): choose another port, and give "
-                "it to all processes"
-            ) from None
-
-
-def _check_count() -> None:
-    """Checks that all processes were given the same COUNT; JAX uses that of process 0 and ignores the others.
-
-    Raises:
-        UserError: they differ; every process raises the same message.
-    """
-    state = distributed.global_state
-    client = state.client
-    assert client is not None
-    client.key_value_set(f"fedmezo/count/{state.process_id}", str(state.num_processes))
-    expected = int(client.blocking_key_value_get("fedmezo/count/0", _NO_LIMIT))
-    for index in range(expected):
-        count = int(client.blocking_key_value_get(f"fedmezo/count/{index}", _NO_LIMIT))
-        if count != expected:
-            raise UserError(
-                f"--processes: process 0 was given a COUNT of {expected} and process {index} one of {count}: give all "
-                "processes the same"
-            )
 
 
 def _watch(timeout: int) -> None:

@@ -13,6 +13,7 @@ import jax
 import preloaded
 import pytest
 import small_run
+from free_port import free_port
 
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.parallel import multihost
@@ -27,12 +28,6 @@ def place(tmp_path_factory):
     small_run.write_model(place / "model")
     small_run.write_data(place / "data.jsonl")
     return place
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
 
 
 ARGUMENTS = (
@@ -216,13 +211,18 @@ def test_fewer_processes_than_announced(place):
     assert not (place / "no").exists()
 
 
-def test_different_counts_are_refused_by_all(place):
+@pytest.mark.parametrize(
+    ("second", "complaint"),
+    [
+        ("3,1", "process 0 was given a COUNT of 2 and process 1 one of 3: give all processes the same"),
+        ("3,2", "process 0 was given a COUNT of 2 and process 2 one of 3: give all processes the same"),
+    ],
+)
+def test_different_counts_are_refused_by_all(place, second, complaint):
     at = f"localhost:{free_port()}"
-    for code, _, err in outcome(*(start(place, place / "no", "--processes", f"{at},{2 + i},{i}") for i in range(2))):
+    for code, _, err in outcome(*(start(place, place / "no", "--processes", f"{at},{it}") for it in ("2,0", second))):
         assert code == 2, err
-        assert lines(err) == [
-            "error: --processes: process 0 was given a COUNT of 2 and process 1 one of 3: give all processes the same"
-        ]
+        assert lines(err) == [f"error: --processes: {complaint}"]
     assert not (place / "no").exists()
 
 
