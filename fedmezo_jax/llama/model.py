@@ -29,6 +29,15 @@ _LEAST_STRIP, _QUERY_BLOCK = 32, 128  # queries, see causal_attention
 _VOCABULARY_BLOCK = 4096
 
 
+def unfused(sums: jax.Array) -> jax.Array:
+    """Sums over an axis, as they are, which XLA must not fuse with what follows.
+
+    Whether it would depends on the size of the arrays, and the order of the sum on whether it does: a client's tangents
+    would depend on how many clients run at once.
+    """
+    return jax.lax.optimization_barrier(sums)
+
+
 class RMSNorm(nn.Module):
     """x / √(mean(x²) + ε) · scale over the last axis (arXiv 1910.07467)."""
 
@@ -36,9 +45,10 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalises ``[..., D]`` in float32."""
+        """Normalises ``[..., D]`` in float32; see :func:`unfused`."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon) * scale.astype(x.dtype)
+        mean_square = unfused(jnp.mean(x * x, axis=-1, keepdims=True))
+        return x * jax.lax.rsqrt(mean_square + self.epsilon) * scale.astype(x.dtype)
 
 
 class Dense(nn.Module):
@@ -345,6 +355,13 @@ def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
+def softmax(scores: jax.Array) -> jax.Array:
+    """exp(s_j)/Σ_k exp(s_k) over the last axis, of which at least one entry is finite; see :func:`unfused`."""
+    largest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    raised = jnp.exp(scores - largest)
+    return raised * unfused(1 / jnp.sum(raised, axis=-1, keepdims=True))
+
+
 def causal_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     """softmax(q·kᵀ/√h)·v over earlier positions: ``[B, S, N, h]`` from N query and K key/value heads, in float32.
 
@@ -371,7 +388,7 @@ def _attend(query: jax.Array, key: jax.Array, value: jax.Array, start: int) -> j
         flat = groups.reshape(batch, key.shape[1], -1, width)  # one product for the queries that share a key
         scores = product(flat, key).reshape(*groups.shape[:-1], -1)
         seen = jnp.arange(key.shape[-1]) <= first + jnp.arange(groups.shape[-2])[:, None]
-        weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
+        weights = softmax(jnp.where(seen, scores, -jnp.inf))
         return product(weights.reshape(*flat.shape[:-1], -1), value).reshape(groups.shape)
 
     if rows <= _QUERY_BLOCK:

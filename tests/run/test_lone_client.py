@@ -3,21 +3,33 @@
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from fedmezo_jax.core import federated
 from fedmezo_jax.core.random import run_key
 from fedmezo_jax.data.batches import round_batches
-from fedmezo_jax.run.config import paper_config
+from fedmezo_jax.run.config import RunConfig, paper_config
 from fedmezo_jax.run.context import algorithm, build, prepare
 
 CLIENTS, STEPS = 8, 3
 
 
-@pytest.mark.parametrize(("precision", "batch_size"), [("float32", 2), ("float32", 1), ("paired", 2), ("paired", 1)])
-def test_a_client_alone_gives_the_numbers_that_it_gives_among_eight(precision, batch_size):
-    config = paper_config(
+@pytest.mark.parametrize(
+    ("recipe", "precision", "batch_size"),
+    [
+        (paper_config, "float32", 2),
+        (paper_config, "float32", 1),
+        (paper_config, "paired", 2),
+        (paper_config, "paired", 1),
+        (RunConfig, "float32", 2),
+        (RunConfig, "float32", 1),
+        (RunConfig, "bfloat16", 1),
+    ],
+)
+def test_a_client_alone_gives_the_numbers_that_it_gives_among_eight(recipe, precision, batch_size):
+    config = recipe(
         clients=CLIENTS,
         local_steps=STEPS,
         batch_size=batch_size,
@@ -35,7 +47,8 @@ def test_a_client_alone_gives_the_numbers_that_it_gives_among_eight(precision, b
         some = replace(config, participation=len(ids) / CLIENTS)
         (init, round), loss = build(setup._replace(config=some, task=replace(setup.task, group_size=len(ids))))
         cohort = federated.Cohort(ids, np.ones(len(ids), np.float32), jax.tree.map(lambda leaf: leaf[ids], batches))
-        return round.work(init(setup.lora, CLIENTS), loss, cohort, run_key(config.seed))
+        rate = jnp.float32(2e-3) if config.learning_rate == "auto" else None
+        return round.work(init(setup.lora, CLIENTS), loss, cohort, run_key(config.seed), None, rate)
 
     among = report(everyone)
     for ids in ([3], [1, 6, 7]):
