@@ -194,8 +194,8 @@ def federated(
         rates: learning rates of the clients.
         optimizer: the server's, fed with the pseudo-gradient −Σ_i w_i·Δ_i; None means plain averaging.
         block_size: how many clients run at once under ``vmap`` (of each group of a mesh); None means all. Memory grows
-            with it. The result is the same bit for bit wherever the loss is; a float32 loss of few rows on a CPU may
-            differ in its last place, where a product of more rows sums in another order.
+            with it. On a CPU the last bits of a small model's losses may depend on it, because XLA sums few rows in
+            another order. A client that works alone gets the bits of the round if ``least_width`` is the round's width.
         directions_shared: whether all clients of a round draw the same H·n directions; by default each client draws its
             own (as in the paper).
         mesh: devices to spread the clients over, along its axis ``clients``; a cohort's batches then have as many rows

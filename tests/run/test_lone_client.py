@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_run
 
 from fedmezo_jax.core import federated
 from fedmezo_jax.core.random import run_key
@@ -71,3 +72,40 @@ def test_block_of_one_changes_no_bit():
     single = build(setup._replace(task=replace(setup.task, group_size=1)))[1]
     blocked = algorithm(config, 1, None, least_width=2).round.work(state, single, cohort, key)
     np.testing.assert_array_equal(whole.projected_gradients, blocked.projected_gradients)
+
+
+@pytest.mark.parametrize("recipe", [paper_config, RunConfig])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_at_the_width_of_the_round_a_client_alone_gives_the_same_numbers_on_any_model(tmp_path, recipe, precision):
+    """XLA sums the few rows of a small model in an order that depends on how many clients run at once. A client that
+    works alone runs beside copies of itself, as many as there were clients, and so in the same program.
+    """
+    small_run.write_model(tmp_path / "model")
+    small_run.write_data(tmp_path / "data.jsonl")
+    config = recipe(
+        model=str(tmp_path / "model"),
+        data=str(tmp_path / "data.jsonl"),
+        clients=CLIENTS,
+        local_steps=STEPS,
+        max_length=64,
+        precision=precision,
+        partition="iid",
+        test_examples=8,
+        length_buckets=1,
+    )
+    setup = prepare(config)
+    everyone = np.arange(CLIENTS, dtype=np.int32)
+    sizes = {"seed": config.seed, "local_steps": STEPS, "batch_size": config.batch_size}
+    batches = round_batches(setup.task.train, setup.task.parts, everyone, 0, **sizes)
+    init, round = algorithm(config, CLIENTS, None, least_width=CLIENTS)
+    loss, state = build(setup)[1], init(setup.lora, CLIENTS)
+
+    def report(ids):
+        cohort = federated.Cohort(ids, np.ones(len(ids), np.float32), jax.tree.map(lambda leaf: leaf[ids], batches))
+        return round.work(state, loss, cohort, run_key(config.seed), None, jnp.float32(1e-3))
+
+    among = report(everyone)
+    for ids in ([3], [1, 6, 7]):
+        alone = report(np.array(ids, np.int32))
+        np.testing.assert_array_equal(alone.projected_gradients, np.asarray(among.projected_gradients)[ids])
+        np.testing.assert_array_equal(alone.losses, np.asarray(among.losses)[ids])
