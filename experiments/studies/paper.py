@@ -31,6 +31,7 @@ QUESTIONS = {
         "Does FedMeZO learn faster than back-propagated FedAvg, both tuned?",
         "Fig. 1, 10: FedMeZO falls faster than FedAvg with plain SGD at FedMeZO's own learning rate",
     ),
+    "estimators": Question("Which estimator and which layers learn most at equal compute?"),
     "single_client": Question("How does MeZO compare with back-propagation for one client?"),
     "perturbation_scale": Question(
         "How does the perturbation scale μ matter?",

@@ -43,8 +43,8 @@ class WeightedMean:
     def combine_params(self, params: Params, weights: np.ndarray, uploads: Iterable[Params]) -> Params:
         """Summed as they come, one θ_i in memory at a time."""
         total = jax.tree.map(jnp.zeros_like, params)
-        for weight, theirs in zip(weights, uploads, strict=True):
-            total = _add_weighted(total, weight, theirs, params)
+        for weight, client_params in zip(weights, uploads, strict=True):
+            total = _add_weighted(total, weight, client_params, params)
         return total
 
 

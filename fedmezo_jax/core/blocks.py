@@ -42,11 +42,11 @@ def in_blocks(tree: Any, groups: int, block_size: int, least_width: int) -> Any:
     """Splits leading axes ``[P, …]`` into ``[blocks, groups·size, …]``: each group's clients stay with it."""
 
     def split(leaf):
-        each = leaf.shape[0] // groups
-        size = max(least_width, block_width(each, block_size))
-        blocks = -(-each // size)
-        leaf = leaf.reshape(groups, each, *leaf.shape[1:])
-        if fill := blocks * size - each:
+        per_group = leaf.shape[0] // groups
+        size = max(least_width, block_width(per_group, block_size))
+        blocks = -(-per_group // size)
+        leaf = leaf.reshape(groups, per_group, *leaf.shape[1:])
+        if fill := blocks * size - per_group:
             leaf = jnp.concatenate([leaf, jnp.repeat(leaf[:, :1], fill, axis=1)], axis=1)
         leaf = jnp.swapaxes(leaf.reshape(groups, blocks, size, *leaf.shape[2:]), 0, 1)
         return jax.lax.collapse(leaf, 1, 3)
@@ -54,13 +54,13 @@ def in_blocks(tree: Any, groups: int, block_size: int, least_width: int) -> Any:
     return jax.tree.map(split, tree)
 
 
-def out_of_blocks(tree: Any, groups: int, held: int) -> Any:
-    """Undoes :func:`in_blocks`, the filling left out: ``[blocks, groups·size, …]`` into ``[held, …]``."""
+def out_of_blocks(tree: Any, groups: int, rows: int) -> Any:
+    """Undoes :func:`in_blocks`, the filling left out: ``[blocks, groups·size, …]`` into ``[rows, …]``."""
 
     def join(leaf):
         blocks, width = leaf.shape[:2]
         leaf = jnp.swapaxes(leaf.reshape(blocks, groups, width // groups, *leaf.shape[2:]), 0, 1)
-        leaf = jax.lax.collapse(leaf, 1, 3)[:, : held // groups]
+        leaf = jax.lax.collapse(leaf, 1, 3)[:, : rows // groups]
         return jax.lax.collapse(leaf, 0, 2)
 
     return jax.tree.map(join, tree)

@@ -200,7 +200,7 @@ def federated(
             own (as in the paper).
         mesh: devices to spread the clients over, along its axis ``clients``; a cohort's batches then have as many rows
             as its groups can share evenly, those after the P clients being copies; the state lies whole on every
-            device. Of a round's work its groups tell each other scalars alone (with back-propagation, the clients'
+            device. Of a round's work its groups exchange scalars alone (with back-propagation, the clients'
             parameters).
         least_width: how many clients run at once at least; where there are fewer, copies fill the block.
         aggregator: how the server combines the clients' updates; None means their weighted mean.
@@ -219,8 +219,8 @@ def federated(
     ) -> RoundReport:
         ids = jnp.asarray(cohort.ids)
         rate = cohort_rates(rates, state, ids, key, damping)
-        clients, held = ids.shape[0], jax.tree.leaves(cohort.batches)[0].shape[0]
-        places = jnp.where(jnp.arange(held) < clients, jnp.arange(held), 0)
+        clients, rows = ids.shape[0], jax.tree.leaves(cohort.batches)[0].shape[0]
+        places = jnp.where(jnp.arange(rows) < clients, jnp.arange(rows), 0)
 
         def run_block(block):
             ids, rate, batches = block
@@ -228,11 +228,11 @@ def federated(
             return done.losses, done.projected_gradients, None if work.reconstruct else done.params
 
         block = (ids[places], rate[places], cohort.batches)
-        blocks = in_blocks(block, groups, block_size or held, least_width)
+        blocks = in_blocks(block, groups, block_size or rows, least_width)
         if mesh is not None:
             blocks = jax.lax.with_sharding_constraint(blocks, NamedSharding(mesh, P(None, CLIENTS)))
         outcome = map_blocks(run_block, blocks, state.round)
-        outcome = jax.tree.map(lambda leaf: leaf[:clients], out_of_blocks(outcome, groups, held))
+        outcome = jax.tree.map(lambda leaf: leaf[:clients], out_of_blocks(outcome, groups, rows))
         if mesh is not None:
             outcome, rate = jax.lax.with_sharding_constraint((outcome, rate), NamedSharding(mesh, P()))
         losses, gradients, params = outcome
@@ -243,8 +243,8 @@ def federated(
 
     def reconstruct(state, id, coefficients, rate, key) -> Params:
         assert reconstructed is not None  # back-propagated work brings its parameters
-        ours = common_key(key, state.round) if directions_shared else own_key(key, state.round, np.int32(id))
-        return reconstructed(state.params, ours, np.asarray(coefficients, np.float32), np.float32(rate))
+        direction_key = common_key(key, state.round) if directions_shared else own_key(key, state.round, np.int32(id))
+        return reconstructed(state.params, direction_key, np.asarray(coefficients, np.float32), np.float32(rate))
 
     def upload(state: FederatedState, id: int, report: RoundReport, i: int, key: jax.Array) -> Params:
         if report.params is not None:
@@ -278,11 +278,13 @@ def federated(
         share, deltas = aggregation.shares(weights), []
 
         def counted() -> Iterator[Params]:
-            each = uploads or (upload(state, id, report, i, key) if share[i] else None for i, id in enumerate(ids))
-            for weight, theirs in zip(share, each, strict=True):
+            all_params = uploads or (
+                upload(state, id, report, i, key) if share[i] else None for i, id in enumerate(ids)
+            )
+            for weight, client_params in zip(share, all_params, strict=True):
                 if weight:
-                    deltas.extend([_difference(theirs, state.params)] if by_drift else [])
-                    yield theirs
+                    deltas.extend([_difference(client_params, state.params)] if by_drift else [])
+                    yield client_params
 
         if directions_shared and uploads is None and report.params is None:
             moved = apply_combined(state, combine(weights, report), key)

@@ -57,7 +57,7 @@ def observe(
     participants: jax.Array,
     losses: jax.Array,
     drift: jax.Array | None,
-    heard: jax.Array | bool = True,
+    counted: jax.Array | bool = True,
 ) -> Signals:
     """Records a round.
 
@@ -66,14 +66,14 @@ def observe(
         participants: ``[P]`` int32, distinct ids of the clients that took part.
         losses: ``[P]`` float32, their mean training losses.
         drift: ``[P]`` float32, their client drift, or None where it is not measured.
-        heard: ``[P]`` bool, whose result came in; of the others nothing new is known.
+        counted: ``[P]`` bool, which of them returned a result; nothing changes for the others.
     """
     before = signals.losses[participants]
-    heard = jnp.broadcast_to(heard, losses.shape)
-    history = jnp.where(heard[:, None], jnp.concatenate([losses[:, None], before[:, :-1]], axis=1), before)
+    counted = jnp.broadcast_to(counted, losses.shape)
+    history = jnp.where(counted[:, None], jnp.concatenate([losses[:, None], before[:, :-1]], axis=1), before)
     drifts = signals.drift
     if drift is not None:
-        drifts = drifts.at[participants].set(jnp.where(heard, drift, drifts[participants]))
+        drifts = drifts.at[participants].set(jnp.where(counted, drift, drifts[participants]))
     return Signals(signals.losses.at[participants].set(history), drifts)
 
 

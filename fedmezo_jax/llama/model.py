@@ -399,6 +399,6 @@ def _attend(query: jax.Array, key: jax.Array, value: jax.Array, start: int) -> j
         split = jnp.moveaxis(padded.reshape(*groups.shape[:3], blocks, _QUERY_BLOCK, width), 3, 0)
         firsts = start + _QUERY_BLOCK * jnp.arange(blocks)
         # Back-propagation too would otherwise keep all weights.
-        found = jax.lax.map(lambda block: jax.checkpoint(mix)(*block), (firsts, split))
-        mixed = jnp.moveaxis(found, 0, 3).reshape(padded.shape)[..., :rows, :]
+        blocks_mixed = jax.lax.map(lambda block: jax.checkpoint(mix)(*block), (firsts, split))
+        mixed = jnp.moveaxis(blocks_mixed, 0, 3).reshape(padded.shape)[..., :rows, :]
     return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, rows, heads, width)

@@ -68,9 +68,9 @@ def fine_tune(
             clients of a round failed too often, or the disk is full.
     """
     folder = Path(out)
-    with ExitStack() as held:
-        held.enter_context(multihost.report_peer_failure())
-        held.enter_context(run_folder.guarded(folder))
+    with ExitStack() as stack:
+        stack.enter_context(multihost.report_peer_failure())
+        stack.enter_context(run_folder.guarded(folder))
         options = {"out": out, "resume": resume, "mesh": mesh, "check_rate": check_rate}
         options |= {"checkpoint_every": checkpoint_every, "eval_every": eval_every}
         environment = versions() | {"devices a process": jax.local_device_count()}
@@ -82,7 +82,7 @@ def fine_tune(
             config = multihost.all_or_none(lambda: resolve_defaults(config, notify))
         else:
             config = replace(config, model=task_name(task), data=task_name(task))
-        context, loss_before = _open(config, task, folder, resume, mesh, held, notify)
+        context, loss_before = _open(config, task, folder, resume, mesh, stack, notify)
         begun = multihost.all_or_none((folder / "metrics.jsonl").exists)
         on_start(context)
         for warning in warnings(context, check_rate and not begun):
@@ -104,10 +104,10 @@ def _open(
     folder: Path,
     resume: bool,
     mesh: str | None,
-    held: ExitStack,
+    stack: ExitStack,
     notify: Callable[[str], None],
 ) -> tuple[RunContext, float]:
-    """Loads and checks everything, and only then makes the folder; its lock goes into ``held``.
+    """Loads and checks everything, and only then makes the folder; its lock goes into ``stack``.
 
     Returns:
         What the run works with, and its test loss before training.
@@ -117,11 +117,11 @@ def _open(
     def check() -> None:
         run_folder.check_folder(folder, config, resume)
         if first and (folder / "config.json").exists():
-            held.enter_context(lock)  # so that a second run is refused before it loads anything
+            stack.enter_context(lock)  # so that a second run is refused before it loads anything
 
     def make() -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        held.enter_context(lock)
+        stack.enter_context(lock)
         for notice in run_folder.check_folder(folder, config, resume):
             notify(f"notice: {notice}")
         run_folder.write_json(folder / "config.json", asdict(config))

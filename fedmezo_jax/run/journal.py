@@ -95,13 +95,13 @@ def open_journal(
         matches = run_checkpoints.metrics_match(folder, seal)
         return None if matches else "metrics.jsonl has changed since it was saved"
 
-    found, reasons = run_checkpoints.newest(manager, fresh, unfit)
-    kept = found.seal.metrics_bytes if found else 0
-    if not found and not header:  # without a ledger only the checkpoint can save the work: go on without those metrics
-        found, reasons = run_checkpoints.newest(
+    newest, reasons = run_checkpoints.newest(manager, fresh, unfit)
+    kept = newest.seal.metrics_bytes if newest else 0
+    if not newest and not header:  # without a ledger only the checkpoint can save the work: go on without those metrics
+        newest, reasons = run_checkpoints.newest(
             manager, fresh, lambda step, _: "metrics.jsonl lacks its test loss" if step == config.rounds else None
         )
-    progress = found.progress if found else fresh
+    progress = newest.progress if newest else fresh
     first = int(progress.state.round)
     unexpected = bool(reasons) or (written > recorded if header else written > 0 == kept)
     moved = run_checkpoints.set_aside(manager, first)

@@ -100,8 +100,8 @@ def unpack_entry(payload: bytes, what: str = "the entry") -> Entry:
     reader = Reader(payload, what)
 
     def field(name: str) -> None:
-        if (found := reader.value(str)) != name:
-            raise reader.error(f"it has {found!r} where {name} was expected")
+        if (name_there := reader.value(str)) != name:
+            raise reader.error(f"it has {name_there!r} where {name} was expected")
 
     reader.map(len(Entry._fields))
     field("round")
@@ -196,9 +196,9 @@ def records(file: Path) -> Iterator[Record]:
                 raise _damaged(file, index, start, start + _FRAME)
             if end > size:
                 return
-            payload, found = stream.read(length), stream.read(_CHAIN)
+            payload, stored_chain = stream.read(length), stream.read(_CHAIN)
             chain = _link(chain, frame, payload)
-            if chain != found:
+            if chain != stored_chain:
                 raise _damaged(file, index, start, end)
             yield Record(index, payload, chain, end)
             start = end

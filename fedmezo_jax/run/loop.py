@@ -30,10 +30,10 @@ def forward_passes(config: RunConfig) -> int:
     With a frozen base the backward pass has as many products as the forward one: gradients of activations alone. A
     tangent of forward-mode differentiation has as many too.
     """
-    each = 2
+    passes = 2
     if config.algorithm == "fedmezo":
-        each = 2 * config.directions if config.estimator == "two-point" else 1 + config.directions
-    return config.participants * config.local_steps * each
+        passes = 2 * config.directions if config.estimator == "two-point" else 1 + config.directions
+    return config.participants * config.local_steps * passes
 
 
 class RunResult(NamedTuple):
@@ -151,7 +151,7 @@ def train(
                 measured = float(task.evaluate(progress.state.params)) if last or (t + 1) % eval_every == 0 else None
             record = rounds.metrics_of(config, entry, report, traffic, typical)
             spent = [cohort(t, attempt)[1:] for attempt in range(entry.attempt + 1)]
-            held, tokens = map(sum, zip(*spent, strict=True))
+            real_tokens, tokens = map(sum, zip(*spent, strict=True))
             now = time.perf_counter()
             record |= {
                 "test_loss": measured if measured is None or math.isfinite(measured) else None,  # JSON has no NaN
@@ -159,7 +159,7 @@ def train(
                 "host_seconds": now - start - clock.lap(),
                 "forward_passes": passes * len(spent),
                 "tokens": passes * tokens // (config.participants * config.local_steps),
-                "padding_share": 1 - held / tokens,
+                "padding_share": 1 - real_tokens / tokens,
             }
             start = now  # what is written below counts as the next round's
             journal.record(record)

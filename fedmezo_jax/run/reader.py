@@ -53,17 +53,17 @@ class Reader:
 
     def value(self, *kinds: type) -> Any:
         """A scalar, bytes, text or None that is of exactly one of these types."""
-        found = self._read(self._stream.unpack)
-        if type(found) not in kinds:
-            raise self.error(f"found {type(found).__name__} and not {' or '.join(kind.__name__ for kind in kinds)}")
-        return found
+        value = self._read(self._stream.unpack)
+        if type(value) not in kinds:
+            raise self.error(f"found {type(value).__name__} and not {' or '.join(kind.__name__ for kind in kinds)}")
+        return value
 
     def integer(self) -> int:
         """An integer in [0, 2**63)."""
-        found = self.value(int)
-        if not 0 <= found < 2**63:
-            raise self.error(f"{found} is out of range")
-        return found
+        value = self.value(int)
+        if not 0 <= value < 2**63:
+            raise self.error(f"{value} is out of range")
+        return value
 
     def vector(self, dtype: str = "<f4") -> np.ndarray:
         """A vector that is stored as bytes, in the machine's own byte order."""
@@ -84,10 +84,10 @@ class Reader:
             raise self.error("it is followed by other bytes")
 
     def _header(self, read: Callable[[], int], what: str, length: int | None) -> int:
-        found = self._read(read)
-        if found > self._size or length not in (None, found):
-            raise self.error(f"{what} has {found} entries" + ("" if length is None else f" and not {length}"))
-        return found
+        value = self._read(read)
+        if value > self._size or length not in (None, value):
+            raise self.error(f"{what} has {value} entries" + ("" if length is None else f" and not {length}"))
+        return value
 
     def _read(self, read: Callable[[], Any]) -> Any:
         try:

@@ -202,12 +202,12 @@ def _remedy(failed: list[tuple[int, int, str]]) -> str:
 
 
 def known_losses(entry: Entry, report: federated.RoundReport) -> np.ndarray:
-    """``[K, H]`` losses of the clients that were heard in time, infinite where their numbers are of no use."""
+    """``[K, H]`` losses of the clients that answered in time, infinite where their numbers are of no use."""
     failed = {id: why for attempt, id, why in entry.failed if attempt == entry.attempt}
     whys = [failed.get(int(id)) for id in entry.ids]
-    heard = [why is None or why in client_failures.UNUSABLE for why in whys]
+    on_time = [why is None or why in client_failures.UNUSABLE for why in whys]
     usable = np.array([why is None for why in whys])[:, None]
-    return np.where(usable, np.asarray(report.losses), np.inf)[heard]
+    return np.where(usable, np.asarray(report.losses), np.inf)[on_time]
 
 
 class Traffic(NamedTuple):
@@ -267,19 +267,19 @@ def move(
     if entry.rolled_back or not entry.step:
         return None
     report = report_of(entry, config.local_steps, config.sent_directions)
-    each: Iterable[Params | None] | None = uploads
+    client_params: Iterable[Params | None] | None = uploads
     if config.sends_coefficients:
-        each = None
+        client_params = None
     elif not uploads:
-        each = (
+        client_params = (
             jax.device_get(round.upload(progress.state, int(id), report, i, key)) if entry.weights[i] else None
             for i, id in enumerate(entry.ids)
         )
-    return jax.block_until_ready(round.apply(progress.state, entry.ids, entry.weights, report, key, each))
+    return jax.block_until_ready(round.apply(progress.state, entry.ids, entry.weights, report, key, client_params))
 
 
 def traffic_of(config: RunConfig, round: federated.Round, progress: Progress, entry: Entry) -> Traffic:
-    """The bytes of a round, whose messages are made again from what they said."""
+    """The bytes of a round, whose messages are packed again from their content."""
     if config.sends_coefficients:
         return scalar_traffic(config, round, entry, report_of(entry, config.local_steps, config.sent_directions))
     params = jax.device_get(progress.state.params)
@@ -323,7 +323,7 @@ def metrics_of(
     config: RunConfig, entry: Entry, report: federated.RoundReport, traffic: Traffic, typical: divergence.Typical
 ) -> dict[str, Any]:
     """What a round's record in ``metrics.jsonl`` takes from its entry."""
-    heard, losses = entry.weights > 0, known_losses(entry, report)
+    counted, losses = entry.weights > 0, known_losses(entry, report)
     known = losses[np.isfinite(losses)]
     median = divergence.median_loss(losses) if len(losses) else np.inf
     return {
@@ -332,9 +332,9 @@ def metrics_of(
         "participants": entry.ids.tolist(),
         "learning_rates": entry.learning_rates.tolist(),
         "median_loss": median if np.isfinite(median) else None,
-        "projected_gradient": divergence.gradient_rms(report, heard),
-        "median_gradient": divergence.median_gradient(report, heard),
-        "gradient_growth": divergence.growth(report, heard),
+        "projected_gradient": divergence.gradient_rms(report, counted),
+        "median_gradient": divergence.median_gradient(report, counted),
+        "gradient_growth": divergence.growth(report, counted),
         "failed": [{"attempt": attempt + 1, "client": id, "why": why} for attempt, id, why in entry.failed],
         "diverged": typical.diverged(losses),
         "clipped": entry.clipped,

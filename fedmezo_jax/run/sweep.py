@@ -97,7 +97,7 @@ def sweep(
         on_round: called with the number of rounds done.
 
     Raises:
-        UserError: a run asks for what a sweep cannot do.
+        UserError: a run asks for what a sweep cannot do, or the loss of its base is not finite.
     """
     configs = [setup.config for setup in setups]
     config = configs[0]
@@ -114,12 +114,12 @@ def sweep(
     keys = jnp.stack([run_key(one.seed) for one in configs])
 
     def evaluate() -> list[float]:
-        each = [jax.tree.map(lambda leaf, i=i: leaf[i], states.params) for i in range(count)]
-        return [setup.task.evaluate(params) for setup, params in zip(setups, each, strict=True)]
+        all_params = [jax.tree.map(lambda leaf, i=i: leaf[i], states.params) for i in range(count)]
+        return [setup.task.evaluate(params) for setup, params in zip(setups, all_params, strict=True)]
 
     def cohort(t: int) -> federated.Cohort:
         steps, size = config.local_steps, config.batch_size
-        each = []
+        cohorts = []
         for setup in setups:
             ids = aggregation.sample_participants(setup.config.seed, t, config.clients, clients)
             sizes = np.array([len(setup.task.parts[i]) for i in ids], np.float32)
@@ -127,11 +127,13 @@ def sweep(
             batches = round_batches(
                 setup.task.train, setup.task.parts, ids, t, seed=setup.config.seed, local_steps=steps, batch_size=size
             )
-            each.append(federated.Cohort(ids, weights, batches))
-        batches = _padded([cohort.batches for cohort in each])
-        return jax.device_put(_stack(c._replace(batches=b) for c, b in zip(each, batches, strict=True)))
+            cohorts.append(federated.Cohort(ids, weights, batches))
+        padded = _padded([cohort.batches for cohort in cohorts])
+        return jax.device_put(
+            _stack(cohort._replace(batches=batches) for cohort, batches in zip(cohorts, padded, strict=True))
+        )
 
-    rounds, test_losses, train_losses = [0], [evaluate()], []
+    rounds, test_losses, train_losses = [0], [[setup.task.loss_before(setup.lora) for setup in setups]], []
     seconds = []
     for t in range(config.rounds):
         begun = time.perf_counter()

@@ -1,0 +1,165 @@
+"""Estimators and trained layers at equal compute, each at its best learning rate.
+
+    python -m experiments.studies.estimators
+
+Compute is counted in products with the frozen weights: tokens × layers that are run, and the head as its share. Layers
+below the first trained one cost nothing, since they are run once for each example, and a tangent costs a forward pass.
+Every method gets the rounds that the paper's method has for its compute, and is shown at the best rate of its sweep.
+Back-propagation from the same layers on stands beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from experiments import _cli, _plots
+from experiments.studies import runner
+from fedmezo_jax.run.config import RunConfig
+from fedmezo_jax.run.loop import forward_passes
+
+PAPER_METHOD = "two-point, all layers"
+
+
+class Decoder(NamedTuple):
+    """What the products of a model cost.
+
+    Attributes:
+        layers: their number.
+        head: products of the head, in those of one layer: V·D at the share of tokens that have a label.
+    """
+
+    layers: int
+    head: float
+
+
+TINY = Decoder(5, 0.3)  # 1813·128 at a quarter of the tokens, against 196,608 in a layer
+OPEN_LLAMA_3B = Decoder(26, 0.4)  # 32000·3200 at half of the tokens, against 123.9 million
+
+
+def compute(config: RunConfig, decoder: Decoder) -> float:
+    """Products of a run, in those of the layers of one example's forward pass through one layer."""
+    trained = decoder.layers if config.layers == "all" else int(config.layers.removeprefix("last:"))
+    return config.rounds * forward_passes(config) * config.batch_size * (trained + decoder.head)
+
+
+Methods = Mapping[str, tuple[Mapping[str, Any], Sequence[float]]]
+"""Label → fields of :class:`RunConfig` and learning rates."""
+
+
+def variants(base: RunConfig, decoder: Decoder, methods: Methods) -> runner.Variants:
+    """Every method at every rate of its sweep, with as many rounds as the compute of ``base`` allows it."""
+    whole = compute(base, decoder)
+    rounds = {
+        label: max(1, round(whole / compute(replace(base, **fields, rounds=1), decoder)))
+        for label, (fields, _) in methods.items()
+    }
+    return runner.swept(
+        {label: ({**fields, "rounds": rounds[label]}, rates) for label, (fields, rates) in methods.items()}
+    )
+
+
+def methods(last: int, few: int, scale: float) -> Methods:
+    """The methods that are compared, where ``last`` or ``few`` layers are trained; their rates are times ``scale``."""
+    forward = {"estimator": "forward-gradient", "distribution": "rademacher"}
+    table = {
+        PAPER_METHOD: ({}, (3e-4, 7e-4, 1e-3, 2e-3)),
+        "two-point, all layers, batch 1": ({"batch_size": 1}, (2e-4, 4e-4, 7e-4, 1e-3)),
+        f"two-point, last {last}": ({"layers": f"last:{last}"}, (1e-3, 2e-3, 4e-3, 8e-3)),
+        f"two-point, last {few}": ({"layers": f"last:{few}"}, (2e-3, 4e-3, 8e-3, 1.6e-2)),
+        "forward gradient, n = 8, all layers": ({**forward, "directions": 8}, (1e-3, 2e-3, 5e-3, 1e-2)),
+        **{
+            f"forward gradient, n = {n}, last {last}": ({**forward, "directions": n, "layers": f"last:{last}"}, rates)
+            for n, rates in (
+                (1, (1e-3, 2e-3, 4e-3, 8e-3)),
+                (4, (5e-3, 1e-2, 2e-2, 4e-2)),
+                (10, (1e-2, 2e-2, 4e-2, 8e-2)),
+            )
+        },
+        "back-propagation, all layers": ({"algorithm": "fedavg"}, (1e-2, 3e-2, 6e-2, 1e-1)),
+        "back-propagation with Adam, all layers": (
+            {"algorithm": "fedavg", "local_optimizer": "adam"},
+            (1e-3, 3e-3, 1e-2, 3e-2),
+        ),
+        f"back-propagation, last {last}": ({"algorithm": "fedavg", "layers": f"last:{last}"}, (3e-2, 1e-1, 2e-1, 4e-1)),
+    }
+    return {label: (fields, [rate * scale for rate in rates]) for label, (fields, rates) in table.items()}
+
+
+_SMALL_METHODS, _PAPER_METHODS = methods(2, 1, 1.0), methods(8, 4, 0.03)
+_SMOKE_METHODS = {label: _SMALL_METHODS[label] for label in (PAPER_METHOD, "forward gradient, n = 4, last 2")}
+PRESETS: dict[runner.PresetName, runner.Preset] = {
+    "small": runner.Preset(runner.SMALL, 5, 1, variants(runner.SMALL, TINY, _SMALL_METHODS)),
+    "paper": runner.Preset(runner.PAPER, 3, 10, variants(runner.PAPER, OPEN_LLAMA_3B, _PAPER_METHODS)),
+    "smoke": runner.Preset(runner.SMOKE, 2, 1, variants(runner.SMOKE, TINY, _SMOKE_METHODS)),
+}
+_DECODERS = {"small": TINY, "paper": OPEN_LLAMA_3B, "smoke": TINY}
+
+
+def conclude(decoder: Decoder, outcomes: Sequence[runner.Outcome]) -> list[dict[str, Any]]:
+    """:func:`runner.tuned_rows`, with each method's compute, and how it compares with the paper's method.
+
+    ``compute`` is in that of the paper's method; ``compute_to_its_loss`` is what had been spent when the mean test loss
+    was first as low as the paper's method ends; ``p_paired`` is of a paired t test of the final losses, by seeds.
+    """
+    paper = runner.tune(outcomes)[PAPER_METHOD].best
+    whole, reached = compute(paper.config, decoder), float(np.mean(paper.after))
+    table = []
+    for outcome, row in zip(outcomes, runner.tuned_rows(outcomes), strict=True):
+        share = compute(outcome.config, decoder) / whole
+        curve = outcome.curves[0]
+        means = np.mean([one.test_loss for one in outcome.curves], axis=0)
+        there = np.flatnonzero(means <= reached)
+        p_paired = None
+        if outcome is not paper and len(outcome.after) > 1:
+            p_paired = float(stats.ttest_rel(outcome.after, paper.after).pvalue)
+        table.append(
+            row
+            | {
+                "compute": share,
+                "compute_to_its_loss": share * curve.rounds[there[0]] / curve.rounds[-1] if len(there) else None,
+                "drop_over_its_drop": (means[0] - means[-1]) / (means[0] - reached) if np.isfinite(means[-1]) else None,
+                "p_paired": p_paired if p_paired is None or np.isfinite(p_paired) else None,
+                "numbers_up": outcome.config.local_steps * outcome.config.sent_directions
+                if outcome.config.algorithm == "fedmezo"
+                else None,
+            }
+        )
+    return table
+
+
+def plot(path: str, chosen: Mapping[str, runner.Outcome], decoder: Decoder) -> None:
+    """Plots the test loss of each method at its best rate over the compute."""
+    figure, axes = _plots.subplots(figsize=(8, 4.8))
+    whole = compute(chosen[PAPER_METHOD].config, decoder)
+    for label, outcome in chosen.items():
+        rounds = np.array(outcome.curves[0].rounds)
+        share = compute(outcome.config, decoder) / whole
+        values = np.array([curve.test_loss for curve in outcome.curves])
+        runner.draw(axes, rounds / rounds[-1] * share, values, f"{label}, η = {outcome.config.learning_rate:g}")
+    axes.set(xlabel="compute / compute of the paper's method", ylabel="test loss (nats/token)")
+    axes.grid(alpha=0.3)
+    _plots.legend(figure, axes, columns=2)
+    _plots.save(figure, path, dpi=100)
+
+
+def main(config: runner.Config) -> None:
+    """Runs the study."""
+    decoder = _DECODERS[config.preset]
+    out, outcomes = runner.run(
+        config,
+        "estimators",
+        PRESETS,
+        title="estimators at equal compute, each at its best rate",
+        conclude=partial(conclude, decoder),
+    )
+    plot(str(out / "estimators.png"), {label: tuned.best for label, tuned in runner.tune(outcomes).items()}, decoder)
+
+
+if __name__ == "__main__":
+    _cli.run(main, runner.Config, __doc__)

@@ -1,0 +1,46 @@
+"""The study of estimators compares its methods at equal compute."""
+
+import numpy as np
+import pytest
+
+from experiments.studies import estimators, runner
+from fedmezo_jax.run.config import paper_config
+from fedmezo_jax.run.sweep import Curve
+
+
+@pytest.mark.parametrize("preset", ["small", "paper"])
+def test_every_method_has_the_compute_of_the_paper_s(preset):
+    run, decoder = estimators.PRESETS[preset].run, estimators._DECODERS[preset]
+    whole = estimators.compute(run, decoder)
+    for label, fields in estimators.PRESETS[preset].variants.items():
+        config = paper_config(**vars(run) | dict(fields))
+        assert estimators.compute(config, decoder) == pytest.approx(whole, rel=0.12), label  # in whole rounds
+
+
+def test_compute_by_hand():
+    """3 rounds × 4 clients × 10 steps × 2 examples; two losses a step, or one and five tangents."""
+    sizes = {"rounds": 3, "clients": 4, "participation": 1.0, "local_steps": 10, "batch_size": 2}
+    decoder = estimators.Decoder(layers=5, head=0.5)
+    assert estimators.compute(paper_config(**sizes), decoder) == 3 * 4 * 10 * 2 * 2 * 5.5
+    fast = paper_config(**sizes, estimator="forward-gradient", directions=5, layers="last:2")
+    assert estimators.compute(fast, decoder) == 3 * 4 * 10 * 2 * 6 * 2.5
+
+
+def outcome(label, losses, **fields):
+    """Two seeds, the second 5 % above the first; the loss after each round."""
+    curves = [Curve(list(range(len(losses))), [loss * (1 + 0.05 * i) for loss in losses], [], 0.1) for i in range(2)]
+    config = paper_config(rounds=len(losses) - 1, **fields)
+    return runner.Outcome(f"{label}, η = {config.learning_rate:g}", config, curves)
+
+
+def test_when_a_method_was_as_good_as_the_paper_s():
+    paper = outcome(estimators.PAPER_METHOD, [2.0, 1.9, 1.8], learning_rate=1e-3)
+    good = outcome("good", [2.0, 1.7, 1.6], learning_rate=1e-2)
+    bad = outcome("bad", [2.0, 2.0, 1.9], learning_rate=1e-2, directions=2)
+    broken = outcome("broken", [2.0, 2.0, np.nan], learning_rate=1e-2)
+    rows = estimators.conclude(estimators.TINY, [paper, good, bad, broken])
+    assert [row["compute"] for row in rows] == [1, 1, 2, 1]
+    assert [row["compute_to_its_loss"] for row in rows] == [1, 0.5, None, None]
+    assert [row["drop_over_its_drop"] for row in rows] == [1, pytest.approx(2), pytest.approx(0.5), None]
+    assert rows[0]["p_paired"] is None
+    assert rows[3]["p_paired"] is None
