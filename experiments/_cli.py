@@ -27,6 +27,7 @@ from rich.text import Text
 from experiments import STOPS
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.registry import cache_folder
+from fedmezo_jax.out_folder import out_folder
 from fedmezo_jax.parallel import multihost
 from fedmezo_jax.run.compilation_cache import keep_compiled
 from fedmezo_jax.run.run_folder import write_json
@@ -53,12 +54,20 @@ def run(main: Callable[[T], None], config: type[T], description: str | None) -> 
     keep_compiled(cache_folder() / "compiled")
     try:
         with _stops():
-            main(_parse(config, description))
+            options = _parse(config, description)
+            with _out_folder(options):
+                main(options)
     except UserError as error:
         _leave("error: " + " ".join(str(error).splitlines()), 2)  # a file's name may contain a line break
     except StoppedError as stop:
         hint = "; go on with --resume" if hasattr(config, "resume") else ""
         _leave(f"stopped by {stop.signal.name}{hint}", 128 + stop.signal)
+
+
+def _out_folder(options: Any) -> contextlib.AbstractContextManager[None]:
+    """Makes the folder ``--out`` before any work; a command that can be resumed does so itself, under its lock."""
+    folder = getattr(options, "out", None)
+    return contextlib.nullcontext() if folder is None or hasattr(options, "resume") else out_folder(folder)
 
 
 class StoppedError(KeyboardInterrupt):

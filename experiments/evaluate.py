@@ -36,7 +36,6 @@ from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.generate import generate
 from fedmezo_jax.llama.model import Base, Llama, Lora
 from fedmezo_jax.llama.registry import load_tokenizer, resolve
-from fedmezo_jax.out_folder import out_folder
 from fedmezo_jax.run.config_parts import DataConfig, ModelConfig
 from fedmezo_jax.run.context import check_tokens, table_of
 
@@ -100,13 +99,8 @@ class LoadedModel(NamedTuple):
 def main(config: Config) -> None:
     """Loads and evaluates the model, prints the table and writes the folder."""
     start = time.perf_counter()
-    with out_folder(config.out):
-        if (config.out / "metrics.jsonl").exists():
-            raise UserError(f"--out {config.out} holds a run, whose results would be overwritten: give another folder")
-        _evaluate(config, start)
-
-
-def _evaluate(config: Config, start: float) -> None:
+    if (config.out / "metrics.jsonl").exists():
+        raise UserError(f"--out {config.out} holds a run, whose results would be overwritten: give another folder")
     folder = resolve(config.model)
     llama, tokenizer = LlamaConfig.from_json(folder), load_tokenizer(folder)
     adapter = None if config.adapter is None else load_adapter(config.adapter, llama)

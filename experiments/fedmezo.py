@@ -100,9 +100,9 @@ class Config:
 def main(config: Config) -> None:
     """Prepares, trains, prints the table and writes the folder."""
     multihost.join(config.processes, config.process_timeout)
-    with ExitStack() as held:
+    with ExitStack() as stack:
         if not multihost.is_coordinator():
-            held.enter_context(contextlib.redirect_stdout(held.enter_context(open(os.devnull, "w"))))
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         start, result = _fine_tune(config)
         if multihost.is_coordinator():
             with run_folder.guarded(config.out):
@@ -111,7 +111,7 @@ def main(config: Config) -> None:
 
 def _fine_tune(config: Config) -> tuple[float, RunResult]:
     """The run, shown as it goes on, and when it began."""
-    start, bar, held = 0.0, _progress(), ExitStack()
+    start, bar, stack = 0.0, _progress(), ExitStack()
     task = bar.add_task("rounds", total=config.run.rounds, loss="", pace="")
 
     def begin(context: RunContext) -> None:
@@ -120,7 +120,7 @@ def _fine_tune(config: Config) -> tuple[float, RunResult]:
         describe(context)
         if multihost.is_coordinator():
             plot_partition(config.out / "partition.png", context)
-        held.enter_context(bar)
+        stack.enter_context(bar)
 
     def show(record: dict[str, Any]) -> None:
         pace = f"{record['seconds']:.2f} s/round"
@@ -129,7 +129,7 @@ def _fine_tune(config: Config) -> tuple[float, RunResult]:
 
     options = {name: getattr(config, name) for name in OPTIONS}
     notify = partial(bar.console.print, soft_wrap=True, markup=False, highlight=False)
-    with held:
+    with stack:
         result = fine_tune(config.run, config.out, **options, on_start=begin, on_round=show, notify=notify)
     return start, result
 
@@ -198,11 +198,11 @@ def describe(setup: RunContext) -> None:
     print(f"{config.data}: {train} training and {test} test examples{skipped}{truncated}")
     if config.algorithm == "fedavg":
         print("no run.ledger: back-propagated steps are no scalars that could rebuild the run")
-    held, wide = lengths(setup.task.train).mean(), setup.task.train[0].shape[1]
-    offered = ", ".join(str(width.tokens) for width in setup.task.widths)
+    mean_length, width = lengths(setup.task.train).mean(), setup.task.train[0].shape[1]
+    offered = ", ".join(str(bucket.tokens) for bucket in setup.task.widths)
     print(
-        f"rows of {held:.0f} tokens on average, padded to {offered} "
-        f"(to {wide} alone, {1 - held / wide:.0%} would be padding)"
+        f"examples of {mean_length:.0f} tokens on average, padded to {offered} "
+        f"(to {width} alone, {1 - mean_length / width:.0%} would be padding)"
     )
     names = sorted(set(setup.categories))
     if names != [""]:
@@ -212,7 +212,7 @@ def describe(setup: RunContext) -> None:
         groups = {name: [Counter(setup.categories[row] for row in part)[name] for part in shown] for name in names}
         groups["all"] = [len(part) for part in shown]
         table = [{"category": name} | {str(i): n for i, n in enumerate(counts)} for name, counts in groups.items()]
-        _cli.print_table(f"rows of each client, {config.partition} partition{more}", table)
+        _cli.print_table(f"examples per client, {config.partition} partition{more}", table)
     print(f"heterogeneity: mean total-variation distance {setup.heterogeneity:.3f}")
 
 

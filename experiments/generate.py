@@ -24,7 +24,6 @@ from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.generate import generate
 from fedmezo_jax.llama.model import Llama
 from fedmezo_jax.llama.registry import load_tokenizer, resolve
-from fedmezo_jax.out_folder import out_folder
 
 
 @dataclass(frozen=True)
@@ -52,11 +51,6 @@ def main(config: Config) -> None:
     start = time.perf_counter()
     if not config.prompt:
         raise UserError('no prompt is given: add --prompt "…", once or several times')
-    with out_folder(config.out):
-        _generate(config, start)
-
-
-def _generate(config: Config, start: float) -> None:
     folder = resolve(config.model)
     llama, tokenizer = LlamaConfig.from_json(folder), load_tokenizer(folder)
     adapter = None if config.adapter is None else load_adapter(config.adapter, llama)

@@ -46,9 +46,9 @@ def main(config: Config) -> None:
     with Progress() as bar:
         task, verified = bar.add_task("rounds", total=None), begin
 
-        def start(found: VerifiedLedger) -> None:
+        def start(verified_ledger: VerifiedLedger) -> None:
             nonlocal verified
-            bar.update(task, total=found.rounds if config.round is None else config.round)
+            bar.update(task, total=verified_ledger.rounds if config.round is None else config.round)
             verified = time.perf_counter()
 
         def show(done: int) -> None:
@@ -57,15 +57,15 @@ def main(config: Config) -> None:
         notify = partial(bar.console.print, soft_wrap=True, markup=False, highlight=False)
         replayed = replay(config.ledger, config.model, config.round, on_start=start, on_round=show, notify=notify)
     reconstructed = time.perf_counter()
-    found, lora, done = replayed
-    run = found.config
+    verified_ledger, lora, done = replayed
+    run = verified_ledger.config
 
     settings: dict[str, Any] = {"rank": run.lora_rank, "alpha": run.lora_alpha, "targets": run.target_names}
-    if found.llama is not None:
-        settings["trained"] = trained_layers(run.layers, found.llama)
+    if verified_ledger.llama is not None:
+        settings["trained"] = trained_layers(run.layers, verified_ledger.llama)
     save_adapter(config.out / "adapter", lora, **settings, base_name=config.model or run.model)
     beside = config.ledger.parent / "adapter"
-    row: dict[str, Any] = {"rounds": done, "ledger_bytes": found.size, "verify_seconds": verified - begin}
+    row: dict[str, Any] = {"rounds": done, "ledger_bytes": verified_ledger.size, "verify_seconds": verified - begin}
     row |= {
         "rebuild_seconds": reconstructed - verified,
         "compared": False,
@@ -73,12 +73,12 @@ def main(config: Config) -> None:
         "largest_difference": None,
     }
     if done == run.rounds and beside.exists():
-        assert found.llama is not None  # as no task was given
-        difference = largest_difference(jax.device_get(load_adapter(beside, found.llama).lora), lora)
+        assert verified_ledger.llama is not None  # as no task was given
+        difference = largest_difference(jax.device_get(load_adapter(beside, verified_ledger.llama).lora), lora)
         row |= {"compared": True, "bit_identical": difference is None, "largest_difference": difference or 0.0}
     _cli.write_folder(config, [row], time.perf_counter() - begin)
     _cli.print_table(f"adapter after round {done}: {config.out / 'adapter'}", [row])
-    print(_verdict(row, found.header))
+    print(_verdict(row, verified_ledger.header))
     if row["compared"] and not row["bit_identical"]:
         sys.exit(3)
 

@@ -113,7 +113,7 @@ def conclude(decoder: Decoder, outcomes: Sequence[runner.Outcome]) -> list[dict[
     for outcome, row in zip(outcomes, runner.tuned_rows(outcomes), strict=True):
         share = compute(outcome.config, decoder) / whole
         curve = outcome.curves[0]
-        means = np.mean([one.test_loss for one in outcome.curves], axis=0)
+        means = np.mean([run.test_loss for run in outcome.curves], axis=0)
         there = np.flatnonzero(means <= reached)
         p_paired = None
         if outcome is not paper and len(outcome.after) > 1:

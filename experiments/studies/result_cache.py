@@ -34,9 +34,9 @@ class ResultCache:
         file = self._file(point)
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
-    def store(self, point: Point, found: Any, seconds: float) -> None:
+    def store(self, point: Point, result: Any, seconds: float) -> None:
         """Stores a measurement, which must be valid JSON, and the seconds that it took."""
-        write_json(self._file(point), {"point": point, "found": found, "seconds": seconds})
+        write_json(self._file(point), {"point": point, "found": result, "seconds": seconds})
 
     def _file(self, point: Point) -> Path:
         name = hashlib.sha256(json.dumps(point, sort_keys=True).encode()).hexdigest()[:20]

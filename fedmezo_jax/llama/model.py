@@ -249,7 +249,7 @@ class Llama(nn.Module):
         missing = self.config.num_hidden_layers - jax.tree.leaves(stacked)[0].shape[0]
         block = Block(self.config, self.lora_scale, self.precision, self.least_rows, parent=None)
 
-        def one(x, layer_and_lora):
+        def run_layer(x, layer_and_lora):
             layer, lora = layer_and_lora
             slices = jax.tree.map(
                 lambda leaf: jax.lax.dynamic_index_in_dim(*keep_in_loop(leaf, layer - missing), 0, False), stacked
@@ -258,8 +258,8 @@ class Llama(nn.Module):
             return block.apply({"params": weights}, x, lora, layer - start + row, rope, perturbation)
 
         policy = None if self.checkpointed else jax.checkpoint_policies.save_anything_except_these_names("weights")
-        one = jax.checkpoint(one, prevent_cse=False, policy=policy)
-        return jax.lax.scan(one, x, (jnp.arange(start, stop), lora or {}))[0]
+        run_layer = jax.checkpoint(run_layer, prevent_cse=False, policy=policy)
+        return jax.lax.scan(run_layer, x, (jnp.arange(start, stop), lora or {}))[0]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Final norm and head: ``[..., D]`` to ``[..., V]``, float32."""

@@ -113,14 +113,14 @@ class HiddenStates:
         missing = np.array([i for i in np.unique(examples) if self._store.read(int(i)) is None], int)
         if not len(missing):
             return
-        said = time.monotonic()
+        last_notice = time.monotonic()
         for done, (i, states) in enumerate(zip(missing, self._prefix(self._tokens[missing]), strict=True)):
             self._store.write(int(i), states)
-            if time.monotonic() - said > _SECONDS:
+            if time.monotonic() - last_notice > _SECONDS:
                 notify(
                     f"hidden states below layer {self._prefix.model.trained_layers[0]}: {done:,} of {len(missing):,}"
                 )
-                said = time.monotonic()
+                last_notice = time.monotonic()
 
     def __getitem__(self, index: Any) -> np.ndarray:
         """The states of the examples that an array of indices picks, ``[*index.shape, S, D]``."""

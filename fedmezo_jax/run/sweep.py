@@ -106,12 +106,12 @@ def sweep(
     clients, count = config.participants, len(setups)
     _, loss = build(setups[0])
     advance = jax.jit(partial(_round, config), donate_argnums=1)
-    knobs = SweepAxes(*(jnp.array([getattr(one, name) for one in configs], jnp.float32) for name in SweepAxes._fields))
+    axes = SweepAxes(*(jnp.array([getattr(run, name) for run in configs], jnp.float32) for name in SweepAxes._fields))
     start = [personalization.init_signals(config.clients) for _ in setups]
     params = _stack([setup.lora for setup in setups])
     optimizer = jax.vmap(server_optimizer(config).init)(params)
     states = federated.FederatedState(params, optimizer, _stack(start), jnp.zeros(count, jnp.int32))
-    keys = jnp.stack([run_key(one.seed) for one in configs])
+    keys = jnp.stack([run_key(run.seed) for run in configs])
 
     def evaluate() -> list[float]:
         all_params = [jax.tree.map(lambda leaf, i=i: leaf[i], states.params) for i in range(count)]
@@ -137,7 +137,7 @@ def sweep(
     seconds = []
     for t in range(config.rounds):
         begun = time.perf_counter()
-        states, losses = advance(knobs, states, loss, cohort(t), keys)
+        states, losses = advance(axes, states, loss, cohort(t), keys)
         train_losses.append(np.asarray(losses))
         seconds.append((time.perf_counter() - begun) / count)
         if t + 1 == config.rounds or (t + 1) % eval_every == 0:
@@ -151,18 +151,18 @@ def sweep(
     ]
 
 
-def _round(config: RunConfig, knobs: SweepAxes, states, loss, cohorts: federated.Cohort, keys: jax.Array):
-    """A round of R runs; states, cohorts, knobs and keys have a leading axis R. Also the mean losses ``[R]``."""
+def _round(config: RunConfig, axes: SweepAxes, states, loss, cohorts: federated.Cohort, keys: jax.Array):
+    """A round of R runs; states, cohorts, axes and keys have a leading axis R. Also the mean losses ``[R]``."""
     optimizer = server_optimizer(config)
 
-    def one(knobs: SweepAxes, state: federated.FederatedState, cohort: federated.Cohort, key: jax.Array):
+    def one(axes: SweepAxes, state: federated.FederatedState, cohort: federated.Cohort, key: jax.Array):
         ids = jnp.asarray(cohort.ids)
         if config.algorithm == "fedmezo":
-            settings = (knobs.perturbation_scale, config.directions, config.distribution, config.weight_decay)
+            settings = (axes.perturbation_scale, config.directions, config.distribution, config.weight_decay)
             work = client.estimator_client(ESTIMATORS[config.estimator](mezo.MezoConfig(*settings)))
         else:
             work = client.sgd_client(local_optimizer(config))
-        rates = personalization.RateConfig(knobs.learning_rate, config.personalize, knobs.personalize_scale)
+        rates = personalization.RateConfig(axes.learning_rate, config.personalize, axes.personalize_scale)
         rate = federated.cohort_rates(rates, state, ids, key)
         shared = config.directions_shared
         done = federated.local_work(work, state, loss, ids, rate, cohort.batches, key, shared)
@@ -175,7 +175,7 @@ def _round(config: RunConfig, knobs: SweepAxes, states, loss, cohorts: federated
         signals = personalization.observe(state.signals, ids, losses, drift)
         return federated.FederatedState(params, moved, signals, state.round + 1), jnp.mean(losses)
 
-    return jax.vmap(one)(knobs, states, cohorts, keys)
+    return jax.vmap(one)(axes, states, cohorts, keys)
 
 
 def _stack(trees: Iterable[Any]) -> Any:

@@ -5,10 +5,20 @@ import sys
 
 import pytest
 
-from experiments import _cli, evaluate, generate, merge
+from experiments import _cli, evaluate, generate, memory, merge, plan
+from experiments.benchmarks import step
+from experiments.studies import effective_rank
 from fedmezo_jax.out_folder import out_folder
 
-COMMANDS = {"generate": (generate, ["--prompt", "x"]), "evaluate": (evaluate, []), "merge": (merge, [])}
+COMMANDS = {
+    "generate": (generate, ["--prompt", "x"]),
+    "evaluate": (evaluate, []),
+    "merge": (merge, []),
+    "memory": (memory, []),
+    "plan": (plan, []),
+    "step": (step, []),
+    "effective_rank": (effective_rank, []),
+}
 
 
 def run(monkeypatch, name, *arguments):
@@ -33,9 +43,7 @@ def impossible(request, tmp_path):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_an_out_that_cannot_be_made_is_one_line_before_any_work(name, impossible, tmp_path, monkeypatch, capsys):
-    for module in ("fedmezo_jax.llama.checkpoints.export", "experiments.evaluate", "experiments.generate"):
-        work = "write_weights" if module.endswith("export") else "load_base"
-        monkeypatch.setattr(f"{module}.{work}", lambda *_: pytest.fail("worked before it looked at --out"))
+    monkeypatch.setattr(COMMANDS[name][0], "main", lambda *_: pytest.fail("worked before it looked at --out"))
     assert run(monkeypatch, name, "--out", impossible) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: --out {impossible}")

@@ -68,24 +68,24 @@ def _read_tensor(file: Path, name: str) -> np.ndarray:
         return handle.get_tensor(name)
 
 
-def mismatches(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Entry]) -> list[str]:
-    """Returns how ``found`` differs from ``expected``: a phrase per kind of fault, with tensors and files."""
+def mismatches(expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, Entry]) -> list[str]:
+    """Returns how ``stored`` differs from ``expected``: a phrase per kind of fault, with tensors and files."""
 
     def at(name: str) -> str:
-        return f"{shorten(name)} in {found[name].file.name}"
+        return f"{shorten(name)} in {stored[name].file.name}"
 
     kinds = {
-        "missing": sorted(expected.keys() - found.keys()),
-        "unexpected": [at(name) for name in sorted(found.keys() - expected.keys())],
+        "missing": sorted(expected.keys() - stored.keys()),
+        "unexpected": [at(name) for name in sorted(stored.keys() - expected.keys())],
         "of another shape": [
-            f"{at(name)} is {shorten(str(list(found[name].shape)))} and not {list(shape)}"
+            f"{at(name)} is {shorten(str(list(stored[name].shape)))} and not {list(shape)}"
             for name, shape in expected.items()
-            if name in found and found[name].shape != tuple(shape)
+            if name in stored and stored[name].shape != tuple(shape)
         ],
         "of another type than float32, float16 or bfloat16": [
-            f"{at(name)} is {found[name].dtype}"
+            f"{at(name)} is {stored[name].dtype}"
             for name in expected
-            if name in found and found[name].dtype not in _FLOATS
+            if name in stored and stored[name].dtype not in _FLOATS
         ],
     }
     return [f"{kind}: {listed(names)}" for kind, names in kinds.items() if names]
