@@ -37,7 +37,7 @@ from fedmezo_jax.llama.generate import generate
 from fedmezo_jax.llama.model import Base, Llama, Lora
 from fedmezo_jax.llama.registry import load_tokenizer, resolve
 from fedmezo_jax.run.config_parts import DataConfig, ModelConfig
-from fedmezo_jax.run.context import check_tokens, table_of
+from fedmezo_jax.run.prepare import check_tokens, table_of
 
 ROWS_AT_ONCE = 16
 """Prompts that are continued together."""

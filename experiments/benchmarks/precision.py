@@ -26,7 +26,8 @@ from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.loss import loss_of, pair_loss_of
 from fedmezo_jax.llama.precision import WARN_ABOVE, Precision
 from fedmezo_jax.run.config import RunConfig, paper_config
-from fedmezo_jax.run.context import RunContext, prepare
+from fedmezo_jax.run.context import RunContext
+from fedmezo_jax.run.prepare import prepare
 
 
 @dataclass(frozen=True)

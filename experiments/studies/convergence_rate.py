@@ -25,7 +25,8 @@ from fedmezo_jax.data.batches import round_batches
 from fedmezo_jax.llama.loss import loss_of
 from fedmezo_jax.llama.task import unpaired
 from fedmezo_jax.run.config import RunConfig, paper_config
-from fedmezo_jax.run.context import build, prepare
+from fedmezo_jax.run.context import build
+from fedmezo_jax.run.prepare import prepare
 from fedmezo_jax.theory import constants
 from fedmezo_jax.theory.heterogeneity import gradients
 

@@ -22,9 +22,9 @@ from experiments.studies import result_cache, runner
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.run import divergence
 from fedmezo_jax.run.config import RunConfig
-from fedmezo_jax.run.context import prepare
 from fedmezo_jax.run.job import fine_tune
 from fedmezo_jax.run.loop import probe_start
+from fedmezo_jax.run.prepare import prepare
 
 PRESETS: dict[runner.PresetName, tuple[RunConfig, int]] = {
     "small": (replace(runner.SMALL, rounds=12), 3),

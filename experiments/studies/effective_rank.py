@@ -27,7 +27,8 @@ from fedmezo_jax.core.random import run_key
 from fedmezo_jax.data.examples import TokenBatch
 from fedmezo_jax.llama.loss import loss_of
 from fedmezo_jax.run.config import paper_config
-from fedmezo_jax.run.context import RunContext, prepare
+from fedmezo_jax.run.context import RunContext
+from fedmezo_jax.run.prepare import prepare
 from fedmezo_jax.theory import spectrum
 
 

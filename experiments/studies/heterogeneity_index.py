@@ -34,7 +34,8 @@ from fedmezo_jax.data.partition import category_distances
 from fedmezo_jax.llama.loss import loss_of
 from fedmezo_jax.llama.task import unpaired
 from fedmezo_jax.run.config import RunConfig, paper_config
-from fedmezo_jax.run.context import build, prepare
+from fedmezo_jax.run.context import build
+from fedmezo_jax.run.prepare import prepare
 from fedmezo_jax.theory import heterogeneity
 
 INDICES = ("round-wise", "five-round", "model-diff", "model-diff, shared directions")

@@ -20,7 +20,8 @@ from experiments import _cli, _plots
 from experiments.studies.paper import QUESTIONS
 from experiments.studies.result_cache import ResultCache, progress
 from fedmezo_jax.run.config import RunConfig, paper_config
-from fedmezo_jax.run.context import RunContext, prepare
+from fedmezo_jax.run.context import RunContext
+from fedmezo_jax.run.prepare import prepare
 from fedmezo_jax.run.run_folder import write_json
 from fedmezo_jax.run.sweep import Curve, SweepAxes, runs_at_once, shape_of, sweep
 

@@ -24,7 +24,7 @@ from fedmezo_jax.core import mezo, random
 from fedmezo_jax.core.random import run_key
 from fedmezo_jax.data.examples import TokenBatch
 from fedmezo_jax.llama.loss import loss_of
-from fedmezo_jax.run.context import prepare
+from fedmezo_jax.run.prepare import prepare
 
 PROBES = 16
 SCALES = (1e-4, 1e-3, 1e-2, 1e-1)

@@ -25,8 +25,8 @@ from fedmezo_jax.data.prompts import prompt_ids
 from fedmezo_jax.evaluation import gsm8k
 from fedmezo_jax.llama.registry import load_tokenizer, resolve
 from fedmezo_jax.run.config import RunConfig, paper_config
-from fedmezo_jax.run.context import table_of
 from fedmezo_jax.run.job import fine_tune
+from fedmezo_jax.run.prepare import table_of
 
 SMALL = paper_config(
     model="smollm2-135m",

@@ -30,7 +30,8 @@ from fedmezo_jax.data.examples import TokenBatch
 from fedmezo_jax.llama.loss import loss_of, pair_loss_of
 from fedmezo_jax.llama.task import unpaired
 from fedmezo_jax.run.config import RunConfig, paper_config
-from fedmezo_jax.run.context import RunContext, prepare
+from fedmezo_jax.run.context import RunContext
+from fedmezo_jax.run.prepare import prepare
 from fedmezo_jax.theory import spectrum
 from fedmezo_jax.theory.heterogeneity import gradients
 

@@ -122,14 +122,18 @@ class HiddenStates:
                 )
                 last_notice = time.monotonic()
 
+    def __len__(self) -> int:
+        """N."""
+        return self.shape[0]
+
     def __getitem__(self, index: Any) -> np.ndarray:
-        """The states of the examples that an array of indices picks, ``[*index.shape, S, D]``."""
-        index = np.asarray(index)
+        """The states of the examples that an index of the first axis picks, float32 ``[…, S, D]``."""
+        index = np.arange(len(self))[index]
         states = [self._store.read(int(i)) for i in index.ravel()]
         if any(row is None for row in states):
             self.compute(index)
             states = [self._store.read(int(i)) for i in index.ravel()]
-        return np.stack(states).reshape(*index.shape, *self.shape[1:])  # pyright: ignore[reportArgumentType, reportCallIssue]
+        return np.array(states, np.float32).reshape(*index.shape, *self.shape[1:])
 
 
 class _Store(Protocol):

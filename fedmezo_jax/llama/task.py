@@ -91,16 +91,19 @@ class LlamaTask(Task):
         """
         prefix = Prefix(unpaired(self.model), self.base, self.base_hash, load)
 
-        def states(rows: TokenBatch, examples: np.ndarray) -> HiddenBatch:
-            hidden = HiddenStates(prefix, rows.tokens, len(examples), folder)  # pyright: ignore[reportArgumentType]
+        def states(rows: TokenBatch, examples: np.ndarray) -> HiddenStates:
+            hidden = HiddenStates(prefix, np.asarray(rows.tokens), len(examples), folder)
             hidden.compute(examples, notify)
-            return HiddenBatch(hidden, *rows[1:])  # pyright: ignore[reportArgumentType]
+            return hidden
+
+        def all_states(rows: TokenBatch) -> HiddenBatch:
+            return HiddenBatch(states(rows, np.arange(len(rows.tokens)))[:], *rows[1:])
 
         assert isinstance(self.train, TokenBatch)
         assert isinstance(self.validation, TokenBatch)
         assert isinstance(self.test, TokenBatch)
-        train = states(self.train, used)
-        validation, test = (states(rows, np.arange(len(rows.tokens))) for rows in (self.validation, self.test))
+        train = HiddenBatch(states(self.train, used), *self.train[1:])  # pyright: ignore[reportArgumentType]
+        validation, test = all_states(self.validation), all_states(self.test)
         prefix.release()
         return replace(self, base=trained_part(self.model, self.base), train=train, validation=validation, test=test)
 

@@ -18,9 +18,10 @@ from fedmezo_jax.parallel import multihost
 from fedmezo_jax.parallel.sharding import parse_mesh
 from fedmezo_jax.run import divergence, run_folder
 from fedmezo_jax.run.config import RunConfig
-from fedmezo_jax.run.context import RunContext, context_of, precision_warnings, prepare, resolve_defaults, task_name
+from fedmezo_jax.run.context import RunContext, context_of, task_name
 from fedmezo_jax.run.journal import versions
 from fedmezo_jax.run.loop import RunResult, probe_start, train
+from fedmezo_jax.run.prepare import precision_warnings, prepare, resolve_defaults
 
 
 def to_stderr(line: str) -> None:

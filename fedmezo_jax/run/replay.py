@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -16,17 +14,15 @@ import numpy as np
 from fedmezo_jax.core import mezo
 from fedmezo_jax.core.random import init_key, run_key
 from fedmezo_jax.core.task import Task
-from fedmezo_jax.core.tree_hash import tree_hash
 from fedmezo_jax.errors import UserError
-from fedmezo_jax.llama.checkpoints.base_model import load_base
-from fedmezo_jax.llama.checkpoints.layout import leaves
-from fedmezo_jax.llama.config import LlamaConfig
-from fedmezo_jax.llama.lora import init_lora, lora_shapes, trained_layers
-from fedmezo_jax.llama.registry import resolve, resolve_local
 from fedmezo_jax.run import ledger, ledger_checks, rounds
 from fedmezo_jax.run.config import RunConfig
-from fedmezo_jax.run.config_parts import LoraConfig, ModelConfig
-from fedmezo_jax.run.context import algorithm, stored_type, task_name
+from fedmezo_jax.run.config_parts import ModelConfig
+from fedmezo_jax.run.context import algorithm, task_name
+from fedmezo_jax.run.prepare import base_of_ledger
+
+if TYPE_CHECKING:
+    from fedmezo_jax.llama.config import LlamaConfig
 
 
 class VerifiedLedger(NamedTuple):
@@ -116,11 +112,8 @@ def _verify(
         )
     _check_task(file, config, task)
     if task is None:
-        folder = _base(file, config, model)
-        llama = LlamaConfig.from_json(folder)
-        _check_rank(config, llama, file)
-        base_hash = tree_hash(load_base(folder, llama, stored_type(config.precision or "float32")))
-        init_params, name = partial(_init_lora, config, llama), f"--model {model or config.model}"
+        llama, base_hash, init_params = base_of_ledger(file, config, model)
+        name = f"--model {model or config.model}"
     else:
         llama, base_hash, init_params, name = None, task.hash_frozen(), task.init_params, type(task).__name__
     if base_hash != header["base_hash"]:
@@ -134,32 +127,6 @@ def _check_task(file: Path, config: ModelConfig, task: Task | None) -> None:
         raise UserError(f"{file}: the run is of {config.model}: give it to fedmezo_jax.replay as task=")
     if task is not None and config.model != task_name(task):
         raise UserError(f"{file}: the run is of {config.model} and not of {task_name(task)}")
-
-
-def _init_lora(config: LoraConfig, llama: LlamaConfig, key: jax.Array) -> mezo.Params:
-    return init_lora(key, llama, config.lora_rank, config.target_names, trained_layers(config.layers, llama))
-
-
-def _base(file: Path, config: ModelConfig, model: str | None) -> Path:
-    """The folder of the base model. A ledger alone does not make this machine fetch anything."""
-    if model is not None:
-        return resolve(model)
-    folder = resolve_local(config.model)
-    if folder is None:
-        raise UserError(
-            f"{file}: its base model {config.model} is not on this machine: to fetch it, give --model {config.model}; "
-            "or give --model FOLDER"
-        )
-    return folder
-
-
-def _check_rank(config: LoraConfig, llama: LlamaConfig, file: Path) -> None:
-    """Refuses an adapter that is larger than its base and than a gigabyte, before there is room made for it."""
-    shapes = lora_shapes(llama, config.lora_rank, config.target_names, trained_layers(config.layers, llama))
-    size = sum(math.prod(shape) for half in shapes.values() for shape in half.values())
-    base = sum(map(math.prod, leaves(llama).values()))
-    if size > max(base, 2**28):
-        raise UserError(f"{file}: lora_rank {config.lora_rank} means {size:,} parameters, more than the model has")
 
 
 def reconstruct(

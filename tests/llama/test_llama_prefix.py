@@ -92,6 +92,9 @@ def test_only_the_examples_that_are_asked_for_are_computed_and_each_once(setting
     picked = states[np.array([[5, 2], [7, 5]])]
     assert picked.shape == (2, 2, *states.shape[1:])
     np.testing.assert_array_equal(picked[0, 0], picked[1, 1])
+    np.testing.assert_array_equal(states[5:6][0], picked[0, 0])
+    np.testing.assert_array_equal(states[5], picked[0, 0])
+    assert states[:0].shape == (0, *states.shape[1:])
     assert setting.computed[2:] == [bytes(setting.rows.tokens[7])]
 
 

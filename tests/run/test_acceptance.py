@@ -12,8 +12,8 @@ from fedmezo_jax.core import client, mezo
 from fedmezo_jax.run import acceptance, client_failures, divergence, ledger, messages
 from fedmezo_jax.run.acceptance import Expected, Message, receive
 from fedmezo_jax.run.config import paper_config
-from fedmezo_jax.run.context import prepare
 from fedmezo_jax.run.loop import train
+from fedmezo_jax.run.prepare import prepare
 from fedmezo_jax.run.replay import largest_difference, reconstruct
 
 DRAW = np.random.RandomState(3)

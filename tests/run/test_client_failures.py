@@ -21,8 +21,8 @@ from experiments import _cli, fedmezo
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.run import client_failures, divergence, ledger, loop, messages, run_checkpoints, run_folder
 from fedmezo_jax.run.config import paper_config
-from fedmezo_jax.run.context import prepare
 from fedmezo_jax.run.loop import train
+from fedmezo_jax.run.prepare import prepare
 
 
 @pytest.fixture(scope="module", autouse=True)

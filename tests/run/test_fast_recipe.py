@@ -27,8 +27,9 @@ from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.task import LlamaTask
 from fedmezo_jax.run import automatic_rate, client_failures, ledger, ledger_checks, loop, messages, rounds, run_folder
 from fedmezo_jax.run.config import RunConfig, paper_config
-from fedmezo_jax.run.context import algorithm, build, prepare
+from fedmezo_jax.run.context import algorithm, build
 from fedmezo_jax.run.loop import RunResult, train
+from fedmezo_jax.run.prepare import prepare
 from fedmezo_jax.run.replay import largest_difference, replay
 
 ROOT = Path(__file__).parents[2]

@@ -349,7 +349,7 @@ def test_it_is_refused_in_one_line_and_nothing_is_made_of_it(name, tmp_path, mon
     payloads = MUTATIONS[name](header, payloads) or payloads
     file = write(tmp_path / "run.ledger", header, payloads)
     monkeypatch.setattr(sys, "argv", ["replay", str(file), "--out", str(tmp_path / "out")])
-    monkeypatch.setattr(replay, "_base", lambda *_: pytest.fail("the ledger was accepted"))
+    monkeypatch.setattr(replay, "base_of_ledger", lambda *_: pytest.fail("the ledger was accepted"))
     tracemalloc.start()
     try:
         with pytest.raises(SystemExit) as stop:

@@ -12,7 +12,8 @@ from fedmezo_jax.core import federated
 from fedmezo_jax.core.random import run_key
 from fedmezo_jax.data.batches import round_batches
 from fedmezo_jax.run.config import RunConfig, paper_config
-from fedmezo_jax.run.context import algorithm, build, prepare
+from fedmezo_jax.run.context import algorithm, build
+from fedmezo_jax.run.prepare import prepare
 
 CLIENTS, STEPS = 8, 3
 

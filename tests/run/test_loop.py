@@ -17,8 +17,8 @@ from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.registry import load_tokenizer
 from fedmezo_jax.run import ledger, loop, run_folder
 from fedmezo_jax.run.config import paper_config
-from fedmezo_jax.run.context import prepare
 from fedmezo_jax.run.loop import train
+from fedmezo_jax.run.prepare import prepare
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -20,8 +20,9 @@ from fedmezo_jax.core import federated
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.run import rounds, run_checkpoints, run_folder
 from fedmezo_jax.run.config import paper_config
-from fedmezo_jax.run.context import build, prepare
+from fedmezo_jax.run.context import build
 from fedmezo_jax.run.loop import train
+from fedmezo_jax.run.prepare import prepare
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -22,9 +22,9 @@ from fedmezo_jax.llama.checkpoints.base_model import load_base, save_base
 from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.run import ledger, run_checkpoints, run_folder
 from fedmezo_jax.run.config import paper_config
-from fedmezo_jax.run.context import prepare
 from fedmezo_jax.run.ledger_header import config_hash
 from fedmezo_jax.run.loop import train
+from fedmezo_jax.run.prepare import prepare
 from fedmezo_jax.run.replay import largest_difference, reconstruct
 
 ROOT = Path(__file__).parents[2]

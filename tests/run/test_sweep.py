@@ -8,8 +8,8 @@ from small_run import write_data, write_model
 
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.run.config import paper_config
-from fedmezo_jax.run.context import prepare
 from fedmezo_jax.run.loop import train
+from fedmezo_jax.run.prepare import prepare
 from fedmezo_jax.run.sweep import shape_of, sweep
 
 
