@@ -83,11 +83,6 @@ def _convergence(rows: Rows) -> Finding:
     return Finding(_losses(list(best.values())), _verdict(_change(best["FedAvg, SGD"], best["FedMeZO"])))
 
 
-def _estimators(rows: Rows) -> Finding:
-    best = sorted((row for row in rows if row["best"] and row["loss_after"]), key=lambda row: row["loss_after"])
-    return Finding(_losses(best), OPEN)
-
-
 def _model_size(rows: Rows) -> Finding:
     if all(row["variant"] in QUESTIONS["model_size"].by_variant for row in rows):
         return _rises(rows)
@@ -193,7 +188,6 @@ def _range(values: Sequence[float], form: str) -> str:
 
 _RULES: dict[str, Callable[[Rows], Finding]] = {
     "convergence": _convergence,
-    "estimators": _estimators,
     "perturbation_scale": _rises,
     "local_steps": _falls,
     "batch_size": _rises,

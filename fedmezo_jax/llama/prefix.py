@@ -45,10 +45,24 @@ class Prefix:
     """
 
     def __init__(self, model: Llama, base: Base, base_hash: str, load: Callable[[], Base]):
-        """Args: the decoder, with a precision for one point (not ``paired``); its weights, and their name; a reader."""
+        """Nothing is computed yet.
+
+        Args:
+            model: the decoder, with a precision for one point (not ``paired``).
+            base: its weights.
+            base_hash: names them.
+            load: reads them again.
+        """
         self.model, self.base_hash = model, base_hash
         self._base: Base | None = base
         self._load = load
+        placed = jax.tree.leaves(base)[0].sharding
+        everywhere = NamedSharding(placed.mesh, PartitionSpec()) if isinstance(placed, NamedSharding) else None
+
+        def run(base: Base, tokens: jax.Array) -> jax.Array:
+            return jax.lax.map(lambda row: model.apply({"params": base}, row[None], method="prefix")[0], tokens)
+
+        self._compiled = jax.jit(run, out_shardings=everywhere)
 
     def release(self) -> None:
         """Lets the weights go. They are loaded again if more hidden states are asked for."""
@@ -57,17 +71,9 @@ class Prefix:
     def __call__(self, tokens: np.ndarray) -> Iterator[np.ndarray]:
         """The hidden states of each row of tokens ``[N, S]``, float32 ``[S, D]``."""
         base = self._load() if self._base is None else self._base
-        leaf = jax.tree.leaves(base)[0]
-        placed = leaf.sharding if isinstance(leaf, jax.Array) else None
-        everywhere = NamedSharding(placed.mesh, PartitionSpec()) if isinstance(placed, NamedSharding) else None
-
-        def run(base: Base, tokens: jax.Array) -> jax.Array:
-            return jax.lax.map(lambda row: self.model.apply({"params": base}, row[None], method="prefix")[0], tokens)
-
-        compiled = jax.jit(run, out_shardings=everywhere)
         for start in range(0, len(tokens), _EXAMPLES):
             picked = np.minimum(np.arange(start, start + _EXAMPLES), len(tokens) - 1)  # copies fill the last call up
-            yield from np.asarray(compiled(base, tokens[picked]))[: len(tokens) - start]
+            yield from np.asarray(self._compiled(base, tokens[picked]))[: len(tokens) - start]
 
 
 class HiddenStates:

@@ -134,16 +134,15 @@ def train(
             last = t + 1 == config.rounds
             typical = divergence.typical(loss_before, recent)
             (entry, chain), uploads = next(journal.known, (None, None)), None
+            is_new = entry is None
             if entry is None:
                 entry, uploads = rounds.run_round(config, t, sizes, typical, work_of(progress, t), setup.lora)
-                with clock:
-                    moved = rounds.move(config, round, progress, entry, uploads, key)
-                    if automatic and moved is not None:
-                        entry = entry._replace(step=search(progress, moved))
+            with clock:
+                moved = rounds.move(config, round, progress, entry, uploads, key)
+                if is_new and automatic and moved is not None:
+                    entry = entry._replace(step=search(progress, moved))
+            if is_new:
                 chain = journal.append(entry)
-            else:
-                with clock:
-                    moved = rounds.move(config, round, progress, entry, None, key)
             report = rounds.report_of(entry, config.local_steps, config.sent_directions)
             traffic = rounds.traffic_of(config, round, progress, entry)
             with clock:

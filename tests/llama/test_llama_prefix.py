@@ -45,7 +45,7 @@ class Setting:
             self.loaded += 1
             return self.base
 
-        return Counted(model, self.base, base_hash, load)
+        return Counted(model, jax.device_put(self.base), base_hash, load)
 
 
 @pytest.fixture
