@@ -241,7 +241,10 @@ def apply_step(
 ) -> Params:
     """θ ← (1 − ηλ)·θ − Σ_k c_k·z_k from the step's key and its ``[n]`` :func:`coefficients`: no data, no model."""
     if config.weight_decay:
-        params = jax.tree.map(lambda leaf: leaf * (1 - learning_rate * config.weight_decay), params)
+        # Rounded before z is added: the client's program and a replay's might fuse different products with the sum.
+        params = jax.lax.optimization_barrier(
+            jax.tree.map(lambda leaf: leaf * (1 - learning_rate * config.weight_decay), params)
+        )
 
     def move(moved, k_and_coefficient):
         k, coefficient = k_and_coefficient
