@@ -59,29 +59,32 @@ def listen(address: str) -> socket.socket:
 
 def _call(address: str, count: int, index: int, deadline: float) -> None:
     """Process 0 hears the others, and answers them all when it knows whether they agree."""
-    present = {index}
+    connections: list[socket.socket] = []
+    present: dict[int, socket.socket] = {}
     complaint = ""
     with ExitStack() as stack:
         server = stack.enter_context(listen(address))
-        connections: list[socket.socket] = []
-        while len(present) < count and not complaint:
+        while len(present) + 1 < count and not complaint:
             server.settimeout(max(deadline - time.monotonic(), 0.01))
             connection = stack.enter_context(server.accept()[0])
-            line = re.fullmatch(r"([0-9]{1,9}),([0-9]{1,9})", _receive(connection, _LINE_WITHIN))
+            line = re.fullmatch(r"([0-9]{1,9}),([0-9]{1,9})\n", _line(connection, _LINE_WITHIN))
             if line is None:  # not a process of this program
+                connection.close()
                 continue
-            connections.append(connection)
             other_count, other_index = map(int, line.groups())
             if other_count != count:
                 complaint = (
                     f"--processes: process 0 was given a COUNT of {count} and process {other_index} one of "
                     f"{other_count}: give all processes the same"
                 )
-            elif other_index in present:
+            elif other_index == index or (other_index in present and not _has_gone(present[other_index])):
                 complaint = f"--processes: two processes were given the INDEX {other_index}: give each its own"
-            present.add(other_index)
+            present[other_index] = connection
+            connections.append(connection)
         for connection in connections:
-            _send(connection, complaint or _READY)
+            _send(connection, f"{complaint or _READY}\n")
+        for connection in connections:
+            _line(connection, _LINE_WITHIN)  # until the other side has closed: its port is the one that stays busy
     if complaint:
         raise UserError(complaint)
 
@@ -91,8 +94,8 @@ def _answer(address: str, count: int, index: int, deadline: float) -> None:
     while (left := deadline - time.monotonic()) > 0:
         try:
             with socket.create_connection((host.strip("[]"), int(port)), left) as connection:
-                _send(connection, f"{count},{index}")
-                answer = _receive(connection, max(deadline - time.monotonic(), 0.01))
+                _send(connection, f"{count},{index}\n")
+                answer = _line(connection, max(deadline - time.monotonic(), 0.01)).removesuffix("\n")
         except OSError:
             answer = ""
         if answer == _READY:
@@ -106,16 +109,24 @@ def _answer(address: str, count: int, index: int, deadline: float) -> None:
 def _send(connection: socket.socket, text: str) -> None:
     with suppress(OSError):  # the other side may have gone
         connection.sendall(text.encode())
-        connection.shutdown(socket.SHUT_WR)
 
 
-def _receive(connection: socket.socket, within: float) -> str:
-    """What the other side sends until it is done; empty where nothing comes in time or at all."""
+def _line(connection: socket.socket, within: float) -> str:
+    """The line that the other side sends, or what came of it until it closed or the time was over."""
     received = b""
-    try:
+    with suppress(OSError):
         connection.settimeout(within)
-        while len(received) < 1000 and (part := connection.recv(1000)):
+        while len(received) < 1000 and not received.endswith(b"\n") and (part := connection.recv(1000)):
             received += part
-    except OSError:
-        return ""
     return received.decode(errors="replace")
+
+
+def _has_gone(connection: socket.socket) -> bool:
+    """Whether the other side has closed a connection: a process that was stopped, and may have been started again."""
+    try:
+        connection.setblocking(False)
+        return connection.recv(1, socket.MSG_PEEK) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True

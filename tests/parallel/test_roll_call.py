@@ -57,6 +57,23 @@ def test_one_that_does_not_come_is_waited_for_until_the_timeout():
     assert [type(error) for error in outcomes((2, 1), timeout=1)] == [TimeoutError]
 
 
+def test_a_process_that_was_stopped_and_started_again_is_not_taken_for_two():
+    port = free_port()
+    stopped = threading.Timer(0.3, lambda: _connect_and_go(port, b"3,1\n"))
+    again = threading.Timer(0.8, lambda: found.extend(outcomes((3, 1), (3, 2), port=port)))
+    found = []
+    stopped.start()
+    again.start()
+    assert outcomes((3, 0), port=port) == [None]
+    again.join()
+    assert found == [None, None]
+
+
+def _connect_and_go(port, content):
+    with socket.create_connection(("localhost", port)) as connection:
+        connection.sendall(content)
+
+
 @pytest.mark.parametrize("content", [b"GET / HTTP/1.1\r\n\r\n", b"\xff\xfe", b"2,1,7", b""])
 def test_a_stranger_at_the_port_is_ignored(content):
     port = free_port()
