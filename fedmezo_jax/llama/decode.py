@@ -13,9 +13,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from fedmezo_jax.llama.attention import rotary_table, rotate
 from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.lora import spread
-from fedmezo_jax.llama.model import Dense, Llama, Lora, Mlp, RMSNorm, rotary_table, rotate
+from fedmezo_jax.llama.model import Dense, Llama, Lora, Mlp, RMSNorm
 from fedmezo_jax.llama.precision import Precision
 
 
@@ -133,5 +134,5 @@ def attend(query: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.
 
 
 def _rotate_rows(x: jax.Array, rope) -> jax.Array:
-    """``model.rotate`` of [B, S, heads, h] with tables [B, S, h/2], with positions per sequence."""
+    """``attention.rotate`` of [B, S, heads, h] with tables [B, S, h/2], with positions per sequence."""
     return jax.vmap(lambda sequence, cos, sin: rotate(sequence[None], (cos, sin))[0])(x, *rope)

@@ -129,6 +129,15 @@ def keep_in_loop(weights: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.A
     return jax.lax.optimization_barrier((weights, index))
 
 
+def unfused(sums: jax.Array) -> jax.Array:
+    """Sums over an axis, as they are, which XLA must not fuse with what follows.
+
+    Whether it would depends on the size of the arrays, and the order of the sum on whether it does: a client's tangents
+    would depend on how many clients run at once.
+    """
+    return jax.lax.optimization_barrier(sums)
+
+
 def _bfloat16_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return jnp.matmul(x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
 

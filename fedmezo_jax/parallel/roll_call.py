@@ -58,7 +58,7 @@ def listen(address: str) -> socket.socket:
 
 
 def _call(address: str, count: int, index: int, deadline: float) -> None:
-    """Process 0 hears the others, and answers them all when it knows whether they agree."""
+    """Process 0: receives what the others were given, and answers all of them when it knows whether they agree."""
     connections: list[socket.socket] = []
     present: dict[int, socket.socket] = {}
     complaint = ""
@@ -77,7 +77,8 @@ def _call(address: str, count: int, index: int, deadline: float) -> None:
                     f"--processes: process 0 was given a COUNT of {count} and process {other_index} one of "
                     f"{other_count}: give all processes the same"
                 )
-            elif other_index == index or (other_index in present and not _has_gone(present[other_index])):
+            present = {i: other for i, other in present.items() if not _has_gone(other)}
+            if not complaint and (other_index == index or other_index in present):
                 complaint = f"--processes: two processes were given the INDEX {other_index}: give each its own"
             present[other_index] = connection
             connections.append(connection)
@@ -112,7 +113,7 @@ def _send(connection: socket.socket, text: str) -> None:
 
 
 def _line(connection: socket.socket, within: float) -> str:
-    """The line that the other side sends, or what came of it until it closed or the time was over."""
+    """Receives a line; what was received so far if the other side closes or sends nothing more in time."""
     received = b""
     with suppress(OSError):
         connection.settimeout(within)

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from fedmezo_jax.llama import model as model_module
-from fedmezo_jax.llama.model import causal_attention
+from fedmezo_jax.llama import attention as attention_module
+from fedmezo_jax.llama.attention import causal_attention
 
 
 def heads(length, seed=0):
@@ -27,7 +27,7 @@ def by_definition(query, key, value):
 
 @pytest.mark.parametrize("length", [1, 32, 33, 50, 128, 131])
 def test_attention_is_what_it_is_defined_to_be(length, monkeypatch):
-    monkeypatch.setattr(model_module, "_QUERY_BLOCK", 12)  # strips of 32 and 33 queries: whole and ragged blocks
+    monkeypatch.setattr(attention_module, "_QUERY_BLOCK", 12)  # strips of 32 and 33 queries: whole and ragged blocks
     found = jax.jit(causal_attention)(*heads(length))
     np.testing.assert_allclose(found, by_definition(*heads(length)), rtol=0, atol=1e-5)
 
@@ -38,7 +38,7 @@ def test_blocks_change_no_gradient(monkeypatch):
         return jax.jit(function)(*heads(40))
 
     whole = gradients()
-    monkeypatch.setattr(model_module, "_QUERY_BLOCK", 7)
+    monkeypatch.setattr(attention_module, "_QUERY_BLOCK", 7)
     for found, expected in zip(gradients(), whole, strict=True):
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 

@@ -13,11 +13,12 @@ from make_goldens import CASES
 
 from fedmezo_jax.core import client, federated, mezo, personalization
 from fedmezo_jax.llama import model as model_module
+from fedmezo_jax.llama.attention import rotary_table, rotate
 from fedmezo_jax.llama.checkpoints.base_model import load_base
 from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.lora import TARGETS
 from fedmezo_jax.llama.loss import pair_loss_of
-from fedmezo_jax.llama.model import Block, Llama, RMSNorm, SelfAttention, rotary_table, rotate
+from fedmezo_jax.llama.model import Block, Llama, RMSNorm, SelfAttention
 from fedmezo_jax.llama.registry import cache_folder, load_tokenizer
 
 PLAIN = "2 key/value heads, untied"

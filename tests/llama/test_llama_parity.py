@@ -16,10 +16,11 @@ from weight_files import FORMS, LLAMA3, weights_of, write_in
 
 from fedmezo_jax.data.examples import TokenBatch
 from fedmezo_jax.errors import UserError
+from fedmezo_jax.llama.attention import rotary_table, rotate
 from fedmezo_jax.llama.checkpoints.base_model import load_base
 from fedmezo_jax.llama.config import LinearRope, Llama3Rope, LlamaConfig
 from fedmezo_jax.llama.loss import loss_of
-from fedmezo_jax.llama.model import Block, Llama, RMSNorm, SelfAttention, rotary_table, rotate
+from fedmezo_jax.llama.model import Block, Llama, RMSNorm, SelfAttention
 
 ROPES = {"default": None, "linear": {"rope_type": "linear", "factor": 4.0}, "llama3": LLAMA3}
 MATRIX = list(product(ROPES, (1, 2, 4), *3 * [(False, True)]))

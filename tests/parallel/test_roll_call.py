@@ -60,11 +60,13 @@ def test_one_that_does_not_come_is_waited_for_until_the_timeout():
 def test_a_process_that_was_stopped_and_started_again_is_not_taken_for_two():
     port = free_port()
     stopped = threading.Timer(0.3, lambda: _connect_and_go(port, b"3,1\n"))
-    again = threading.Timer(0.8, lambda: found.extend(outcomes((3, 1), (3, 2), port=port)))
     found = []
-    stopped.start()
-    again.start()
+    third = threading.Timer(1.0, lambda: found.extend(outcomes((3, 2), port=port)))  # the first two are not all three
+    again = threading.Timer(1.5, lambda: found.extend(outcomes((3, 1), port=port)))
+    for timer in (stopped, third, again):
+        timer.start()
     assert outcomes((3, 0), port=port) == [None]
+    third.join()
     again.join()
     assert found == [None, None]
 

@@ -18,6 +18,14 @@ from fedmezo_jax.run.prepare import prepare
 CLIENTS, STEPS = 8, 3
 
 
+def check_fewer_clients_give_the_same(report, everyone):
+    among = report(everyone)
+    for ids in ([3], [1, 6, 7]):
+        alone = report(np.array(ids, np.int32))
+        np.testing.assert_array_equal(alone.projected_gradients, np.asarray(among.projected_gradients)[ids])
+        np.testing.assert_array_equal(alone.losses, np.asarray(among.losses)[ids])
+
+
 @pytest.mark.parametrize(
     ("recipe", "precision", "batch_size"),
     [
@@ -52,11 +60,7 @@ def test_a_client_alone_gives_the_numbers_that_it_gives_among_eight(recipe, prec
         rate = jnp.float32(2e-3) if config.learning_rate == "auto" else None
         return round.work(init(setup.lora, CLIENTS), loss, cohort, run_key(config.seed), None, rate)
 
-    among = report(everyone)
-    for ids in ([3], [1, 6, 7]):
-        alone = report(np.array(ids, np.int32))
-        np.testing.assert_array_equal(alone.projected_gradients, np.asarray(among.projected_gradients)[ids])
-        np.testing.assert_array_equal(alone.losses, np.asarray(among.losses)[ids])
+    check_fewer_clients_give_the_same(report, everyone)
 
 
 def test_block_of_one_changes_no_bit():
@@ -105,8 +109,4 @@ def test_at_the_width_of_the_round_a_client_alone_gives_the_same_numbers_on_any_
         cohort = federated.Cohort(ids, np.ones(len(ids), np.float32), jax.tree.map(lambda leaf: leaf[ids], batches))
         return round.work(state, loss, cohort, run_key(config.seed), None, jnp.float32(1e-3))
 
-    among = report(everyone)
-    for ids in ([3], [1, 6, 7]):
-        alone = report(np.array(ids, np.int32))
-        np.testing.assert_array_equal(alone.projected_gradients, np.asarray(among.projected_gradients)[ids])
-        np.testing.assert_array_equal(alone.losses, np.asarray(among.losses)[ids])
+    check_fewer_clients_give_the_same(report, everyone)
