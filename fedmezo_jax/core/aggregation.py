@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Literal, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +12,19 @@ import numpy as np
 import optax
 
 from fedmezo_jax.core.mezo import Params
+from fedmezo_jax.core.robust_rules import RULES, Rule
+
+Aggregation: TypeAlias = Literal[
+    "mean", "norm-clip", "median", "trimmed-mean", "krum", "multi-krum", "geometric-median"
+]
 
 
 class Aggregator(Protocol):
     """How the updates of a round's K clients become one. Clients that are left out are not among the K.
 
     Both methods run on the host, outside of any compiled program, and each program that they compile is one of their
-    own: the run and its replay execute the same ones. ``weights`` are ``[K]`` float32, above zero and summing to one.
-    ``docs/extending.md`` adds a rule.
+    own: the run and its replay execute the same ones. ``weights`` are ``[K]`` float32, above zero and summing to one,
+    or to less where clients' norms are bounded (:func:`clip_norms`). ``docs/extending.md`` adds a rule.
     """
 
     def combine_coefficients(self, weights: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
@@ -46,6 +52,63 @@ class WeightedMean:
         for weight, client_params in zip(weights, uploads, strict=True):
             total = _add_weighted(total, weight, client_params, params)
         return total
+
+
+@dataclass(frozen=True)
+class Robust:
+    """A robust rule, along shared directions or over the entries of θ. It does not weigh clients.
+
+    Over the entries of θ all K updates are on the host at once, in float64.
+
+    Attributes:
+        rule: of :data:`robust_rules.RULES`.
+        byzantine_share: f/K, the share of clients that may lie; f is rounded down.
+    """
+
+    rule: Rule
+    byzantine_share: float
+
+    def _combine(self, vectors: np.ndarray) -> np.ndarray:
+        return self.rule(vectors, int(self.byzantine_share * len(vectors))).astype(np.float32)
+
+    def combine_coefficients(self, weights: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
+        """The rule on the rows of ``[K, H·n]``."""
+        del weights
+        vectors = np.asarray(coefficients, np.float64).reshape(len(coefficients), -1)
+        return self._combine(vectors).reshape(coefficients.shape[1:])
+
+    def combine_params(self, params: Params, weights: np.ndarray, uploads: Iterable[Params]) -> Params:
+        """The rule on the rows of ``[K, D]``, the updates of all D entries of θ."""
+        del weights
+        leaves, structure = jax.tree.flatten(params)
+        before = _flat(params)
+        update = self._combine(np.stack([_flat(client_params) - before for client_params in uploads]))
+        parts = np.split(update, np.cumsum([leaf.size for leaf in leaves])[:-1])
+        return structure.unflatten(part.reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True))
+
+
+def _flat(params: Params) -> np.ndarray:
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(jax.device_get(params))], dtype=np.float64)
+
+
+def aggregator_of(aggregation: Aggregation, byzantine_share: float) -> Aggregator:
+    """The aggregator of that name. ``norm-clip`` is the mean, of updates that :func:`clip_norms` has bounded."""
+    if aggregation in RULES:
+        return Robust(RULES[aggregation], byzantine_share)
+    return WeightedMean()
+
+
+def clip_norms(weights: np.ndarray, norms: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """``[P]`` float32 weights, lowered for updates longer than the median: w_i·min(1, median/‖c_i‖).
+
+    Args:
+        weights: ``[P]`` float32.
+        norms: ``[P]`` ‖c_i‖ of the round's clients.
+        known: ``[N]`` the last norms of all clients, this round's among them; NaN where unknown. Of these the median is
+            taken, so that liars who happen to be most of one round cannot raise it.
+    """
+    bound = np.nanmedian(known)
+    return np.where(norms > bound, weights * bound / np.where(norms > bound, norms, 1), weights).astype(np.float32)
 
 
 @jax.jit

@@ -90,7 +90,8 @@ class Round:
         apply: ``apply(state, ids, weights, report, key[, uploads]) -> FederatedState``: what the server does.
             ``weights`` is ``[P]``, zero for a client that is left out. ``uploads`` are θ_i as the clients sent them, in
             the order of ids; without them the server reconstructs θ_i from the projected gradients.
-        combine: ``combine(weights, report) -> coefficients``: how far shared directions move θ, ``[H, n]`` float32.
+        combine: ``combine(state, ids, weights, report) -> coefficients``: how far shared directions move θ, ``[H, n]``
+            float32.
         apply_combined: ``apply_combined(state, coefficients, key) -> FederatedState``: what the server does from these
             alone; the signals stay as they are. A client that is sent them follows the server so.
         upload: ``upload(state, id, report, i, key) -> θ_i`` of participant i of the report, whose id is given.
@@ -99,7 +100,7 @@ class Round:
 
     work: Callable[..., RoundReport]
     apply: Callable[..., FederatedState]
-    combine: Callable[[np.ndarray, RoundReport], np.ndarray]
+    combine: Callable[[FederatedState, np.ndarray, np.ndarray, RoundReport], np.ndarray]
     apply_combined: Callable[..., FederatedState]
     upload: Callable[..., Params]
     directions_shared: bool
@@ -182,6 +183,7 @@ def federated(
     mesh: Mesh | None = None,
     least_width: int = 1,
     aggregator: aggregation.Aggregator | None = None,
+    bound_norms: bool = False,
 ) -> Federated:
     """Federated training of any loss: FedMeZO with :func:`client.mezo_client`, FedAvg with :func:`client.sgd_client`.
 
@@ -204,6 +206,8 @@ def federated(
             parameters).
         least_width: how many clients run at once at least; where there are fewer, copies fill the block.
         aggregator: how the server combines the clients' updates; None means their weighted mean.
+        bound_norms: whether weights are lowered for updates whose coefficients have a norm above the clients' median
+            (:func:`aggregation.clip_norms`).
     """
     groups = 1 if mesh is None else mesh.shape[CLIENTS]
     optimizer, aggregator = optimizer or optax.sgd(1.0), aggregator or aggregation.WeightedMean()
@@ -253,12 +257,29 @@ def federated(
         coefficients = mezo.coefficients(rate, np.asarray(report.projected_gradients[i], np.float32))
         return reconstruct(state, id, coefficients, rate, key)
 
-    def combine(weights: np.ndarray, report: RoundReport) -> np.ndarray:
-        share = aggregation.shares(weights)
-        counted = share > 0  # the others may have sent anything
+    def coefficients_of(report: RoundReport, counted: np.ndarray) -> np.ndarray:
         rates = np.asarray(report.learning_rates, np.float32)[counted, None, None]
-        coefficients = mezo.coefficients(rates, np.asarray(report.projected_gradients)[counted])
-        return aggregator.combine_coefficients(share[counted], coefficients)
+        return mezo.coefficients(rates, np.asarray(report.projected_gradients)[counted])
+
+    def norms_of(report: RoundReport, counted: np.ndarray) -> np.ndarray:
+        norms = np.zeros(len(counted), np.float32)
+        squares = np.asarray(coefficients_of(report, counted), np.float64) ** 2
+        norms[counted] = np.sqrt(np.sum(squares, axis=(1, 2)))
+        return norms
+
+    def shares(state: FederatedState, ids: np.ndarray, weights: np.ndarray, report: RoundReport) -> np.ndarray:
+        share = aggregation.shares(weights)
+        if not bound_norms:
+            return share
+        counted = share > 0
+        norms, known = norms_of(report, counted), np.array(state.signals.norms)
+        known[ids[counted]] = norms[counted]
+        return aggregation.clip_norms(share, norms, known)
+
+    def combine(state: FederatedState, ids: np.ndarray, weights: np.ndarray, report: RoundReport) -> np.ndarray:
+        share = shares(state, ids, weights, report)
+        counted = share > 0  # the others may have sent anything
+        return aggregator.combine_coefficients(share[counted], coefficients_of(report, counted))
 
     def apply_combined(state: FederatedState, coefficients: np.ndarray, key: jax.Array) -> FederatedState:
         return step(state, _difference(reconstruct(state, 0, coefficients, 0, key), state.params))
@@ -275,7 +296,7 @@ def federated(
         key: jax.Array,
         uploads: Iterable[Params | None] | None = None,
     ) -> FederatedState:
-        share, deltas = aggregation.shares(weights), []
+        share, deltas = shares(state, ids, weights, report), []
 
         def counted() -> Iterator[Params]:
             all_params = uploads or (
@@ -287,7 +308,7 @@ def federated(
                     yield client_params
 
         if directions_shared and uploads is None and report.params is None:
-            moved = apply_combined(state, combine(weights, report), key)
+            moved = apply_combined(state, combine(state, ids, weights, report), key)
             deque(counted() if by_drift else (), 0)
         else:
             moved = step(state, aggregator.combine_params(state.params, share[share > 0], counted()))
@@ -296,7 +317,8 @@ def federated(
             drift[share > 0] = aggregation.client_drift(jax.tree.map(lambda *leaves: jnp.stack(leaves), *deltas))
         # A program of its own: a replay, which needs no signals, moves θ by the very same ones.
         losses = mean_losses(np.asarray(report.losses))
-        return moved._replace(signals=observe(state.signals, ids, losses, drift if deltas else None, share > 0))
+        norms = norms_of(report, share > 0) if bound_norms else None
+        return moved._replace(signals=observe(state.signals, ids, losses, drift if deltas else None, norms, share > 0))
 
     move, observe = jax.jit(partial(aggregation.apply_mean_update, optimizer)), jax.jit(personalization.observe)
     return Federated(init, Round(run, apply, combine, apply_combined, upload, directions_shared))

@@ -40,16 +40,18 @@ class Signals(NamedTuple):
     Attributes:
         losses: ``[N, 5]`` float32, its mean training losses of the last rounds it took part in, newest first.
         drift: ``[N]`` float32, its client drift ‖Δ_i − mean_j Δ_j‖ in the last round it took part in.
+        norms: ``[N]`` float32, the norm of its coefficients in the last round it took part in.
     """
 
     losses: jax.Array
     drift: jax.Array
+    norms: jax.Array
 
 
 def init_signals(clients: int) -> Signals:
     """Signals of ``clients`` clients of which nothing is known."""
     unknown = jnp.float32(jnp.nan)  # with its type: weakly typed, a resumed run's program would be another one
-    return Signals(jnp.full((clients, HISTORY), unknown), jnp.full((clients,), unknown))
+    return Signals(jnp.full((clients, HISTORY), unknown), *(jnp.full((clients,), unknown) for _ in range(2)))
 
 
 def observe(
@@ -57,6 +59,7 @@ def observe(
     participants: jax.Array,
     losses: jax.Array,
     drift: jax.Array | None,
+    norms: jax.Array | None = None,
     counted: jax.Array | bool = True,
 ) -> Signals:
     """Records a round.
@@ -66,15 +69,18 @@ def observe(
         participants: ``[P]`` int32, distinct ids of the clients that took part.
         losses: ``[P]`` float32, their mean training losses.
         drift: ``[P]`` float32, their client drift, or None where it is not measured.
+        norms: ``[P]`` float32, the norms of their coefficients, or None where they are not measured.
         counted: ``[P]`` bool, which of them returned a result; nothing changes for the others.
     """
     before = signals.losses[participants]
     counted = jnp.broadcast_to(counted, losses.shape)
     history = jnp.where(counted[:, None], jnp.concatenate([losses[:, None], before[:, :-1]], axis=1), before)
-    drifts = signals.drift
-    if drift is not None:
-        drifts = drifts.at[participants].set(jnp.where(counted, drift, drifts[participants]))
-    return Signals(signals.losses.at[participants].set(history), drifts)
+
+    def latest(known: jax.Array, new: jax.Array | None) -> jax.Array:
+        return known if new is None else known.at[participants].set(jnp.where(counted, new, known[participants]))
+
+    losses_known = signals.losses.at[participants].set(history)
+    return Signals(losses_known, latest(signals.drift, drift), latest(signals.norms, norms))
 
 
 def heterogeneity_index(signal: jax.Array) -> jax.Array:

@@ -30,7 +30,7 @@ LOWEST, HIGHEST = 1e-30, 1e30
 """The rate stays between these: float32 would otherwise end at 0 or at infinity, and no step leads back from there."""
 
 
-def first_rate(report: RoundReport | None, trained: int) -> float:
+def first_rate(report: RoundReport | None, trained: int, robust: bool = False) -> float:
     """η of the first round: √(mean of a first step's (Δθ)²) = :data:`FIRST_MOVE` over the entries of θ, in expectation.
 
     With g ~ N(0, E‖∇F‖²) along n directions that is η·√(E‖∇F‖²/n). Back-propagated steps move θ by η·∇F.
@@ -39,11 +39,13 @@ def first_rate(report: RoundReport | None, trained: int) -> float:
         report: of a round at rate 0, all of whose steps are at θ's start; None for back-propagation, for which ‖∇F‖ is
             taken as 1.
         trained: d, the trained parameters.
+        robust: whether E‖∇F‖² is the median over clients and not the mean, which one client can move.
     """
     square = 1 / trained
     if report is not None:
         gradients = np.asarray(report.projected_gradients, np.float64)
-        square = np.mean(gradients**2) / gradients.shape[-1]
+        square = np.median(np.mean(gradients**2, axis=(1, 2))) if robust else np.mean(gradients**2)
+        square /= gradients.shape[-1]
     rate = FIRST_MOVE / math.sqrt(square) if 0 < square < math.inf else FIRST_MOVE
     return float(np.float32(np.clip(rate, LOWEST, HIGHEST)))
 

@@ -55,6 +55,17 @@ class RunConfig(FaultConfig, ServerConfig, LocalConfig, LoraConfig, PartitionCon
                 "--on-divergence clip bounds coefficients, which --uplink lora does not send: "
                 "give --uplink coefficients"
             )
+        if self.aggregation == "norm-clip" and not self.sends_coefficients:
+            raise UserError(
+                "--aggregation norm-clip bounds coefficients, which are not sent with --uplink lora or --algorithm "
+                "fedavg: give geometric-median"
+            )
+        liars = int(self.byzantine_share * self.participants)
+        if self.aggregation in ("krum", "multi-krum") and self.participants < 2 * liars + 3:
+            raise UserError(
+                f"--aggregation {self.aggregation} takes at least 2f + 3 clients a round, of which f lie: lower "
+                f"--byzantine-share {self.byzantine_share:g} for {self.participants}"
+            )
         if self.directions_shared and self.weight_decay:
             raise UserError(
                 "--weight-decay shrinks each client's θ by its own rate: leave out --directions-shared or the decay"

@@ -8,8 +8,10 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from fedmezo_jax.core.aggregation import Aggregation
 from fedmezo_jax.core.mezo import Distribution
 from fedmezo_jax.core.personalization import Strategy
+from fedmezo_jax.core.robust_rules import RULES
 from fedmezo_jax.data.encode import Overlong
 from fedmezo_jax.data.prompts import Style
 from fedmezo_jax.data.records import parse_fields
@@ -188,6 +190,12 @@ class ServerConfig(Options):
     """share of the clients that take part in a round"""
     weighting: Literal["equal", "samples"] = "equal"
     """weights of the server's mean: the same for all, or by number of rows"""
+    aggregation: Aggregation = "mean"
+    """how the server combines the clients' updates: their mean; their mean with none longer than the median; or a
+    robust rule, which clients that lie cannot move far"""
+    byzantine_share: float = 0.25
+    """share of a round's clients that may lie, rounded down to whole clients: what trimmed-mean, krum and multi-krum
+    withstand"""
     uplink: Literal["coefficients", "lora"] | None = None
     """what a client sends: its projected gradients, from which the server reconstructs its update, or its LoRA; by
     default the former, and the LoRA with fedavg, which has none"""
@@ -204,6 +212,9 @@ class ServerConfig(Options):
         self._require_counts("rounds")
         self._require("participation", 0 < self.participation <= 1, "above 0 and at most 1")
         self._require_positive("server_learning_rate")
+        self._require("byzantine_share", 0 <= self.byzantine_share < 0.5, "at least 0 and below 0.5")
+        if self.aggregation in RULES and self.weighting != "equal":
+            raise UserError(f"--weighting {self.weighting}: --aggregation {self.aggregation} counts clients alike")
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,15 @@ def algorithm(
     rate = 1.0 if config.learning_rate == "auto" else config.learning_rate
     rates = personalization.RateConfig(rate, config.personalize, config.personalize_scale)
     return federated.federated(
-        work, rates, server_optimizer(config), block_size, config.directions_shared, mesh, least_width
+        work,
+        rates,
+        server_optimizer(config),
+        block_size,
+        config.directions_shared,
+        mesh,
+        least_width,
+        aggregation.aggregator_of(config.aggregation, config.byzantine_share),
+        bound_norms=config.aggregation == "norm-clip",
     )
 
 

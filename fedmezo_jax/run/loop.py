@@ -120,7 +120,8 @@ def train(
         if first_rate is None:  # the first round's work, at rate 0
             measurable = config.algorithm == "fedmezo"
             report = round.work(state, loss, cohort(0, 0)[0], key, None, jnp.float32(0)) if measurable else None
-            first_rate = automatic_rate.first_rate(report, divergence.count(setup.lora))
+            robust = config.aggregation != "mean"
+            first_rate = automatic_rate.first_rate(report, divergence.count(setup.lora), robust)
         fresh = sharding.replicate(mesh, rounds.begin(state, config, first_rate))
         journal = open_journal(setup, folder, manager, fresh, first_rate, notify)
         progress = journal.progress

@@ -224,7 +224,13 @@ class Traffic(NamedTuple):
     others: int = 0
 
 
-def scalar_traffic(config: RunConfig, round: federated.Round, entry: Entry, report: federated.RoundReport) -> Traffic:
+def scalar_traffic(
+    config: RunConfig,
+    round: federated.Round,
+    state: federated.FederatedState,
+    entry: Entry,
+    report: federated.RoundReport,
+) -> Traffic:
     """The messages of a round whose clients send projected gradients; its result is broadcast to all N clients."""
     begin = [len(messages.pack_start(entry.round, float(rate))) for rate in entry.learning_rates]
     up = [len(message or b"") for message in entry.updates]
@@ -232,7 +238,7 @@ def scalar_traffic(config: RunConfig, round: federated.Round, entry: Entry, repo
         return Traffic(up, begin)
     counted = entry.weights > 0
     if config.directions_shared:
-        size = len(messages.pack_mean(entry.round, round.combine(entry.weights, report), entry.step))
+        size = len(messages.pack_mean(entry.round, round.combine(state, entry.ids, entry.weights, report), entry.step))
         return Traffic(up, [first + size for first in begin], size * (config.clients - len(entry.ids)))
     gradients = np.asarray(report.projected_gradients)[counted].reshape(int(counted.sum()), -1)
     weights = entry.weights[counted] if config.weighting == "samples" else None
@@ -281,7 +287,8 @@ def move(
 def traffic_of(config: RunConfig, round: federated.Round, progress: Progress, entry: Entry) -> Traffic:
     """The bytes of a round, whose messages are packed again from their content."""
     if config.sends_coefficients:
-        return scalar_traffic(config, round, entry, report_of(entry, config.local_steps, config.sent_directions))
+        report = report_of(entry, config.local_steps, config.sent_directions)
+        return scalar_traffic(config, round, progress.state, entry, report)
     params = jax.device_get(progress.state.params)
     sent = [
         0 if message is None else len(messages.pack_lora_update(messages.unpack_update(message), params))

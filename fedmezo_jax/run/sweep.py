@@ -73,6 +73,7 @@ def check_supported(config: RunConfig) -> None:
         ("deadline", config.deadline, None),
         ("on_divergence", config.on_divergence, "warn"),
         ("length_buckets", config.length_buckets, 1),
+        ("aggregation", config.aggregation, "mean"),
     ):
         if value != needed:
             raise UserError(

@@ -108,7 +108,14 @@ def test_another_limit_compiles_nothing_anew():
 
 # Aggregators
 
-AGGREGATORS = {"weighted mean": (aggregation.WeightedMean(), lambda values, weights: np.average(values, 0, weights))}
+AGGREGATORS = {
+    "weighted mean": (aggregation.WeightedMean(), lambda values, weights: np.average(values, 0, weights)),
+    "median": (aggregation.aggregator_of("median", 0.25), lambda values, weights: np.sort(values, 0)[1:3].mean(0)),
+    "trimmed mean": (
+        aggregation.aggregator_of("trimmed-mean", 0.25),
+        lambda values, weights: np.sort(values, 0)[1:-1].mean(0),
+    ),
+}
 DRAW = np.random.default_rng(5)
 WEIGHTS = aggregation.shares(np.array([1.0, 2.0, 3.0, 10.0]))
 

@@ -181,7 +181,7 @@ def test_a_client_that_hears_only_the_broadcast_has_the_servers_parameters(share
         heard, me = ids[weights > 0], int(ids[0])
         sent, rates = report.projected_gradients[weights > 0].reshape(3, -1), report.learning_rates[weights > 0]
         if shared:
-            _, mean, _ = messages.unpack_mean(messages.pack_mean(t, fed.round.combine(weights, report), 1.0))
+            _, mean, _ = messages.unpack_mean(messages.pack_mean(t, fed.round.combine(ours, ids, weights, report), 1.0))
             theirs = fed.round.apply_combined(theirs, mean.reshape(STEPS, 2), run_key())
         else:
             message = messages.pack_outcome(messages.Outcome(t, heard, None, rates, sent, 1.0), CLIENTS, me)

@@ -12,7 +12,6 @@ from fedmezo_jax.core import aggregation
 from fedmezo_jax.core.personalization import (
     STRATEGIES,
     RateConfig,
-    Signals,
     heterogeneity_index,
     init_signals,
     learning_rates,
@@ -35,7 +34,9 @@ def test_equal_signals_give_zero_and_not_nan(value, clients):
 
 @given(hnp.arrays(np.float32, st.sampled_from([1, 2, 9]), elements=st.floats(0, 100, width=32)))
 def test_rates_stay_within_their_band(signal):
-    signals = Signals(jnp.asarray(np.repeat(signal[:, None], 5, axis=1)), jnp.asarray(signal))
+    signals = init_signals(len(signal))._replace(
+        losses=jnp.asarray(np.repeat(signal[:, None], 5, axis=1)), drift=jnp.asarray(signal)
+    )
     for strategy in STRATEGIES:
         rates = np.asarray(learning_rates(RateConfig(1e-5, strategy, 0.5), signals, KEY))
         assert rates.shape == signal.shape

@@ -31,9 +31,12 @@ ROOT = Path(__file__).parents[2]
 RUNS = {
     "everything": {
         **{"participation": 0.6, "weighting": "samples", "server_optimizer": "momentum", "personalize": "model-diff"},
-        **{"directions": 2, "weight_decay": 0.1, "dropout": 0.3, "clients": 5},
+        **{"directions": 2, "weight_decay": 0.1, "dropout": 0.3, "clients": 5, "aggregation": "norm-clip"},
     },
-    "shared": {"directions_shared": True, "distribution": "rademacher", "on_divergence": "rollback"},
+    "shared": {
+        **{"directions_shared": True, "distribution": "rademacher", "on_divergence": "rollback"},
+        **{"aggregation": "geometric-median"},
+    },
 }
 
 
