@@ -68,6 +68,7 @@ QUESTIONS = {
         "Fig. 5: of 1, 3, 5 and 10 times 1e-5 a larger learning rate diverges earlier",
     ),
     "shared_directions": Question("Do directions shared by all clients learn as well as each client's own?"),
+    "attacks": Question("Which rules of aggregation withstand which attacks?"),
     "personalised_rates": Question(
         "Which signal should personalise learning rates?",
         "Fig. 4: model-diff is best, five-round is good, round-wise has no effect",

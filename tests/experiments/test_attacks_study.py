@@ -1,0 +1,64 @@
+"""The study of attacks: what liars send, by hand; that rules withstand them; and that nothing is run twice."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from experiments import _cli
+from experiments.studies import attacks
+from fedmezo_jax.core.federated import RoundReport
+
+DRAW = np.random.default_rng(0)
+GRADIENTS = DRAW.standard_normal((8, 3, 2)).astype(np.float32)
+LOSSES = np.ones((8, 3), np.float32)
+LYING = np.arange(8) >= 6
+
+
+def sent(attack, lying=LYING):
+    report = RoundReport(LOSSES, GRADIENTS, np.ones(8, np.float32))
+    return attacks.told(report, attack, lying, np.random.default_rng(1))
+
+
+@pytest.mark.parametrize("attack", attacks.LIES)
+def test_only_liars_say_something_else(attack):
+    told = sent(attack)
+    np.testing.assert_array_equal(told.projected_gradients[~LYING], GRADIENTS[~LYING])
+    assert np.all(np.isfinite(told.projected_gradients))
+    assert (attack == attacks.LABEL_FLIP) == np.array_equal(told.projected_gradients, GRADIENTS)
+    assert (attack == attacks.LYING_LOSSES) != np.array_equal(told.losses, LOSSES)
+    np.testing.assert_array_equal(GRADIENTS[0, 0], sent(attack, np.zeros(8, bool)).projected_gradients[0, 0])
+
+
+def test_what_liars_say_by_hand():
+    honest = GRADIENTS[:6].astype(np.float64)
+    np.testing.assert_allclose(sent("sign flip × 10").projected_gradients[6], -10 * GRADIENTS[6])
+    # The inner product of the mean of all with the honest mean is just below zero.
+    whole, mean = sent("inner product").projected_gradients.mean(axis=0), honest.mean(axis=0)
+    assert -0.2 * np.sum(mean**2) < np.sum(whole * mean) < 0
+    # Two of eight need three honest clients more on their side of the median: half of six, so z = Φ⁻¹(1/2) = 0.
+    np.testing.assert_allclose(sent("a little is enough").projected_gradients[7], mean, rtol=1e-5, atol=1e-6)
+    noise = sent("noise × 100").projected_gradients[6:]
+    assert 50 < np.sqrt(np.mean(noise**2) / np.mean(honest**2)) < 200
+
+
+def test_the_study_finds_a_rule_that_withstands_the_noise_and_runs_nothing_twice(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        sys, "argv", ["attacks", "--preset", "smoke", "--num-seeds", "1", "--out", str(tmp_path / "out")]
+    )
+    kinds = {name: attacks.LIES[name] for name in ("noise × 100", attacks.LABEL_FLIP, attacks.LYING_LOSSES)}
+    monkeypatch.setattr(attacks, "LIES", kinds)
+    _cli.run(attacks.main, attacks.Config, attacks.__doc__)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    loss = {(row["attack"], row["rates"], row["aggregation"]): row["loss_after"] for row in results["rows"]}
+    assert len(loss) == (1 + 2 + 1 + 1) * len(attacks.RULES)
+    clean = loss[attacks.NO_ATTACK, "the same", "mean"]
+    assert loss["noise × 100", "the same", "mean"] > clean + 1
+    for rule in ("median", "trimmed-mean", "krum", "multi-krum", "geometric-median"):
+        assert abs(loss["noise × 100", "the same", rule] - clean) < 0.1
+    assert loss[attacks.LABEL_FLIP, "the same", "mean"] != clean
+    assert (tmp_path / "out" / "attacks.png").read_bytes()[:4] == b"\x89PNG"
+    monkeypatch.setattr(attacks, "_final_losses", None)
+    _cli.run(attacks.main, attacks.Config, attacks.__doc__)
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["rows"] == results["rows"]
