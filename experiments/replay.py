@@ -36,6 +36,8 @@ class Config:
     one that the run names, if it is on this machine"""
     round: int | None = None
     """round to go up to; by default the last"""
+    identities: Path | None = None
+    """the public keys that a signed ledger must be signed with, an identities.json; by default those in the ledger"""
     out: Path = Path("runs/replay")
     """folder for adapter/, config.json and results.json"""
 
@@ -55,7 +57,15 @@ def main(config: Config) -> None:
             bar.update(task, completed=done)
 
         notify = partial(bar.console.print, soft_wrap=True, markup=False, highlight=False)
-        replayed = replay(config.ledger, config.model, config.round, on_start=start, on_round=show, notify=notify)
+        replayed = replay(
+            config.ledger,
+            config.model,
+            config.round,
+            identities=config.identities,
+            on_start=start,
+            on_round=show,
+            notify=notify,
+        )
     reconstructed = time.perf_counter()
     verified_ledger, lora, done = replayed
     run = verified_ledger.config

@@ -26,10 +26,13 @@ from fedmezo_jax.core import federated, random
 from fedmezo_jax.core.aggregation import Aggregation
 from fedmezo_jax.data.batches import take
 from fedmezo_jax.data.seeding import generator
+from fedmezo_jax.errors import UserError
 from fedmezo_jax.run import divergence, rounds
 from fedmezo_jax.run.config import RunConfig
 from fedmezo_jax.run.context import RunContext, algorithm, build, round_examples
 from fedmezo_jax.run.prepare import prepare
+from fedmezo_jax.run.round_metrics import metrics_of
+from fedmezo_jax.run.traffic import Traffic
 
 RULES: tuple[Aggregation, ...] = get_args(Aggregation)
 NO_ATTACK, LABEL_FLIP, LYING_LOSSES = "none", "label flip", "sign flip, lying losses"
@@ -95,19 +98,23 @@ PRESETS: Mapping[runner.PresetName, Preset] = MappingProxyType(
 class Config(runner.Config):
     """The preset, and changes to it."""
 
+    settings: str | None = None
+    """clients and liars among them, e.g. 8:1,8:2,10:2; by default the preset's"""
+
 
 def main(config: Config) -> None:
     """Runs every attack against every rule, prints the table, draws the matrix."""
     preset = PRESETS[config.preset]
+    settings = preset.settings if config.settings is None else _settings(config.settings)
     changed = {name: getattr(config, name) for name in ("rounds", "model", "data", "data_dir")}
     base = replace(preset.run, **{name: value for name, value in changed.items() if value is not None})
     out = config.out or Path("runs") / f"attacks-{config.preset}"
     points = [
         {"attack": attack, "liars": liars, "run": asdict(run)}
-        for clients in dict.fromkeys(clients for clients, _ in preset.settings)
+        for clients in dict.fromkeys(clients for clients, _ in settings)
         for seed in range(config.seed, config.seed + (config.num_seeds or preset.num_seeds))
         for personalised in (False, True)
-        for attack, liars in _attacks(preset.settings, clients, personalised)
+        for attack, liars in _attacks(settings, clients, personalised)
         for run in _runs(base, clients, seed, personalised)
     ]
     found, seconds = result_cache.measure(out / "points", points, lambda point: _final_losses(**point))
@@ -115,6 +122,16 @@ def main(config: Config) -> None:
     _cli.write_folder(replace(config, out=out), table, seconds, run=asdict(base))
     plot(out / "attacks.png", table)
     _cli.print_table("share of the loss drop that is left", table)
+
+
+def _settings(text: str) -> list[tuple[int, int]]:
+    try:
+        settings = [(int(clients), int(liars)) for clients, liars in (part.split(":") for part in text.split(","))]
+    except ValueError:
+        settings = []
+    if not settings or not all(1 <= 2 * liars < clients for clients, liars in settings):
+        raise UserError(f"--settings must be clients and liars, fewer than half, like 8:1,10:2, not {text}")
+    return settings
 
 
 def _attacks(settings: Sequence[tuple[int, int]], clients: int, personalised: bool) -> list[tuple[str, int]]:
@@ -156,6 +173,7 @@ def _final_losses(attack: str, liars: int, run: Mapping[str, Any]) -> list[float
     before = task.loss_before(context.lora)
     progress, recent = rounds.begin(init(context.lora, config.clients), config, 1.0), []
     lying = np.arange(config.clients) >= config.clients - liars
+    nobody = np.zeros(config.clients, np.int64)  # counts for privacy alone
 
     def work_of(progress: rounds.Progress, cohort: federated.Cohort) -> rounds.Work:
         def answers(attempt: int, limit: float) -> rounds.Answers:
@@ -172,11 +190,11 @@ def _final_losses(attack: str, liars: int, run: Mapping[str, Any]) -> list[float
             batches = batches._replace(labels=_flipped(batches.labels, lying, task.model.config.vocab_size))
         typical = divergence.typical(before, recent[-divergence.MEMORY :])
         work_now = work_of(progress, federated.Cohort(ids, sizes[ids], batches))
-        entry, _ = rounds.run_round(config, t, sizes, typical, work_now, context.lora)
+        entry, _ = rounds.run_round(config, t, sizes, typical, work_now, context.lora, nobody)
         moved = rounds.move(config, round, progress, entry, None, key)
         progress = rounds.advance(config, progress, entry, moved)
         report = rounds.report_of(entry, config.local_steps, config.sent_directions)
-        record = rounds.metrics_of(config, entry, report, rounds.Traffic([], []), typical)
+        record = metrics_of(config, entry, report, Traffic([], []), typical)
         recent += [record] if divergence.kept(record) else []
     return [before, float(task.evaluate(progress.state.params))]
 

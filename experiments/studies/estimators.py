@@ -135,7 +135,10 @@ def conclude(decoder: Decoder, outcomes: Sequence[runner.Outcome]) -> list[dict[
 
 def plot(path: str, chosen: Mapping[str, runner.Outcome], decoder: Decoder) -> None:
     """Plots the test loss of each method at its best rate over the compute."""
+    from matplotlib import colormaps
+
     figure, axes = _plots.subplots(figsize=(8, 4.8))
+    axes.set_prop_cycle(color=[colormaps["tab20"](i) for i in range(20)])  # more methods than the usual ten colours
     whole = compute(chosen[PAPER_METHOD].config, decoder)
     for label, outcome in chosen.items():
         rounds = np.array(outcome.curves[0].rounds)

@@ -28,10 +28,12 @@ class Message(NamedTuple):
         update: its update, as :func:`messages.pack_update` packs it.
         lora: its θ_i, as :func:`messages.pack_lora_update` packs it, where clients send that; the update is then what
             the ledger keeps.
+        signature: of the update, where clients sign.
     """
 
     update: bytes
     lora: bytes | None = None
+    signature: bytes | None = None
 
 
 class Expected(NamedTuple):

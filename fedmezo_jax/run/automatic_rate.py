@@ -46,6 +46,11 @@ def first_rate(report: RoundReport | None, trained: int, robust: bool = False) -
         gradients = np.asarray(report.projected_gradients, np.float64)
         square = np.median(np.mean(gradients**2, axis=(1, 2))) if robust else np.mean(gradients**2)
         square /= gradients.shape[-1]
+    return rate_for(square)
+
+
+def rate_for(square: float) -> float:
+    """η with which a step whose entries have this mean square at η = 1 moves them by :data:`FIRST_MOVE`."""
     rate = FIRST_MOVE / math.sqrt(square) if 0 < square < math.inf else FIRST_MOVE
     return float(np.float32(np.clip(rate, LOWEST, HIGHEST)))
 

@@ -10,7 +10,8 @@ DROPPED, LATE, NOT_FINITE = "dropped out", "came too late", "returned NaN or inf
 TOO_LARGE = "returned numbers too large to be real"
 MALFORMED = "sent a malformed message"
 MISMATCHED = "sent a message for another round, client or number of rows"
-NO_MESSAGE = (DROPPED, MALFORMED, MISMATCHED)
+UNSIGNED = "sent a message without its own signature"
+NO_MESSAGE = (DROPPED, MALFORMED, MISMATCHED, UNSIGNED)
 """Failures of which nothing is kept but the reason."""
 UNUSABLE = (NOT_FINITE, TOO_LARGE)
 """Failures of clients whose local steps have diverged, or who say so."""

@@ -16,6 +16,7 @@ from fedmezo_jax.run.config_parts import (
     LoraConfig,
     ModelConfig,
     PartitionConfig,
+    PrivacyConfig,
     ServerConfig,
     fits,
     hints,
@@ -24,7 +25,9 @@ from fedmezo_jax.run.config_parts import (
 
 # A dataclass lists the fields of its last base first.
 @dataclass(frozen=True)
-class RunConfig(FaultConfig, ServerConfig, LocalConfig, LoraConfig, PartitionConfig, DataConfig, ModelConfig):
+class RunConfig(
+    PrivacyConfig, FaultConfig, ServerConfig, LocalConfig, LoraConfig, PartitionConfig, DataConfig, ModelConfig
+):
     """A fine-tuning run."""
 
     seed: int = 0
@@ -66,6 +69,16 @@ class RunConfig(FaultConfig, ServerConfig, LocalConfig, LoraConfig, PartitionCon
                 f"--aggregation {self.aggregation} takes at least 2f + 3 clients a round, of which f lie: lower "
                 f"--byzantine-share {self.byzantine_share:g} for {self.participants}"
             )
+        if self.signed and not self.sends_coefficients:
+            raise UserError("--signed covers coefficients, which are not sent with --uplink lora or --algorithm fedavg")
+        if self.signed and self.on_divergence == "clip":
+            raise UserError("--on-divergence clip changes what clients have signed: leave out one of it and --signed")
+        if self.private:
+            self._require("algorithm", self.algorithm == "fedmezo", "fedmezo with --dp-epsilon, which bounds scalars")
+            self._require("uplink", self.sends_coefficients, "coefficients with --dp-epsilon, which bounds these")
+            for name, needed in PRIVATE.items():
+                rule = f"{needed} with --dp-epsilon: anything else would follow from single clients' numbers"
+                self._require(name, getattr(self, name) == needed, rule)
         if self.directions_shared and self.weight_decay:
             raise UserError(
                 "--weight-decay shrinks each client's θ by its own rate: leave out --directions-shared or the decay"
@@ -77,11 +90,18 @@ class RunConfig(FaultConfig, ServerConfig, LocalConfig, LoraConfig, PartitionCon
         return self.algorithm == "fedmezo" and self.uplink != "lora"
 
     @property
+    def keeps_mean(self) -> bool:
+        """Whether the server keeps the clients' mean alone, and no single client's numbers."""
+        return self.private and self.directions_shared
+
+    @property
     def participants(self) -> int:
         """Clients of a round, P: ``participation`` of all, rounded, and at least one."""
         return max(1, round(self.participation * self.clients))
 
 
+PRIVATE = {"personalize": "frozen", "on_divergence": "warn", "aggregation": "mean", "weighting": "equal"}
+"""What a run with ``--dp-epsilon`` must have."""
 PAPER: dict[str, Any] = {
     "layers": "all",
     "estimator": "two-point",

@@ -199,6 +199,8 @@ class ServerConfig(Options):
     uplink: Literal["coefficients", "lora"] | None = None
     """what a client sends: its projected gradients, from which the server reconstructs its update, or its LoRA; by
     default the former, and the LoRA with fedavg, which has none"""
+    signed: bool = False
+    """clients sign their updates and the server its records, with Ed25519 keys (in a simulation from the seed)"""
     directions_shared: bool = False
     """all clients of a round draw the same directions, so that the server averages scalars; by default each client
     draws its own (the paper)"""
@@ -237,6 +239,30 @@ class FaultConfig(Options):
         self._require("dropout", 0 <= self.dropout < 1, "at least 0 and below 1")
         self._require("deadline", self.deadline is None or 0 < self.deadline < math.inf, "above 0")
         self._require_counts("attempts")
+
+
+@dataclass(frozen=True)
+class PrivacyConfig(Options):
+    """Differential privacy of clients."""
+
+    dp_epsilon: float | None = None
+    """ε of each client's differential privacy after all rounds: projected gradients are clipped in norm and noise is
+    added to their mean, or with directions of their own to each client's; losses are not sent"""
+    dp_delta: float = 1e-5
+    """δ that goes with it"""
+    dp_clip: float = 1.0
+    """root mean square to which a client's projected gradients of a round are clipped together"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._require("dp_epsilon", self.dp_epsilon is None or 0 < self.dp_epsilon < math.inf, "above 0")
+        self._require("dp_delta", 0 < self.dp_delta < 1, "above 0 and below 1")
+        self._require_positive("dp_clip")
+
+    @property
+    def private(self) -> bool:
+        """Whether clients' numbers are clipped and noised."""
+        return self.dp_epsilon is not None
 
 
 @cache

@@ -57,7 +57,7 @@ def typical(loss_before: float, recent: Collection[Mapping[str, Any]]) -> Typica
     """What the last :data:`MEMORY` rounds that were kept measured, by their records."""
     if not recent:
         return Typical(loss_before, np.inf)
-    losses = [record["median_loss"] for record in recent]
+    losses = [record["median_loss"] for record in recent if record["median_loss"] is not None] or [loss_before]
     gradients = [record["median_gradient"] for record in recent if record["median_gradient"] is not None]
     return Typical(float(np.median(losses)), float(np.median(gradients)) if gradients else np.inf)
 

@@ -11,13 +11,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import orbax.checkpoint as ocp
 
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.parallel import multihost
-from fedmezo_jax.run import ledger, ledger_checks, run_checkpoints, run_folder
+from fedmezo_jax.run import ledger, ledger_checks, run_checkpoints, run_folder, signatures
 from fedmezo_jax.run.config import RunConfig
 from fedmezo_jax.run.context import RunContext
+from fedmezo_jax.run.privacy_plan import describe, plan_of
 from fedmezo_jax.run.rounds import Progress
 from fedmezo_jax.run.run_checkpoints import Seal
 
@@ -31,6 +33,7 @@ class Journal(NamedTuple):
     Attributes:
         progress: of the rounds that are done.
         metrics: the records of these rounds.
+        signing: what the next round's signatures take; None where nothing is signed.
         known: later rounds that the ledger has, each with the chain value of its record.
         append: writes a round to the ledger and returns the chain value of its record; it is on the disk then.
         record: the same for its metrics.
@@ -38,6 +41,7 @@ class Journal(NamedTuple):
 
     progress: Progress
     metrics: list[dict[str, Any]]
+    signing: signatures.Signing | None
     known: Iterator[tuple[ledger.Entry, str]]
     append: Callable[[ledger.Entry], str | None]
     record: Callable[[Mapping[str, Any]], None]
@@ -54,6 +58,7 @@ def open_journal(
     manager: ocp.CheckpointManager,
     fresh: Progress,
     first_rate: float,
+    keys: signatures.Keys | None,
     notify: Callable[[str], None],
 ) -> Journal:
     """The journal of a folder, new or verified, cut back to where the run goes on.
@@ -67,15 +72,23 @@ def open_journal(
         manager: of its checkpoints.
         fresh: progress before the first round.
         first_rate: its base learning rate.
+        keys: of the server and the clients, where they sign.
         notify: called with each thing that the user should know.
 
     Raises:
         UserError: the ledger is damaged, of another run, or missing although rounds were recorded.
     """
+    if keys and jax.process_count() > 1:
+        raise UserError("--signed: a run of several processes is not signed: leave it out")
     config, file, first_process = setup.config, folder / run_folder.LEDGER, multihost.is_coordinator()
     header = None  # back-propagated steps are no scalars that could rebuild the run
     if config.algorithm == "fedmezo":
-        header = ledger.make_header(asdict(config), setup.task.hash_frozen(), versions(), first_rate)
+        plan = plan_of(config)
+        privacy = describe(plan, config) if plan else ""
+        public_keys = signatures.identities(keys) if keys else b""
+        header = ledger.make_header(
+            asdict(config), setup.task.hash_frozen(), versions(), first_rate, privacy, public_keys
+        )
     steps, written = manager.all_steps(), run_folder.metrics_bytes(folder).count(b"\n")
 
     def open_ledger() -> ledger.Ledger | None:
@@ -85,7 +98,10 @@ def open_journal(
         return _open_ledger(file, header, bool(steps or written), notify) if header else None
 
     book = multihost.all_or_none(open_ledger)
-    chains, recorded = _chains(file, steps) if header else ({}, 0)
+    if header and keys:
+        signatures.verify(file)
+        run_folder.write_json(folder / run_folder.IDENTITIES, signatures.as_json(header["identities"]))
+    chains, recorded = _chains(file, {0, *steps}) if header else ({}, 0)
 
     def unfit(step: int, seal: Seal) -> str | None:
         if header and step > recorded:
@@ -118,9 +134,21 @@ def open_journal(
     # round.
     metrics = [record for record in run_folder.read_metrics(folder) if record["round"] <= first]
     known = _known(file, config, first) if header else iter(())
-    append = (lambda entry: book.append(entry).hex()) if book else _nowhere
+
+    def append(entry: ledger.Entry) -> str | None:
+        if book is None:
+            return None
+        if keys:
+            context = signatures.Context(bytes.fromhex(chains[0]), book.chain)
+            entry = signatures.sign_record(keys.server, context, entry)
+        return book.append(entry).hex()
+
     record = (lambda metrics: run_folder.append_metrics(folder, metrics)) if first_process else _nowhere
-    return Journal(progress, metrics, known, append, record)
+    signing = None
+    if header and keys:
+        context = signatures.Context(*(bytes.fromhex(chains[step]) for step in (0, first)))
+        signing = signatures.Signing(keys, header["identities"], context)
+    return Journal(progress, metrics, signing, known, append, record)
 
 
 def _open_ledger(file: Path, header: Mapping[str, Any], begun: bool, notify: Callable[[str], None]) -> ledger.Ledger:

@@ -28,7 +28,7 @@ import hashlib
 import os
 import struct
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -59,6 +59,11 @@ class Entry(NamedTuple):
         clipped: steps whose projected gradient was clipped.
         rolled_back: the round, and the one before it, count for nothing: θ is again where that one began.
         step: how much of the round's update of θ the server took: 1, or another of :data:`automatic_rate.STEPS`.
+        mean: ``[H·n]`` float32, the mean of the projected gradients where single clients' are not kept; there are then
+            no updates.
+        epsilon: ε that has been spent after the round; 0 without ``--dp-epsilon``.
+        signatures: of the updates, by their clients; none without ``--signed``.
+        seal: the server's signature of all the rest; empty without ``--signed``.
     """
 
     round: int
@@ -71,6 +76,10 @@ class Entry(NamedTuple):
     clipped: int = 0
     rolled_back: bool = False
     step: float = 1.0
+    mean: np.ndarray | None = None
+    epsilon: float = 0.0
+    signatures: Sequence[bytes | None] = ()
+    seal: bytes = b""
 
 
 def pack_entry(entry: Entry) -> bytes:
@@ -79,8 +88,10 @@ def pack_entry(entry: Entry) -> bytes:
         "ids": np.asarray(entry.ids, "<i4").tobytes(),
         "weights": np.asarray(entry.weights, "<f4").tobytes(),
         "learning_rates": np.asarray(entry.learning_rates, "<f4").tobytes(),
+        "mean": None if entry.mean is None else np.asarray(entry.mean, "<f4").tobytes(),
     }
-    return _pack(entry._asdict() | {"round": int(entry.round), "step": float(entry.step)} | vectors)
+    numbers = {"round": int(entry.round), "step": float(entry.step), "epsilon": float(entry.epsilon)}
+    return _pack(entry._asdict() | numbers | vectors)
 
 
 def _pack(content: Any) -> bytes:
@@ -127,14 +138,44 @@ def unpack_entry(payload: bytes, what: str = "the entry") -> Entry:
     rolled_back = reader.value(bool)
     field("step")
     step = reader.value(float)
+    field("mean")
+    mean = reader.optional_vector()
+    field("epsilon")
+    epsilon = reader.value(float)
+    field("signatures")
+    signatures = [reader.value(bytes, type(None)) for _ in range(reader.array())]
+    field("seal")
+    seal = reader.value(bytes)
     reader.end()
+    if len(signatures) not in (0, len(ids)):
+        raise reader.error(f"it has {len(ids)} clients and {len(signatures)} signatures")
     if not len(ids) == len(weights) == len(rates):
         raise reader.error(f"it has {len(ids)} clients, {len(weights)} weights and {len(rates)} learning rates")
-    return Entry(index, attempt, ids, weights, rates, updates, failed, clipped, rolled_back, step)
+    return Entry(
+        index,
+        attempt,
+        ids,
+        weights,
+        rates,
+        updates,
+        failed,
+        clipped,
+        rolled_back,
+        step,
+        mean,
+        epsilon,
+        signatures,
+        seal,
+    )
 
 
 def make_header(
-    config: Mapping[str, Any], base_hash: str, versions: Mapping[str, str], first_rate: float
+    config: Mapping[str, Any],
+    base_hash: str,
+    versions: Mapping[str, str],
+    first_rate: float,
+    privacy: str = "",
+    identities: bytes = b"",
 ) -> dict[str, Any]:
     """The first record: all that a replay needs besides the base weights, and what it ran on.
 
@@ -143,6 +184,8 @@ def make_header(
         base_hash: :func:`~fedmezo_jax.core.tree_hash.tree_hash` of the frozen weights.
         versions: of the packages that the numbers may hang on.
         first_rate: base learning rate of the first round.
+        privacy: what is guaranteed, and where the noise came from; empty without ``--dp-epsilon``.
+        identities: public keys of the server and of each client, 32 bytes each; empty without ``--signed``.
     """
     device = jax.devices()[0]
     return {
@@ -154,6 +197,8 @@ def make_header(
         "keys": KEYS,
         "distribution": config["distribution"],
         "first_rate": float(first_rate),
+        "privacy": privacy,
+        "identities": identities,
         "versions": dict(versions),
         "backend": {"platform": device.platform, "device": device.device_kind, "devices": jax.device_count()},
     }
@@ -247,8 +292,8 @@ class Ledger:
 
     def __init__(self, file: Path, rounds: int, chain: bytes, end: int):
         """Use :func:`create` or :func:`reopen`."""
-        self.file, self.rounds = file, rounds
-        self._chain, self._end = chain, end
+        self.file, self.rounds, self.chain = file, rounds, chain
+        self._end = end
 
     def append(self, entry: Entry) -> bytes:
         """Adds a round; it is on the disk when this returns. An error leaves the file as it was.
@@ -258,12 +303,12 @@ class Ledger:
         """
         self._write(pack_entry(entry))
         self.rounds += 1
-        return self._chain
+        return self.chain
 
     def _write(self, payload: bytes) -> None:
         length = struct.pack("<I", len(payload))
         frame = length + struct.pack("<I", zlib.crc32(length))
-        chain = _link(self._chain, frame, payload)
+        chain = _link(self.chain, frame, payload)
         with self.file.open("r+b", buffering=0) as stream:
             try:
                 stream.seek(self._end)
@@ -272,7 +317,7 @@ class Ledger:
             except OSError:
                 stream.truncate(self._end)
                 raise
-        self._chain, self._end = chain, self._end + _FRAME + len(payload) + _CHAIN
+        self.chain, self._end = chain, self._end + _FRAME + len(payload) + _CHAIN
 
 
 def _write_all(stream: Any, content: bytes) -> None:

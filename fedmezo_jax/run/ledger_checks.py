@@ -17,10 +17,11 @@ import numpy as np
 from fedmezo_jax.core.aggregation import sample_participants
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.run import client_failures, ledger
-from fedmezo_jax.run.acceptance import Expected, Message, receive
+from fedmezo_jax.run.acceptance import LARGEST, Expected, Message, receive
 from fedmezo_jax.run.automatic_rate import STEPS, next_rate
 from fedmezo_jax.run.config import RunConfig, config_from
 from fedmezo_jax.run.ledger import Entry
+from fedmezo_jax.run.privacy_plan import PrivacyPlan, plan_of
 
 MOST_CLIENTS, MOST_GRADIENTS = 10**7, 2**28
 """Largest N, and P·H·n, of a ledger that is read: what a replay holds in memory grows with them."""
@@ -50,9 +51,14 @@ def entries(file: Path, config: RunConfig, first: int = 0) -> Iterator[Entry]:
     Raises:
         UserError: a record is damaged, or an entry is not one that the configuration permits; names the round.
     """
-    rate = float(ledger.read_header(file)["first_rate"])
+    rate, plan = float(ledger.read_header(file)["first_rate"]), plan_of(config)
+    participations = np.zeros(config.clients, np.int64)
     for index, entry in enumerate(ledger.entries(file)):
-        if wrong := _fault(entry, index, config, rate):
+        wrong = _fault(entry, index, config, rate)
+        if not wrong:
+            participations[entry.ids] += 1
+            wrong = _privacy_fault(entry, plan, participations)
+        if wrong:
             raise UserError(
                 f"{file}: the record of round {index + 1} does not fit the run: {wrong}: give the ledger as the run "
                 "wrote it"
@@ -83,6 +89,16 @@ def _fault(entry: Entry, index: int, config: RunConfig, rate: float) -> str | No
     return _failed_fault(entry, config) or _number_fault(entry, config, rate)
 
 
+def _privacy_fault(entry: Entry, plan: PrivacyPlan | None, participations: np.ndarray) -> str | None:
+    """What is wrong with the ε of an entry, by the rounds that each client has taken part in."""
+    if plan and np.max(participations) > plan.participations:
+        return f"a client takes part in more than {plan.participations} rounds"
+    expected = plan.spent(participations) if plan else 0.0
+    if not math.isclose(entry.epsilon, expected, rel_tol=1e-6):
+        return f"it says that ε = {entry.epsilon:g} is spent, and {expected:g} is"
+    return None
+
+
 def _participants(entry: Entry, attempt: int, config: RunConfig) -> np.ndarray:
     return sample_participants(config.seed, entry.round, config.clients, config.participants, attempt)
 
@@ -101,6 +117,10 @@ def _failed_fault(entry: Entry, config: RunConfig) -> str | None:
         return f"{min(unknown)!r:.60} is no reason to fail"
     for id, update in zip(entry.ids, entry.updates, strict=True):
         why = events.get((entry.attempt, int(id)))
+        if config.keeps_mean:
+            if update is not None:
+                return f"it has the update of client {id} and not the mean alone"
+            continue
         if update is None and why not in (*client_failures.NO_MESSAGE, client_failures.LATE):
             return f"client {id} has no update"
         if update is not None and why in client_failures.NO_MESSAGE:
@@ -118,6 +138,15 @@ def _number_fault(entry: Entry, config: RunConfig, middle: float) -> str | None:
     slack = _ROUNDING * middle + np.finfo(np.float32).tiny
     if not np.all(np.abs(np.asarray(entry.learning_rates, np.float64) - middle) <= spread * middle + slack):
         return f"a learning rate is not within {spread:g} of {middle:g}"
+    if bool(entry.seal) != config.signed or bool(entry.signatures) != config.signed:
+        return "it has signatures" if not config.signed else "it is not signed"
+    if (entry.mean is not None) != config.keeps_mean:
+        return "it has a mean" if entry.mean is not None else "it has no mean"
+    if entry.mean is not None:
+        if entry.mean.size != config.local_steps * config.directions or not np.all(np.abs(entry.mean) <= LARGEST):
+            return "its mean is not one of projected gradients"
+        if not np.all(np.isin(entry.weights, (0, 1))):
+            return "a weight is neither 0 nor 1"
     limit = math.inf if config.on_divergence == "clip" else None
     for id, weight, rate, message in zip(
         map(int, entry.ids), entry.weights, entry.learning_rates, entry.updates, strict=True

@@ -15,8 +15,9 @@ import msgpack
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.run.reader import ERRORS
 
-FORMAT, VERSION, KEYS = "fedmezo ledger", 2, "threefry2x32"
-"""Since version 2 a ledger holds projected gradients g and learning rates η_i; version 1 held the products η_i·g/n."""
+FORMAT, VERSION, KEYS = "fedmezo ledger", 3, "threefry2x32"
+"""Version 1 held products of learning rates and projected gradients; version 2 lacked what privacy and signatures
+take."""
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
@@ -47,9 +48,9 @@ def unpack_header(payload: bytes, file: Path) -> dict[str, Any]:
 
 def _fault(header: dict[str, Any]) -> str | None:
     """What is wrong with a header, or None."""
-    texts = ("config_hash", "base_hash", "keys", "distribution")
+    texts = ("config_hash", "base_hash", "keys", "distribution", "privacy")
     groups = {"config": (str, int, float, bool, type(None)), "versions": (str,), "backend": (str, int)}
-    if odd := header.keys() ^ {"format", "version", "first_rate", *texts, *groups}:
+    if odd := header.keys() ^ {"format", "version", "first_rate", "identities", *texts, *groups}:
         return f"{', '.join(sorted(map(str, odd)))} is missing or unknown"
     if any(not isinstance(header[name], str) for name in texts):
         return f"one of {', '.join(texts)} is no text"
@@ -68,6 +69,9 @@ def _fault(header: dict[str, Any]) -> str | None:
     rate, chosen = header["first_rate"], header["config"].get("learning_rate")
     if type(rate) is not float or not 0 < rate < math.inf or chosen not in ("auto", rate):
         return f"first_rate cannot be {rate!r:.60}"
+    keys, config = header["identities"], header["config"]
+    if type(keys) is not bytes or len(keys) != (32 * (config.get("clients", 0) + 1) if config.get("signed") else 0):
+        return "identities are not a public key for the server and each client"
     if "jax" not in header["versions"] or header["backend"].keys() != {"platform", "device", "devices"}:
         return "versions or backend lacks an entry"
     return None

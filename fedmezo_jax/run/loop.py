@@ -18,10 +18,20 @@ from fedmezo_jax.core import federated, mezo, random, transforms
 from fedmezo_jax.core.random import run_key
 from fedmezo_jax.data.batches import take
 from fedmezo_jax.parallel import multihost, sharding
-from fedmezo_jax.run import automatic_rate, divergence, ledger, rounds, run_checkpoints, run_folder
+from fedmezo_jax.run import (
+    automatic_rate,
+    divergence,
+    ledger,
+    round_metrics,
+    rounds,
+    run_checkpoints,
+    run_folder,
+    signatures,
+)
 from fedmezo_jax.run.config import RunConfig
 from fedmezo_jax.run.context import RunContext, build, round_examples
 from fedmezo_jax.run.journal import open_journal
+from fedmezo_jax.run.traffic import traffic_of
 
 
 def forward_passes(config: RunConfig) -> int:
@@ -93,7 +103,7 @@ def train(
     cohort = _cohorts(setup)
     clock = Stopwatch()
 
-    def work_of(progress: rounds.Progress, t: int) -> rounds.Work:
+    def work_of(progress: rounds.Progress, t: int, signing: signatures.Signing | None) -> rounds.Work:
         def work(attempt: int, limit: float) -> rounds.Answers:
             current, _, _ = cohort(t, attempt)
             transform = transforms.clip(np.float32(limit)) if config.on_divergence == "clip" else None
@@ -103,7 +113,7 @@ def train(
                 if t + 1 < config.rounds:
                     cohort(t + 1, 0)  # while the device works
                 ids, report = np.asarray(current.ids), jax.device_get(report)
-            return rounds.simulated_answers(config, round, progress.state, sizes, ids, report, key)
+            return rounds.simulated_answers(config, round, progress.state, sizes, ids, report, key, attempt, signing)
 
         return work
 
@@ -118,15 +128,15 @@ def train(
         state = init(setup.lora, config.clients)
         first_rate = _recorded_rate(folder) if automatic else float(config.learning_rate)
         if first_rate is None:  # the first round's work, at rate 0
-            measurable = config.algorithm == "fedmezo"
-            report = round.work(state, loss, cohort(0, 0)[0], key, None, jnp.float32(0)) if measurable else None
-            robust = config.aggregation != "mean"
-            first_rate = automatic_rate.first_rate(report, divergence.count(setup.lora), robust)
+            first_rate = _first_rate(setup, lambda: round.work(state, loss, cohort(0, 0)[0], key, None, jnp.float32(0)))
         fresh = sharding.replicate(mesh, rounds.begin(state, config, first_rate))
-        journal = open_journal(setup, folder, manager, fresh, first_rate, notify)
-        progress = journal.progress
+        keys = signatures.simulated_keys(config) if config.signed else None
+        journal = open_journal(setup, folder, manager, fresh, first_rate, keys, notify)
+        progress, signing = journal.progress, journal.signing
         first = int(progress.state.round)
+        participations = np.zeros(config.clients, np.int64)
         for record in journal.metrics:
+            participations[record["participants"]] += 1
             on_round(record)
         recent = deque(filter(divergence.kept, journal.metrics), divergence.MEMORY)
         journal.metrics.clear()  # a long run's records are on the disk and not in memory
@@ -137,19 +147,22 @@ def train(
             (entry, chain), uploads = next(journal.known, (None, None)), None
             is_new = entry is None
             if entry is None:
-                entry, uploads = rounds.run_round(config, t, sizes, typical, work_of(progress, t), setup.lora)
+                work = work_of(progress, t, signing)
+                entry, uploads = rounds.run_round(config, t, sizes, typical, work, setup.lora, participations, signing)
+            participations[entry.ids] += 1
             with clock:
                 moved = rounds.move(config, round, progress, entry, uploads, key)
                 if is_new and automatic and moved is not None:
                     entry = entry._replace(step=search(progress, moved))
             if is_new:
                 chain = journal.append(entry)
+            signing = signing and signing.after(chain or "")
             report = rounds.report_of(entry, config.local_steps, config.sent_directions)
-            traffic = rounds.traffic_of(config, round, progress, entry)
+            traffic = traffic_of(config, round, progress, entry, sizes)
             with clock:
                 progress = jax.block_until_ready(rounds.advance(config, progress, entry, moved))
                 measured = float(task.evaluate(progress.state.params)) if last or (t + 1) % eval_every == 0 else None
-            record = rounds.metrics_of(config, entry, report, traffic, typical)
+            record = round_metrics.metrics_of(config, entry, report, traffic, typical)
             spent = [cohort(t, attempt)[1:] for attempt in range(entry.attempt + 1)]
             real_tokens, tokens = map(sum, zip(*spent, strict=True))
             now = time.perf_counter()
@@ -166,7 +179,7 @@ def train(
             recent.extend([record] if divergence.kept(record) else [])
             if last or (t + 1) % checkpoint_every == 0:
                 run_checkpoints.save(manager, folder, progress, chain)
-            for notice in rounds.notices(config, record, divergence.count(setup.lora)):
+            for notice in round_metrics.notices(config, record, divergence.count(setup.lora)):
                 notify(notice)
             on_round(record)
 
@@ -176,6 +189,15 @@ def train(
     metrics = multihost.all_or_none(lambda: run_folder.read_metrics(folder))
     loss_after = metrics[-1]["test_loss"]
     return RunResult(setup, lora, loss_before, math.nan if loss_after is None else loss_after, metrics)
+
+
+def _first_rate(setup: RunContext, work_at_rate_0: Callable[[], federated.RoundReport]) -> float:
+    """The first round's learning rate; in a private run from the bound on gradients and not from clients' numbers."""
+    config, trained = setup.config, divergence.count(setup.lora)
+    if config.private:
+        return automatic_rate.rate_for(config.dp_clip**2 / config.directions)
+    report = work_at_rate_0() if config.algorithm == "fedmezo" else None
+    return automatic_rate.first_rate(report, trained, robust=config.aggregation != "mean")
 
 
 def _recorded_rate(folder: Path) -> float | None:

@@ -63,7 +63,7 @@ def unpack_update(message: bytes) -> Update:
     Raises:
         UserError: the message is malformed.
     """
-    reader = _opened(message, "the update", len(Update._fields))
+    reader, _ = _opened(message, "the update", len(Update._fields))
     round_index, client, samples = reader.integer(), reader.integer(), reader.integer()
     gradients, losses = reader.vector(), reader.vector()
     reader.end()
@@ -72,19 +72,22 @@ def unpack_update(message: bytes) -> Update:
     return Update(round_index, client, samples, gradients.reshape(len(losses), -1), losses)
 
 
-def pack_start(round_index: int, learning_rate: float) -> bytes:
-    """The server's word to a participant: begin, at this learning rate (float32)."""
-    return _pack([VERSION, int(round_index), float(learning_rate)])
+def pack_start(round_index: int, learning_rate: float, chain: bytes = b"") -> bytes:
+    """The server's word to a participant: begin, at this learning rate (float32).
+
+    ``chain`` is the ledger's so far, where the client signs.
+    """
+    return _pack([VERSION, int(round_index), float(learning_rate), *([chain] if chain else [])])
 
 
-def unpack_start(message: bytes) -> tuple[int, float]:
-    """Round and learning rate of :func:`pack_start`.
+def unpack_start(message: bytes) -> tuple[int, float, bytes]:
+    """Round, learning rate and chain of :func:`pack_start`.
 
     Raises:
         UserError: the message is malformed.
     """
-    reader = _opened(message, "the start message", 2)
-    start = reader.integer(), reader.value(float)
+    reader, length = _opened(message, "the start message", 2, optional=1)
+    start = reader.integer(), reader.value(float), reader.value(bytes) if length > 3 else b""
     reader.end()
     return start
 
@@ -131,7 +134,7 @@ def unpack_outcome(message: bytes, recipient: int | None = None, own: np.ndarray
     Raises:
         UserError: the message is malformed, or has no place for ``own``.
     """
-    reader = _opened(message, "the outcome", len(Outcome._fields))
+    reader, _ = _opened(message, "the outcome", len(Outcome._fields))
     round_index, ids = reader.integer(), _ids(reader)
     weights, rates, numbers = reader.optional_vector(), reader.vector(), reader.vector()
     step = reader.value(float)
@@ -179,7 +182,7 @@ def unpack_mean(message: bytes) -> tuple[int, np.ndarray, float]:
     Raises:
         UserError: the message is malformed.
     """
-    reader = _opened(message, "the mean", 3)
+    reader, _ = _opened(message, "the mean", 3)
     mean = reader.integer(), reader.vector(), reader.value(float)
     reader.end()
     return mean
@@ -253,15 +256,15 @@ def _no_lora_update(why: str) -> UserError:
     return UserError(f"the LoRA update is malformed: {why}")
 
 
-def _opened(message: bytes, what: str, fields: int) -> Reader:
-    """A reader of a message of so many fields, past its format version."""
+def _opened(message: bytes, what: str, fields: int, optional: int = 0) -> tuple[Reader, int]:
+    """A reader of a message of so many fields, past its format version, and how many entries the message has."""
     reader = Reader(message, what)
     length = reader.array()
-    if length not in (fields, fields + 1):
+    if not fields <= length <= fields + 1 + optional:
         raise reader.error(f"it has {length} entries and not {fields + 1}")
     if (version := 1 if length == fields else reader.integer()) != VERSION:
         raise _other_version(what, version)
-    return reader
+    return reader, length
 
 
 def _other_version(what: str, version: object) -> UserError:

@@ -15,7 +15,7 @@ from fedmezo_jax.core import mezo
 from fedmezo_jax.core.random import init_key, run_key
 from fedmezo_jax.core.task import Task
 from fedmezo_jax.errors import UserError
-from fedmezo_jax.run import ledger, ledger_checks, rounds
+from fedmezo_jax.run import ledger, ledger_checks, rounds, signatures
 from fedmezo_jax.run.config import RunConfig
 from fedmezo_jax.run.config_parts import ModelConfig
 from fedmezo_jax.run.context import algorithm, task_name
@@ -65,6 +65,7 @@ def replay(
     until: int | None = None,
     *,
     task: Task | None = None,
+    identities: str | PathLike[str] | None = None,
     on_start: Callable[[VerifiedLedger], None] = lambda verified: None,
     on_round: Callable[[int], None] = lambda done: None,
     notify: Callable[[str], None] = lambda line: None,
@@ -77,6 +78,8 @@ def replay(
             default the one that the run names, if it is on this machine.
         until: round to go up to, from 0; by default the last.
         task: the run's, where it is not a LLaMA; its data are not used.
+        identities: the public keys that a signed ledger must be signed with, an ``identities.json``; by default those
+            in its header.
         on_start: called when all is verified and before anything is rebuilt.
         on_round: called with the number of rounds made.
         notify: called with each line that the user should read.
@@ -87,14 +90,15 @@ def replay(
     """
     if until is not None and until < 0:
         raise UserError(f"--round must be 0 or more, not {until}")
-    verified, init_params = _verify(Path(ledger_file), model, task, notify)
+    file, trusted = Path(ledger_file), None if identities is None else signatures.read_identities(Path(identities))
+    verified, init_params = _verify(file, model, task, trusted, notify)
     on_start(verified)
     first = init_params(init_key(verified.config.seed))
     return Replay(verified, *reconstruct(verified.file, verified.config, first, until, on_round))
 
 
 def _verify(
-    file: Path, model: str | None, task: Task | None, notify: Callable[[str], None]
+    file: Path, model: str | None, task: Task | None, trusted: bytes | None, notify: Callable[[str], None]
 ) -> tuple[VerifiedLedger, Callable[[jax.Array], mezo.Params]]:
     """Checks every record of a ledger and the frozen weights; also says how θ begins."""
     header = ledger.read_header(file)
@@ -106,6 +110,10 @@ def _verify(
     config = ledger_checks.run_config(header, file)
     for _ in ledger_checks.entries(file, config):
         pass
+    signatures.verify(file, trusted)
+    if config.signed:
+        keys = "the keys in its own header" if trusted is None else "the keys given"
+        notify(f"every signature holds, with {keys}")
     if last.index < config.rounds:
         notify(
             f"notice: the ledger ends after round {last.index} of {config.rounds}: the run was stopped or is not over"
@@ -162,10 +170,7 @@ def reconstruct(
     for entry in ledger_checks.entries(file, config):
         if done == until:
             break
-        report = rounds.report_of(entry, config.local_steps, config.directions)
-        moved = None
-        if entry.step and not entry.rolled_back:
-            moved = round.apply(progress.state, entry.ids, entry.weights, report, key)
+        moved = rounds.move(config, round, progress, entry, None, key)
         progress = rounds.advance(config, progress, entry, moved)
         done += 1
         on_round(done)

@@ -7,22 +7,23 @@ entry alone: so a resumed run, which reads it, and a replay end where the run di
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedmezo_jax.core import federated
+from fedmezo_jax.core import federated, mezo
 from fedmezo_jax.core.mezo import Params
 from fedmezo_jax.errors import UserError
-from fedmezo_jax.run import client_failures, divergence, messages
+from fedmezo_jax.privacy import mechanism
+from fedmezo_jax.run import client_failures, divergence, messages, signatures
 from fedmezo_jax.run.acceptance import Expected, Message, Received, receive
 from fedmezo_jax.run.automatic_rate import next_rate
 from fedmezo_jax.run.config import RunConfig
-from fedmezo_jax.run.config_parts import LocalConfig
 from fedmezo_jax.run.ledger import Entry
+from fedmezo_jax.run.privacy_plan import PrivacyPlan, check_budget, plan_of
 
 
 class Progress(NamedTuple):
@@ -119,16 +120,28 @@ def simulated_answers(
     ids: np.ndarray,
     report: federated.RoundReport,
     key: jax.Array,
+    attempt: int = 0,
+    signing: signatures.Signing | None = None,
 ) -> Answers:
     """The messages of clients that were simulated here, from their report on the host, packed one by one."""
+    plan = plan_of(config)
 
     def packed(t: int) -> Iterator[Message]:
         for i, id in enumerate(ids):
-            numbers = np.asarray(report.projected_gradients[i]), np.asarray(report.losses[i])
-            update, lora = messages.Update(t, int(id), int(sizes[id]), *numbers), None
+            gradients, losses = np.asarray(report.projected_gradients[i]), np.asarray(report.losses[i])
+            if plan:
+                losses = np.zeros_like(losses)
+                if not config.keeps_mean:
+                    draw = mechanism.simulated_noise(config.seed, t, attempt, int(id))
+                    gradients = mechanism.noisy(gradients, plan.norm, plan.noise, draw)
+            update, lora = messages.Update(t, int(id), int(sizes[id]), gradients, losses), None
             if not config.sends_coefficients:
                 lora = messages.pack_lora_update(update, jax.device_get(round.upload(state, int(id), report, i, key)))
-            yield Message(messages.pack_update(update), lora)
+            packed_update, signature = messages.pack_update(update), None
+            if signing:
+                private_key = signing.keys.clients[int(id)]
+                signature = signatures.sign_update(private_key, signing.context, t, int(id), packed_update)
+            yield Message(packed_update, lora, signature)
 
     return Answers(ids, np.asarray(report.learning_rates), packed(int(state.round)))
 
@@ -140,6 +153,8 @@ def run_round(
     typical: divergence.Typical,
     work: Work,
     like: Params,
+    participations: np.ndarray,
+    signing: signatures.Signing | None = None,
 ) -> tuple[Entry, list[Params | None]]:
     """Asks the clients for their work until some of them return usable numbers.
 
@@ -150,36 +165,53 @@ def run_round(
         typical: what earlier rounds measured.
         work: the clients' half of the round.
         like: a tree with the structure and shapes of θ.
+        participations: ``[N]`` rounds that each client has taken part in.
+        signing: what its signatures take; None where nothing is signed.
 
     Returns:
         The round's entry, and for each participant the θ_i that it sent, if it sent one.
 
     Raises:
-        UserError: every client failed, as often as the configuration allows.
+        UserError: every client failed, as often as the configuration allows, or the round would spend more than
+            ``--dp-epsilon``.
     """
+    plan = plan_of(config)
     failed: list[tuple[int, int, str]] = []
     for attempt in range(config.attempts):
         away = client_failures.absent(config.seed, t, attempt, config.clients, config.dropout, config.deadline)
         clip = config.on_divergence == "clip"
         limit = typical.limit if clip else np.inf
         ids, rates, arrived = work(attempt, limit)
-        received = []
+        after = participations.copy()
+        after[ids] += 1
+        check_budget(plan, after, t)
+        received, sent_signatures = [], []
         for message, id, rate in zip(arrived, map(int, ids), rates, strict=True):
             shape = config.local_steps, config.sent_directions
             expected = Expected(t, id, int(sizes[id]), *shape, float(rate), limit if clip else None)
             dropped = away.get(id) == client_failures.DROPPED
             answer = Received(None, None, None) if dropped else receive(message, expected, like)
+            if (plan or signing) and not _acceptable(answer.update, message, plan, signing):
+                why = answer.why or (client_failures.UNSIGNED if signing else client_failures.MALFORMED)
+                answer = Received(None, None, why)
+            sent_signatures.append(message.signature if answer.update else None)
             received.append(answer._replace(why=away.get(id) or answer.why))
         failed += [(attempt, int(id), answer.why) for id, answer in zip(ids, received, strict=True) if answer.why]
         weights = sizes[ids] if config.weighting == "samples" else np.ones(len(ids), np.float32)
         weights = np.where([answer.why is None for answer in received], weights, 0).astype(np.float32)
         updates = [answer.update and messages.pack_update(answer.update) for answer in received]
         entry = Entry(t, attempt, ids, weights, rates, updates, failed)
+        if signing:
+            entry = entry._replace(signatures=sent_signatures)
+        if plan:
+            entry = entry._replace(epsilon=plan.spent(after))
+        if plan and config.keeps_mean:
+            entry = _mean_alone(config, plan, entry, [answer.update for answer in received])
         report = report_of(entry, config.local_steps, config.sent_directions)
         if clip:
             here = np.array([update is not None for update in updates])
             entry = entry._replace(clipped=divergence.count_clipped(report, here, limit))
-        if config.on_divergence == "rollback" and typical.diverged(known_losses(entry, report)):
+        if config.on_divergence == "rollback" and typical.diverged(known_losses(config, entry, report)):
             entry = entry._replace(rolled_back=True)
         unusable = any(answer.why in client_failures.UNUSABLE for answer in received)
         if config.learning_rate == "auto" and unusable and not weights.any():
@@ -192,6 +224,36 @@ def run_round(
     )
 
 
+def _acceptable(
+    update: messages.Update | None,
+    message: Message,
+    plan: PrivacyPlan | None,
+    signing: signatures.Signing | None,
+) -> bool:
+    """Whether an update is signed by its client where clients sign, and has no losses where it must not."""
+    if update is None or (plan and np.any(update.losses)):
+        return update is None
+    if signing is None:
+        return True
+    where = (update.round, update.client)
+    packed = messages.pack_update(update)
+    return signatures.is_signed(signing.public_keys, signing.context, *where, packed, message.signature)
+
+
+def _mean_alone(config: RunConfig, plan: PrivacyPlan, entry: Entry, updates: list[messages.Update | None]) -> Entry:
+    """What is kept of a private round with shared directions: the noisy mean, and no single client's numbers."""
+    vectors = [
+        update.projected_gradients.ravel()
+        for update, weight in zip(updates, entry.weights, strict=True)
+        if update and weight
+    ]
+    draw = mechanism.simulated_noise(config.seed, entry.round, entry.attempt)
+    size = config.local_steps * config.sent_directions
+    mean = mechanism.noisy_mean(vectors, len(updates), plan.norm, plan.noise, draw, size)
+    nobody = [None] * len(updates)
+    return entry._replace(updates=nobody, signatures=nobody if entry.signatures else (), mean=mean)
+
+
 def _remedy(failed: list[tuple[int, int, str]]) -> str:
     whys = {why for *_, why in failed}
     if whys & set(client_failures.UNUSABLE):
@@ -201,8 +263,13 @@ def _remedy(failed: list[tuple[int, int, str]]) -> str:
     return "check that all clients run this version with this configuration"
 
 
-def known_losses(entry: Entry, report: federated.RoundReport) -> np.ndarray:
-    """``[K, H]`` losses of the clients that answered in time, infinite where their numbers are of no use."""
+def known_losses(config: RunConfig, entry: Entry, report: federated.RoundReport) -> np.ndarray:
+    """``[K, H]`` losses of the clients that answered in time, infinite where their numbers are of no use.
+
+    None are known of a private run.
+    """
+    if config.private:
+        return np.zeros((0, config.local_steps), np.float32)
     failed = {id: why for attempt, id, why in entry.failed if attempt == entry.attempt}
     whys = [failed.get(int(id)) for id in entry.ids]
     on_time = [why is None or why in client_failures.UNUSABLE for why in whys]
@@ -210,45 +277,14 @@ def known_losses(entry: Entry, report: federated.RoundReport) -> np.ndarray:
     return np.where(usable, np.asarray(report.losses), np.inf)[on_time]
 
 
-class Traffic(NamedTuple):
-    """Bytes of a round, read off its messages.
-
-    Attributes:
-        up: from each of the P participants.
-        down: to each of the P participants.
-        others: to all other clients together.
-    """
-
-    up: list[int]
-    down: list[int]
-    others: int = 0
-
-
-def scalar_traffic(
-    config: RunConfig,
-    round: federated.Round,
-    state: federated.FederatedState,
-    entry: Entry,
-    report: federated.RoundReport,
-) -> Traffic:
-    """The messages of a round whose clients send projected gradients; its result is broadcast to all N clients."""
-    begin = [len(messages.pack_start(entry.round, float(rate))) for rate in entry.learning_rates]
-    up = [len(message or b"") for message in entry.updates]
-    if entry.rolled_back or not entry.step:
-        return Traffic(up, begin)
-    counted = entry.weights > 0
-    if config.directions_shared:
-        size = len(messages.pack_mean(entry.round, round.combine(state, entry.ids, entry.weights, report), entry.step))
-        return Traffic(up, [first + size for first in begin], size * (config.clients - len(entry.ids)))
-    gradients = np.asarray(report.projected_gradients)[counted].reshape(int(counted.sum()), -1)
-    weights = entry.weights[counted] if config.weighting == "samples" else None
-    rates = entry.learning_rates[counted]
-    outcome = messages.Outcome(entry.round, entry.ids[counted], weights, rates, gradients, entry.step)
-    down = [
-        first + len(messages.pack_outcome(outcome, config.clients, int(id)))
-        for first, id in zip(begin, entry.ids, strict=True)
-    ]
-    return Traffic(up, down, len(messages.pack_outcome(outcome, config.clients)) * (config.clients - len(entry.ids)))
+def combined(
+    round: federated.Round, state: federated.FederatedState, entry: Entry, report: federated.RoundReport
+) -> np.ndarray:
+    """How far shared directions move θ, ``[H, n]`` float32."""
+    if entry.mean is None:
+        return round.combine(state, entry.ids, entry.weights, report)
+    shape = report.projected_gradients.shape[1:]
+    return mezo.coefficients(np.float32(entry.learning_rates[0]), entry.mean.reshape(shape))
 
 
 def move(
@@ -273,6 +309,9 @@ def move(
     if entry.rolled_back or not entry.step:
         return None
     report = report_of(entry, config.local_steps, config.sent_directions)
+    if entry.mean is not None:
+        coefficients = combined(round, progress.state, entry, report)
+        return jax.block_until_ready(round.apply_combined(progress.state, coefficients, key))
     client_params: Iterable[Params | None] | None = uploads
     if config.sends_coefficients:
         client_params = None
@@ -282,73 +321,3 @@ def move(
             for i, id in enumerate(entry.ids)
         )
     return jax.block_until_ready(round.apply(progress.state, entry.ids, entry.weights, report, key, client_params))
-
-
-def traffic_of(config: RunConfig, round: federated.Round, progress: Progress, entry: Entry) -> Traffic:
-    """The bytes of a round, whose messages are packed again from their content."""
-    if config.sends_coefficients:
-        report = report_of(entry, config.local_steps, config.sent_directions)
-        return scalar_traffic(config, round, progress.state, entry, report)
-    params = jax.device_get(progress.state.params)
-    sent = [
-        0 if message is None else len(messages.pack_lora_update(messages.unpack_update(message), params))
-        for message in entry.updates
-    ]
-    return Traffic(sent, [len(messages.lora_message(params))] * len(sent))
-
-
-def notices(config: LocalConfig, record: dict[str, Any], trained: int) -> list[str]:
-    """What the user should know of a round, from its record; ``trained`` is the number of trained parameters."""
-    lines = [
-        f"client {event['client']} {event['why']}: left out"
-        for event in record["failed"]
-        if event["why"] not in (client_failures.DROPPED, client_failures.LATE)
-    ]
-    if config.learning_rate != "auto":  # which deals with divergence itself
-        lines += _divergence_notices(config, record, trained)
-    if record["clipped"]:
-        lines.append(f"{record['clipped']} steps were clipped")
-    return [f"round {record['round']}: {line}" for line in lines]
-
-
-def _divergence_notices(config: LocalConfig, record: dict[str, Any], trained: int) -> list[str]:
-    if record["rolled_back"]:
-        return [f"the loss has exploded ({record['train_loss']}): rolled back, learning rates halved"]
-    if record["diverged"]:
-        return [f"the loss has exploded ({record['train_loss']}): lower --learning-rate, or --on-divergence"]
-    if (record["gradient_growth"] or 0) <= divergence.GROWTH:
-        return []
-    rate = max(record["learning_rates"])
-    distance = divergence.step_length(rate, record["projected_gradient"], trained, config.local_steps)
-    return [
-        f"projected gradients grew {record['gradient_growth']:.1f}-fold over the local steps, which move θ by "
-        f"η·|g|·√(d·H) = {distance:.2g}: the loss is about to diverge, lower --learning-rate"
-    ]
-
-
-def metrics_of(
-    config: RunConfig, entry: Entry, report: federated.RoundReport, traffic: Traffic, typical: divergence.Typical
-) -> dict[str, Any]:
-    """What a round's record in ``metrics.jsonl`` takes from its entry."""
-    counted, losses = entry.weights > 0, known_losses(entry, report)
-    known = losses[np.isfinite(losses)]
-    median = divergence.median_loss(losses) if len(losses) else np.inf
-    return {
-        "round": entry.round + 1,
-        "train_loss": float(np.mean(known)) if known.size else None,
-        "participants": entry.ids.tolist(),
-        "learning_rates": entry.learning_rates.tolist(),
-        "median_loss": median if np.isfinite(median) else None,
-        "projected_gradient": divergence.gradient_rms(report, counted),
-        "median_gradient": divergence.median_gradient(report, counted),
-        "gradient_growth": divergence.growth(report, counted),
-        "failed": [{"attempt": attempt + 1, "client": id, "why": why} for attempt, id, why in entry.failed],
-        "diverged": typical.diverged(losses),
-        "clipped": entry.clipped,
-        "rolled_back": entry.rolled_back,
-        "server_step": entry.step,
-        "uplink_bytes": sum(traffic.up),
-        "downlink_bytes": sum(traffic.down) + traffic.others,
-        "client_uplink_bytes": traffic.up,
-        "client_downlink_bytes": traffic.down,
-    }

@@ -27,7 +27,7 @@ from fedmezo_jax.errors import UserError
 from fedmezo_jax.run import ledger
 from fedmezo_jax.run.config import RunConfig
 
-LOCK, LEDGER = ".lock", "run.ledger"
+LOCK, LEDGER, IDENTITIES = ".lock", "run.ledger", "identities.json"
 _EMPTY = {LOCK, ".config.json.new"}  # what a run leaves that was stopped before its first file was whole
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 

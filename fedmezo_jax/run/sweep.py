@@ -74,6 +74,7 @@ def check_supported(config: RunConfig) -> None:
         ("on_divergence", config.on_divergence, "warn"),
         ("length_buckets", config.length_buckets, 1),
         ("aggregation", config.aggregation, "mean"),
+        ("dp_epsilon", config.dp_epsilon, None),
     ):
         if value != needed:
             raise UserError(

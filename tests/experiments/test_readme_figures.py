@@ -225,12 +225,26 @@ def check(said, texts):
 
 
 def test_every_study_of_the_table_is_checked():
-    assert set(table()) == {*FIGURES, "communication"}
+    assert set(table()) == {*FIGURES, "communication", "estimators"}  # which have tables of their own
 
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_a_study_s_figures_are_those_of_its_results(name):
     check(table()[name], FIGURES[name](read(name)))
+
+
+def test_learning_at_equal_compute_is_that_of_the_results():
+    rows = [row for row in read("estimators") if row["best"]]
+    section = STUDIES.split("\n## Learning at equal compute\n")[1].split("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("| ")][1:]
+    for line, row, loss in zip(lines, rows, best_rates(rows), strict=True):
+        reached = "never" if row["compute_to_its_loss"] is None else f"{row['compute_to_its_loss']:.2f}"
+        label, drop = row["variant"].rpartition(", η = ")[0], f"{row['drop_over_its_drop']:.2f}"
+        assert line == f"| {label} | {row['rounds']} | {loss} | {drop} | {reached} | {row['numbers_up'] or '–'} |"
+    by_label = {row["variant"].rpartition(", η = ")[0]: row for row in rows}
+    for label, share in (("two-point, last 1", 27), ("two-point, last 2", 8), ("back-propagation, last 2", 46)):
+        assert round(1 / by_label[label]["compute_to_its_loss"]) == share
+    assert all(row["p_paired"] <= 2e-4 for label, row in by_label.items() if "last" in label)
 
 
 def test_every_result_of_the_readme_is_checked():

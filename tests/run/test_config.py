@@ -16,6 +16,7 @@ PARTS = (
     config_parts.LocalConfig,
     config_parts.ServerConfig,
     config_parts.FaultConfig,
+    config_parts.PrivacyConfig,
 )
 BAD = {
     "ModelConfig": ({"precision": "float64"}, "--precision must be one of float32, bfloat16, paired, not float64"),
@@ -25,6 +26,7 @@ BAD = {
     "LocalConfig": ({"weight_decay": -1.0}, "--weight-decay must be 0 or more, not -1.0"),
     "ServerConfig": ({"participation": 2.0}, "--participation must be above 0 and at most 1, not 2.0"),
     "FaultConfig": ({"attempts": 0}, "--attempts must be at least 1, not 0"),
+    "PrivacyConfig": ({"dp_clip": 0.0}, "--dp-clip must be above 0, not 0.0"),
 }
 
 

@@ -494,7 +494,8 @@ def test_a_client_that_reads_the_means_follows_the_server(setup, scripted):
     for entry in scripted.entries:
         whole = rounds.move(config, round, progress, entry, None, key)
         progress = rounds.advance(config, progress, entry, whole)
-        message = messages.pack_mean(entry.round, round.combine(np.ones(3), rounds.report_of(entry, 2, 4)), entry.step)
+        combined = round.combine(state, entry.ids, np.ones(3), rounds.report_of(entry, 2, 4))
+        message = messages.pack_mean(entry.round, combined, entry.step)
         number, mean, step = messages.unpack_mean(message)
         assert (number, step) == (entry.round, entry.step)
         state = rounds.take_step(state, round.apply_combined(state, mean.reshape(2, 4), key) if step else None, step)

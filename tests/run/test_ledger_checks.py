@@ -256,7 +256,7 @@ for _name, _value in (
     ("keys", "mt19937"),
     ("format", "a novel"),
     ("version", 1),
-    ("version", 3),
+    ("version", 2),
     ("version", None),
     ("config", None),
     ("config", {}),

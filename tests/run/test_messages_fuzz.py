@@ -130,7 +130,8 @@ def test_a_lora_that_flax_sends_in_pieces_comes_back(monkeypatch):
 
 
 def test_numbers_that_do_not_go_together_are_refused():
-    assert messages.unpack_start(messages.pack_start(3, 0.5)) == (3, 0.5)
+    assert messages.unpack_start(messages.pack_start(3, 0.5)) == (3, 0.5, b"")
+    assert messages.unpack_start(messages.pack_start(3, 0.5, bytes(32))) == (3, 0.5, bytes(32))
     for update in (UPDATE._replace(losses=numbers(3)), UPDATE._replace(losses=numbers(0))):
         with pytest.raises(UserError, match="projected gradients do not go with"):
             messages.unpack_update(messages.pack_update(update))

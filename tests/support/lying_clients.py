@@ -7,7 +7,7 @@ def intercepted(monkeypatch, rounds, change):
     """Lets ``change(client, message)`` take the place of what clients send in these rounds."""
     run_round = loop.rounds.run_round
 
-    def run(config, t, sizes, typical, work, like):
+    def run(config, t, sizes, typical, work, like, *rest):
         def changed(attempt, limit):
             answers = work(attempt, limit)
             if t not in rounds:
@@ -15,7 +15,7 @@ def intercepted(monkeypatch, rounds, change):
             messages = [change(int(id), m) for id, m in zip(answers.ids, answers.messages, strict=True)]
             return answers._replace(messages=messages)
 
-        return run_round(config, t, sizes, typical, changed, like)
+        return run_round(config, t, sizes, typical, changed, like, *rest)
 
     monkeypatch.setattr(loop.rounds, "run_round", run)
 

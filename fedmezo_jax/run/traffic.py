@@ -1,0 +1,78 @@
+"""The bytes of a round, read off its messages, which are packed again from what its entry holds."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from fedmezo_jax.core import federated
+from fedmezo_jax.run import messages
+from fedmezo_jax.run.config import RunConfig
+from fedmezo_jax.run.ledger import Entry
+from fedmezo_jax.run.rounds import Progress, combined, report_of
+from fedmezo_jax.run.signatures import SIGNATURE_BYTES
+
+
+class Traffic(NamedTuple):
+    """Bytes of a round, read off its messages.
+
+    Attributes:
+        up: from each of the P participants.
+        down: to each of the P participants.
+        others: to all other clients together.
+    """
+
+    up: list[int]
+    down: list[int]
+    others: int = 0
+
+
+def scalar_traffic(
+    config: RunConfig,
+    round: federated.Round,
+    state: federated.FederatedState,
+    entry: Entry,
+    report: federated.RoundReport,
+    sizes: np.ndarray,
+) -> Traffic:
+    """The messages of a round whose clients send projected gradients; its result is broadcast to all N clients."""
+    chain, signature = (bytes(32), SIGNATURE_BYTES) if config.signed else (b"", 0)
+    begin = [len(messages.pack_start(entry.round, float(rate), chain)) for rate in entry.learning_rates]
+    sent = list(entry.updates)
+    if config.keeps_mean:  # which does not depend on what the updates held
+        numbers = np.zeros(report.projected_gradients.shape[1:]), np.zeros(config.local_steps)
+        updates = (messages.Update(entry.round, int(id), int(sizes[id]), *numbers) for id in entry.ids)
+        sent = [messages.pack_update(update) if w else None for update, w in zip(updates, entry.weights, strict=True)]
+    up = [len(message) + signature if message else 0 for message in sent]
+    if entry.rolled_back or not entry.step:
+        return Traffic(up, begin)
+    counted = entry.weights > 0
+    if config.directions_shared:
+        size = len(messages.pack_mean(entry.round, combined(round, state, entry, report), entry.step))
+        return Traffic(up, [first + size for first in begin], size * (config.clients - len(entry.ids)))
+    gradients = np.asarray(report.projected_gradients)[counted].reshape(int(counted.sum()), -1)
+    weights = entry.weights[counted] if config.weighting == "samples" else None
+    rates = entry.learning_rates[counted]
+    outcome = messages.Outcome(entry.round, entry.ids[counted], weights, rates, gradients, entry.step)
+    down = [
+        first + len(messages.pack_outcome(outcome, config.clients, int(id)))
+        for first, id in zip(begin, entry.ids, strict=True)
+    ]
+    return Traffic(up, down, len(messages.pack_outcome(outcome, config.clients)) * (config.clients - len(entry.ids)))
+
+
+def traffic_of(
+    config: RunConfig, round: federated.Round, progress: Progress, entry: Entry, sizes: np.ndarray
+) -> Traffic:
+    """The bytes of a round, whose messages are packed again from their content; ``sizes`` are the N clients' rows."""
+    if config.sends_coefficients:
+        report = report_of(entry, config.local_steps, config.sent_directions)
+        return scalar_traffic(config, round, progress.state, entry, report, sizes)
+    params = jax.device_get(progress.state.params)
+    sent = [
+        0 if message is None else len(messages.pack_lora_update(messages.unpack_update(message), params))
+        for message in entry.updates
+    ]
+    return Traffic(sent, [len(messages.lora_message(params))] * len(sent))
