@@ -105,6 +105,7 @@ QUESTIONS = {
     ),
     "scale": Question("Do time per client and memory stay the same from 8 to 1000 clients?"),
     "precision": Question("How accurate is the projected gradient by μ and precision?"),
+    "secure_sum": Question("How many bytes and milliseconds does a secure sum take?"),
     "weak_scaling": Question("How do work, memory and traffic of a device grow with the number of devices?"),
     "plan": Question("What fits on these devices, and how long does a round take at least?"),
 }

@@ -16,8 +16,6 @@ from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
 import numpy as np
-from scipy import stats
-from scipy.spatial import distance
 
 Rule: TypeAlias = Callable[[np.ndarray, int], np.ndarray]
 """``rule(vectors, liars) -> [d]``."""
@@ -35,7 +33,7 @@ def median(vectors: np.ndarray, liars: int) -> np.ndarray:
 def trimmed_mean(vectors: np.ndarray, liars: int) -> np.ndarray:
     """The mean of each entry without its f largest and f smallest values (arXiv 1803.01498)."""
     cut = min(liars, (len(vectors) - 1) // 2)
-    return stats.trim_mean(vectors, (cut + 0.5) / len(vectors), axis=0)  # half a client more, since it rounds down
+    return np.mean(np.sort(vectors, axis=0)[cut : len(vectors) - cut], axis=0)
 
 
 def krum(vectors: np.ndarray, liars: int) -> np.ndarray:
@@ -67,7 +65,7 @@ def geometric_median(vectors: np.ndarray, liars: int) -> np.ndarray:
 
 def _krum_scores(vectors: np.ndarray, liars: int) -> np.ndarray:
     """``[K]`` sums of the squared distances to the K − f − 2 nearest others, or to the nearest if that is none."""
-    squared = distance.squareform(distance.pdist(vectors, "sqeuclidean"))
+    squared = np.array([np.sum((vectors - vector) ** 2, axis=1) for vector in vectors])
     nearest = max(1, len(vectors) - liars - 2)
     return np.sum(np.sort(squared, axis=1)[:, 1 : nearest + 1], axis=1)
 

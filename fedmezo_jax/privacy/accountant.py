@@ -14,32 +14,20 @@ from typing import Any
 
 import numpy as np
 
-from fedmezo_jax.errors import UserError
-
 _DISCRETISATION = 1e-3
 """Of privacy losses; rounded up, so that ε is an upper bound (by less than 1e-4 here)."""
 
 
-def _accounting() -> Any:
-    try:
-        import dp_accounting
-    except ModuleNotFoundError:
-        raise UserError("--dp-epsilon needs dp-accounting: pip install 'fedmezo_jax[privacy]'") from None
-    return dp_accounting
-
-
 def _accountant() -> Any:
-    return _accounting().pld.PLDAccountant(value_discretization_interval=_DISCRETISATION)
+    from dp_accounting import pld  # a second, which only private runs spend
+
+    return pld.PLDAccountant(value_discretization_interval=_DISCRETISATION)
 
 
 @lru_cache
 def noise_multiplier(epsilon: float, delta: float, participations: int) -> float:
-    """The least σ with which a client may take part so often at (ε, δ).
-
-    Raises:
-        UserError: ``dp-accounting`` is not installed.
-    """
-    dp = _accounting()
+    """The least σ with which a client may take part so often at (ε, δ)."""
+    import dp_accounting as dp
 
     def event(sigma: float) -> Any:
         return dp.SelfComposedDpEvent(dp.GaussianDpEvent(sigma), participations)
@@ -49,14 +37,12 @@ def noise_multiplier(epsilon: float, delta: float, participations: int) -> float
 
 @lru_cache(maxsize=4096)
 def spent(noise: float, delta: float, participations: int) -> float:
-    """ε after so many rounds with a client; 0 after none.
+    """ε after so many rounds with a client; 0 after none."""
+    from dp_accounting import GaussianDpEvent
 
-    Raises:
-        UserError: ``dp-accounting`` is not installed.
-    """
     if not participations:
         return 0.0
-    accountant = _accountant().compose(_accounting().GaussianDpEvent(noise), participations)
+    accountant = _accountant().compose(GaussianDpEvent(noise), participations)
     return float(accountant.get_epsilon(delta))
 
 

@@ -28,7 +28,7 @@ import hashlib
 import os
 import struct
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -78,7 +78,7 @@ class Entry(NamedTuple):
     step: float = 1.0
     mean: np.ndarray | None = None
     epsilon: float = 0.0
-    signatures: Sequence[bytes | None] = ()
+    signatures: tuple[bytes | None, ...] = ()
     seal: bytes = b""
 
 
@@ -143,7 +143,7 @@ def unpack_entry(payload: bytes, what: str = "the entry") -> Entry:
     field("epsilon")
     epsilon = reader.value(float)
     field("signatures")
-    signatures = [reader.value(bytes, type(None)) for _ in range(reader.array())]
+    signatures = tuple(reader.value(bytes, type(None)) for _ in range(reader.array()))
     field("seal")
     seal = reader.value(bytes)
     reader.end()

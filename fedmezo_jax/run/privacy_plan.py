@@ -35,11 +35,7 @@ class PrivacyPlan(NamedTuple):
 
 @lru_cache(maxsize=8)
 def plan_of(config: RunConfig) -> PrivacyPlan | None:
-    """The plan of a run; None where it is not private.
-
-    Raises:
-        UserError: ``dp-accounting`` is not installed.
-    """
+    """The plan of a run; None where it is not private."""
     if config.dp_epsilon is None:
         return None
     planned = (sample_participants(config.seed, t, config.clients, config.participants) for t in range(config.rounds))

@@ -202,7 +202,7 @@ def run_round(
         updates = [answer.update and messages.pack_update(answer.update) for answer in received]
         entry = Entry(t, attempt, ids, weights, rates, updates, failed)
         if signing:
-            entry = entry._replace(signatures=sent_signatures)
+            entry = entry._replace(signatures=tuple(sent_signatures))
         if plan:
             entry = entry._replace(epsilon=plan.spent(after))
         if plan and config.keeps_mean:
@@ -251,7 +251,7 @@ def _mean_alone(config: RunConfig, plan: PrivacyPlan, entry: Entry, updates: lis
     size = config.local_steps * config.sent_directions
     mean = mechanism.noisy_mean(vectors, len(updates), plan.norm, plan.noise, draw, size)
     nobody = [None] * len(updates)
-    return entry._replace(updates=nobody, signatures=nobody if entry.signatures else (), mean=mean)
+    return entry._replace(updates=nobody, signatures=tuple(nobody) if entry.signatures else (), mean=mean)
 
 
 def _remedy(failed: list[tuple[int, int, str]]) -> str:

@@ -11,28 +11,19 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from fedmezo_jax.data.seeding import generator
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.run import ledger
 from fedmezo_jax.run.config import RunConfig
 
-if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
 KEY_BYTES, SIGNATURE_BYTES = 32, 64
 _UPDATE, _RECORD = b"fedmezo_jax update 1\0", b"fedmezo_jax record 1\0"
-
-
-def _ed25519() -> Any:
-    try:
-        from cryptography.hazmat.primitives.asymmetric import ed25519
-    except ModuleNotFoundError:
-        raise UserError("--signed needs cryptography: pip install 'fedmezo_jax[privacy]'") from None
-    return ed25519
 
 
 class Keys(NamedTuple):
@@ -48,12 +39,8 @@ class Keys(NamedTuple):
 
 
 def simulated_keys(config: RunConfig) -> Keys:
-    """Keys from the run's seed, so that the run can be repeated: whoever has the seed can sign as anybody.
-
-    Raises:
-        UserError: ``cryptography`` is not installed.
-    """
-    make = _ed25519().Ed25519PrivateKey.from_private_bytes
+    """Keys from the run's seed, so that the run can be repeated: whoever has the seed can sign as anybody."""
+    make = Ed25519PrivateKey.from_private_bytes
     draw = generator(config.seed, "identities")
     server, *clients = (make(draw.bytes(KEY_BYTES)) for _ in range(config.clients + 1))
     return Keys(server, clients)
@@ -110,12 +97,10 @@ def sign_record(key: Ed25519PrivateKey, context: Context, entry: ledger.Entry) -
 
 
 def _holds(public_key: bytes, signature: bytes | None, statement: bytes) -> bool:
-    from cryptography.exceptions import InvalidSignature
-
     if signature is None or len(signature) != SIGNATURE_BYTES:
         return False
     try:
-        _ed25519().Ed25519PublicKey.from_public_bytes(public_key).verify(signature, statement)
+        Ed25519PublicKey.from_public_bytes(public_key).verify(signature, statement)
     except InvalidSignature:
         return False
     return True
@@ -167,7 +152,6 @@ def verify(file: Path, trusted: bytes | None = None) -> None:
         raise UserError(f"{file}: its header has other public keys than those given: it is not that run's ledger")
     if not public_keys:
         return
-    _ed25519()
     first, *rest = ledger.records(file)
     context = Context(first.chain, first.chain)
     for record in rest:

@@ -21,7 +21,7 @@ def vectors(clients, width=12, seed=0):
     return np.random.default_rng([seed, clients]).standard_normal((clients, width))
 
 
-@pytest.mark.extras
+@pytest.mark.flower
 @pytest.mark.parametrize(("clients", "liars"), [(3, 0), (5, 1), (8, 2), (10, 2), (21, 5)])
 def test_the_rules_agree_with_flower(clients, liars):
     reference = pytest.importorskip("flwr.server.strategy.aggregate")

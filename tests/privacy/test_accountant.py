@@ -6,9 +6,6 @@ from scipy import optimize, stats
 
 from fedmezo_jax.privacy import accountant, mechanism
 
-pytestmark = pytest.mark.extras
-pytest.importorskip("dp_accounting")
-
 
 def exact_delta(epsilon, noise, participations):
     """Of k Gaussian mechanisms, which are one with σ/√k (Balle and Wang, arXiv 1805.06530, Theorem 8)."""

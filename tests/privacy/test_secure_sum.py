@@ -2,15 +2,11 @@
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from scipy import stats
 
-pytestmark = pytest.mark.extras
-pytest.importorskip("cryptography")
-
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey  # noqa: E402
-
-from fedmezo_jax.errors import UserError  # noqa: E402
-from fedmezo_jax.privacy import secure_sum  # noqa: E402
+from fedmezo_jax.errors import UserError
+from fedmezo_jax.privacy import secure_sum
 
 DRAW = np.random.default_rng(0)
 

@@ -16,10 +16,6 @@ from fedmezo_jax.run.ledger_header import config_hash
 from fedmezo_jax.run.privacy_plan import plan_of
 from fedmezo_jax.run.replay import largest_difference, replay
 
-pytestmark = pytest.mark.extras
-pytest.importorskip("dp_accounting")
-pytest.importorskip("cryptography")
-
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):

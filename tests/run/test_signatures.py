@@ -15,9 +15,6 @@ from fedmezo_jax.run.config import RunConfig, paper_config
 from fedmezo_jax.run.job import fine_tune
 from fedmezo_jax.run.replay import largest_difference, replay
 
-pytestmark = pytest.mark.extras
-pytest.importorskip("cryptography")
-
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
@@ -114,7 +111,7 @@ def other_number(entry):
 
 def swapped(entry):
     one, two, *rest = entry.signatures
-    return entry._replace(signatures=[two, one, *rest])
+    return entry._replace(signatures=(two, one, *rest))
 
 
 @pytest.mark.parametrize(
