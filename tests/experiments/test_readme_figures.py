@@ -225,7 +225,7 @@ def check(said, texts):
 
 
 def test_every_study_of_the_table_is_checked():
-    assert set(table()) == {*FIGURES, "communication", "estimators"}  # which have tables of their own
+    assert set(table()) == {*FIGURES, "attacks", "communication", "estimators"}  # these have tables of their own
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -245,6 +245,23 @@ def test_learning_at_equal_compute_is_that_of_the_results():
     for label, share in (("two-point, last 1", 27), ("two-point, last 2", 8), ("back-propagation, last 2", 46)):
         assert round(1 / by_label[label]["compute_to_its_loss"]) == share
     assert all(row["p_paired"] <= 2e-4 for label, row in by_label.items() if "last" in label)
+
+
+def test_what_attacks_leave_is_that_of_the_results():
+    section = STUDIES.split("\n## Clients that lie\n")[1].split("\n## ")[0]
+    head, _, *lines = [line for line in section.splitlines() if line.startswith("|")]
+    rules = re.findall(r"`([\w-]+)`", head)
+    left, bands = {}, {}
+    for row in read("attacks"):
+        name = row["attack"] + (", rates by losses" if (row["attack"], row["rates"]) == ("none", "by losses") else "")
+        left.setdefault(name, {})[row["aggregation"]] = row["drop_left"]
+        bands[name, row["aggregation"]] = row["band_90"]
+    expected = [f"| {name} | " + " | ".join(f"{of[rule]:.2f}" for rule in rules) + " |" for name, of in left.items()]
+    assert lines == expected
+    best = {name: of["multi-krum"] for name, of in left.items()}
+    assert round(min(best.values()), 2) == 0.95
+    lost = 100 * (1 - best["sign flip"])
+    assert f"{lost:.1f} ± {100 * bands['sign flip', 'multi-krum']:.1f} %" in section
 
 
 def test_every_result_of_the_readme_is_checked():
