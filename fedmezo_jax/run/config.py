@@ -72,7 +72,7 @@ class RunConfig(
         if self.signed and not self.sends_coefficients:
             raise UserError("--signed covers coefficients, which are not sent with --uplink lora or --algorithm fedavg")
         if self.signed and self.on_divergence == "clip":
-            raise UserError("--on-divergence clip changes what clients have signed: leave out one of it and --signed")
+            raise UserError("--on-divergence clip changes what clients have signed: leave out one of the two")
         if self.private:
             self._require("algorithm", self.algorithm == "fedmezo", "fedmezo with --dp-epsilon, which bounds scalars")
             self._require("uplink", self.sends_coefficients, "coefficients with --dp-epsilon, which bounds these")

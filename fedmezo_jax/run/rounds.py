@@ -191,8 +191,7 @@ def run_round(
             expected = Expected(t, id, int(sizes[id]), *shape, float(rate), limit if clip else None)
             dropped = away.get(id) == client_failures.DROPPED
             answer = Received(None, None, None) if dropped else receive(message, expected, like)
-            if (plan or signing) and not _acceptable(answer.update, message, plan, signing):
-                why = answer.why or (client_failures.UNSIGNED if signing else client_failures.MALFORMED)
+            if answer.update and (why := _refusal(answer.update, message.signature, plan, signing)):
                 answer = Received(None, None, why)
             sent_signatures.append(message.signature if answer.update else None)
             received.append(answer._replace(why=away.get(id) or answer.why))
@@ -224,20 +223,20 @@ def run_round(
     )
 
 
-def _acceptable(
-    update: messages.Update | None,
-    message: Message,
+def _refusal(
+    update: messages.Update,
+    signature: bytes | None,
     plan: PrivacyPlan | None,
     signing: signatures.Signing | None,
-) -> bool:
-    """Whether an update is signed by its client where clients sign, and has no losses where it must not."""
-    if update is None or (plan and np.any(update.losses)):
-        return update is None
+) -> str | None:
+    """Why an update is not kept: it has losses where it must not, or is not signed where it must be; None if it is."""
+    if plan and np.any(update.losses):
+        return client_failures.MALFORMED
     if signing is None:
-        return True
-    where = (update.round, update.client)
-    packed = messages.pack_update(update)
-    return signatures.is_signed(signing.public_keys, signing.context, *where, packed, message.signature)
+        return None
+    sender, packed = (update.round, update.client), messages.pack_update(update)
+    signed = signatures.is_signed(signing.public_keys, signing.context, *sender, packed, signature)
+    return None if signed else client_failures.UNSIGNED
 
 
 def _mean_alone(config: RunConfig, plan: PrivacyPlan, entry: Entry, updates: list[messages.Update | None]) -> Entry:
