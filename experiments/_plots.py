@@ -44,12 +44,14 @@ def whole_rounds(axes: Any) -> None:
 
 
 def legend(figure: Figure, *axes: Any, columns: int = 3) -> None:
-    """Puts one legend for these axes below the figure, where it covers no data."""
+    """Puts one legend for these axes below the figure, where it covers no data, in as many columns as have room."""
     labels = [axis.get_legend_handles_labels() for axis in axes]
     handles, names = (
         [entry for entries in entries_by_axis for entry in entries] for entries_by_axis in zip(*labels, strict=True)
     )
-    figure.legend(handles, names, loc="outside lower center", ncols=min(columns, len(names)), fontsize="small")
+    column_inches = 0.6 + 0.075 * max(map(len, names))
+    room = max(1, int(figure.get_figwidth() / column_inches))
+    figure.legend(handles, names, loc="outside lower center", ncols=min(columns, len(names), room), fontsize="small")
 
 
 def save(figure: Figure, file: Path | str, dpi: int = 100) -> None:

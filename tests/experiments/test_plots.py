@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from experiments import _plots
 
@@ -52,3 +53,14 @@ def test_the_main_command_starts_without_matplotlib():
     program = "import sys, experiments.fedmezo; print('matplotlib' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+@pytest.mark.parametrize("length", [3, 30, 60])
+def test_a_legend_is_inside_the_figure(length):
+    figure, axes = _plots.subplots(figsize=(6.4, 4))
+    for i in range(4):
+        axes.plot([0, 1], label=str(i) * length)
+    _plots.legend(figure, axes, columns=4)
+    figure.canvas.draw()
+    box = figure.legends[0].get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.width
