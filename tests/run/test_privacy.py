@@ -10,7 +10,7 @@ import small_run
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.privacy import accountant
 from fedmezo_jax.run import ledger, ledger_checks, messages, rounds
-from fedmezo_jax.run.config import RunConfig, paper_config
+from fedmezo_jax.run.config import RunConfig
 from fedmezo_jax.run.job import fine_tune
 from fedmezo_jax.run.ledger_header import config_hash
 from fedmezo_jax.run.privacy_plan import plan_of
@@ -19,21 +19,13 @@ from fedmezo_jax.run.replay import largest_difference, replay
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    place = tmp_path_factory.mktemp("private")
-    small_run.write_model(place / "model")
-    small_run.write_data(place / "data.jsonl")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FEDMEZO_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield place
+    with small_run.place(tmp_path_factory, "private") as folder:
+        yield folder
 
 
 def configuration(place, **changed):
-    given = {
-        **{"model": str(place / "model"), "data": str(place / "data.jsonl"), "clients": 5, "rounds": 4},
-        **{"local_steps": 3, "max_length": 64, "test_examples": 10, "length_buckets": 1, "lora_rank": 2},
-        **{"participation": 0.6, "dp_epsilon": 8.0, "dropout": 0.2, "learning_rate": "auto", "signed": True},
-    }
-    return paper_config(**given | changed)
+    given = {"clients": 5, "participation": 0.6, "dp_epsilon": 8.0, "dropout": 0.2, "learning_rate": "auto"}
+    return small_run.configuration(place, **given | {"signed": True} | changed)
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["shared", "own"])

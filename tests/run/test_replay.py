@@ -21,7 +21,6 @@ from fedmezo_jax.llama.checkpoints.adapter import load_adapter
 from fedmezo_jax.llama.checkpoints.base_model import load_base, save_base
 from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.run import ledger, run_checkpoints, run_folder
-from fedmezo_jax.run.config import paper_config
 from fedmezo_jax.run.ledger_header import config_hash
 from fedmezo_jax.run.loop import train
 from fedmezo_jax.run.prepare import prepare
@@ -42,20 +41,11 @@ RUNS = {
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    place = tmp_path_factory.mktemp("replay")
-    small_run.write_model(place / "model")
-    small_run.write_data(place / "data.jsonl")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FEDMEZO_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield place
+    with small_run.place(tmp_path_factory, "replay") as folder:
+        yield folder
 
 
-def configuration(place, **changed):
-    given = {
-        **{"model": str(place / "model"), "data": str(place / "data.jsonl"), "clients": 3, "rounds": 4},
-        **{"local_steps": 3, "max_length": 64, "test_examples": 10, "length_buckets": 1, "lora_rank": 2},
-    }
-    return paper_config(**given | changed)
+configuration = small_run.configuration
 
 
 @pytest.fixture(scope="module", params=RUNS)

@@ -11,27 +11,19 @@ import small_run
 from experiments import replay as command
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.run import client_failures, ledger, messages, signatures
-from fedmezo_jax.run.config import RunConfig, paper_config
+from fedmezo_jax.run.config import RunConfig
 from fedmezo_jax.run.job import fine_tune
 from fedmezo_jax.run.replay import largest_difference, replay
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    place = tmp_path_factory.mktemp("signed")
-    small_run.write_model(place / "model")
-    small_run.write_data(place / "data.jsonl")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FEDMEZO_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield place
+    with small_run.place(tmp_path_factory, "signed") as folder:
+        yield folder
 
 
 def configuration(place, **changed):
-    given = {
-        **{"model": str(place / "model"), "data": str(place / "data.jsonl"), "clients": 3, "rounds": 3},
-        **{"local_steps": 2, "max_length": 64, "test_examples": 10, "length_buckets": 1, "lora_rank": 2},
-    }
-    return paper_config(**given | {"signed": True} | changed)
+    return small_run.configuration(place, **{"rounds": 3, "local_steps": 2, "signed": True} | changed)
 
 
 def quiet(line):

@@ -1,9 +1,11 @@
 """A run small enough for tests: a random LLaMA with its own tokenizer in a folder, and data of three categories."""
 
 import json
+from contextlib import contextmanager
 
 import jax
 import numpy as np
+import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -12,6 +14,7 @@ from fedmezo_jax.data.prompts import prompt
 from fedmezo_jax.llama.checkpoints.base_model import save_base
 from fedmezo_jax.llama.checkpoints.layout import base_shapes
 from fedmezo_jax.llama.config import LlamaConfig
+from fedmezo_jax.run.config import paper_config
 
 WORDS = ("red", "green", "blue", "cat", "dog", "bird", "one", "two", "three", "sun", "moon", "star")
 
@@ -62,3 +65,23 @@ def write_model(folder):
         norm["scale"] = 1 + 0.1 * norm["scale"]
     save_base(folder, config, base, tokenizer=tokenizer)
     return folder
+
+
+@contextmanager
+def place(tmp_path_factory, name):
+    """A folder with the model and the data, and a cache of its own."""
+    folder = tmp_path_factory.mktemp(name)
+    write_model(folder / "model")
+    write_data(folder / "data.jsonl")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEDMEZO_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield folder
+
+
+def configuration(folder, **changed):
+    """A run of the paper's method on them, of a few rounds."""
+    given = {
+        **{"model": str(folder / "model"), "data": str(folder / "data.jsonl"), "clients": 3, "rounds": 4},
+        **{"local_steps": 3, "max_length": 64, "test_examples": 10, "length_buckets": 1, "lora_rank": 2},
+    }
+    return paper_config(**given | changed)
