@@ -24,6 +24,7 @@ from experiments.studies import runner
 from experiments.studies import theory_bounds as bounds
 from experiments.studies.result_cache import measure
 from fedmezo_jax.core import mezo, random
+from fedmezo_jax.core.equal_partial import EqualPartial
 from fedmezo_jax.core.random import run_key
 from fedmezo_jax.data.batches import take
 from fedmezo_jax.data.examples import TokenBatch
@@ -119,7 +120,7 @@ def _measure(point: dict[str, Any]) -> dict[str, Any]:
 
 def mean_loss(model: Any, base: Any) -> Any:
     """Returns ``f(lora, batches)``, the mean of the losses of ``[n, B]`` batches; a batch's loss is unbiased for it."""
-    return jax.tree_util.Partial(partial(_mean_loss, model), base)
+    return jax.tree_util.Partial(EqualPartial(_mean_loss, (model,)), base)
 
 
 def _mean_loss(model: Any, base: Any, lora: Any, batches: TokenBatch) -> jax.Array:

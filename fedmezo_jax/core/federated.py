@@ -174,6 +174,17 @@ def local_work(
     return jax.vmap(work, in_axes=axes)(loss, state.params, batches, keys, learning_rates, *transforms)
 
 
+class WorkSettings(NamedTuple):
+    """What the clients' half of a round is compiled for; see :func:`federated`. Equal ones share a program."""
+
+    work: LocalWork
+    rates: personalization.RateConfig
+    block_size: int | None
+    directions_shared: bool
+    mesh: Mesh | None
+    least_width: int
+
+
 def federated(
     work: LocalWork,
     rates: personalization.RateConfig,
@@ -209,7 +220,6 @@ def federated(
         bound_norms: whether weights are lowered for updates whose coefficients have a norm above the clients' median
             (:func:`aggregation.clip_norms`).
     """
-    groups = 1 if mesh is None else mesh.shape[CLIENTS]
     optimizer, aggregator = optimizer or optax.sgd(1.0), aggregator or aggregation.WeightedMean()
     by_drift = rates.strategy in personalization.BY_DRIFT
 
@@ -217,31 +227,7 @@ def federated(
         params = jax.tree.map(jnp.array, params)
         return FederatedState(params, optimizer.init(params), personalization.init_signals(clients), jnp.int32(0))
 
-    @jax.jit
-    def run(
-        state: FederatedState, loss: Any, cohort: Cohort, key: jax.Array, transform: Any = None, damping: Any = None
-    ) -> RoundReport:
-        ids = jnp.asarray(cohort.ids)
-        rate = cohort_rates(rates, state, ids, key, damping)
-        clients, rows = ids.shape[0], jax.tree.leaves(cohort.batches)[0].shape[0]
-        places = jnp.where(jnp.arange(rows) < clients, jnp.arange(rows), 0)
-
-        def run_block(block):
-            ids, rate, batches = block
-            done = local_work(work, state, loss, ids, rate, batches, key, directions_shared, transform)
-            return done.losses, done.projected_gradients, None if work.reconstruct else done.params
-
-        block = (ids[places], rate[places], cohort.batches)
-        blocks = in_blocks(block, groups, block_size or rows, least_width)
-        if mesh is not None:
-            blocks = jax.lax.with_sharding_constraint(blocks, NamedSharding(mesh, P(None, CLIENTS)))
-        outcome = map_blocks(run_block, blocks, state.round)
-        outcome = jax.tree.map(lambda leaf: leaf[:clients], out_of_blocks(outcome, groups, rows))
-        if mesh is not None:
-            outcome, rate = jax.lax.with_sharding_constraint((outcome, rate), NamedSharding(mesh, P()))
-        losses, gradients, params = outcome
-        return RoundReport(losses, gradients, rate, params)
-
+    settings = WorkSettings(work, rates, block_size, directions_shared, mesh, least_width)
     reconstructed = jax.jit(work.reconstruct) if work.reconstruct else None
     own_key, common_key = jax.jit(random.client_key), jax.jit(random.shared_key)
 
@@ -320,10 +306,47 @@ def federated(
         norms = norms_of(report, share > 0) if bound_norms else None
         return moved._replace(signals=observe(state.signals, ids, losses, drift if deltas else None, norms, share > 0))
 
-    move, observe = jax.jit(partial(aggregation.apply_mean_update, optimizer)), jax.jit(personalization.observe)
-    return Federated(init, Round(run, apply, combine, apply_combined, upload, directions_shared))
+    move, observe = partial(_move, optimizer), jax.jit(personalization.observe)
+    return Federated(init, Round(partial(_work, settings), apply, combine, apply_combined, upload, directions_shared))
 
 
 @jax.jit
 def _difference(new: Params, old: Params) -> Params:
     return jax.tree.map(jnp.subtract, new, old)
+
+
+@partial(jax.jit, static_argnums=0)
+def _work(
+    settings: WorkSettings,
+    state: FederatedState,
+    loss: Any,
+    cohort: Cohort,
+    key: jax.Array,
+    transform: Any = None,
+    damping: Any = None,
+) -> RoundReport:
+    work, rates, block_size, directions_shared, mesh, least_width = settings
+    groups = 1 if mesh is None else mesh.shape[CLIENTS]
+    ids = jnp.asarray(cohort.ids)
+    rate = cohort_rates(rates, state, ids, key, damping)
+    clients, rows = ids.shape[0], jax.tree.leaves(cohort.batches)[0].shape[0]
+    places = jnp.where(jnp.arange(rows) < clients, jnp.arange(rows), 0)
+
+    def run_block(block):
+        ids, rate, batches = block
+        done = local_work(work, state, loss, ids, rate, batches, key, directions_shared, transform)
+        return done.losses, done.projected_gradients, None if work.reconstruct else done.params
+
+    block = (ids[places], rate[places], cohort.batches)
+    blocks = in_blocks(block, groups, block_size or rows, least_width)
+    if mesh is not None:
+        blocks = jax.lax.with_sharding_constraint(blocks, NamedSharding(mesh, P(None, CLIENTS)))
+    outcome = map_blocks(run_block, blocks, state.round)
+    outcome = jax.tree.map(lambda leaf: leaf[:clients], out_of_blocks(outcome, groups, rows))
+    if mesh is not None:
+        outcome, rate = jax.lax.with_sharding_constraint((outcome, rate), NamedSharding(mesh, P()))
+    losses, gradients, params = outcome
+    return RoundReport(losses, gradients, rate, params)
+
+
+_move = jax.jit(aggregation.apply_mean_update, static_argnums=0)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
+from fedmezo_jax.core.equal_partial import EqualPartial
 from fedmezo_jax.data.examples import HiddenBatch, Rows, TokenBatch
 
 _MULTIPLE = 8
@@ -114,14 +115,16 @@ def bucketed_loss(loss: Callable[..., Any], bucket_widths: Widths) -> Callable[.
     """
     if len(bucket_widths) == 1:
         return loss
-    return Partial(partial(_switched, bucket_widths), loss if isinstance(loss, Partial) else Partial(loss))
+    return Partial(EqualPartial(_switched, (bucket_widths,)), loss if isinstance(loss, Partial) else Partial(loss))
 
 
 def bucketed_point_loss(loss: Callable[..., Any], bucket_widths: Widths) -> Callable[..., Any]:
     """:func:`bucketed_loss` of a :data:`mezo.PointLoss`, for forward-mode differentiation."""
     if len(bucket_widths) == 1:
         return loss
-    return Partial(partial(_switched_point, bucket_widths), loss if isinstance(loss, Partial) else Partial(loss))
+    return Partial(
+        EqualPartial(_switched_point, (bucket_widths,)), loss if isinstance(loss, Partial) else Partial(loss)
+    )
 
 
 def _switched_point(bucket_widths: Widths, loss, params, rows: TokenBatch, *rest):

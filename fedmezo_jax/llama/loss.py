@@ -6,7 +6,6 @@ The vocabulary's head is by far the widest product, so it runs only where a labe
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import cast
 
 import jax
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from fedmezo_jax.core import mezo
+from fedmezo_jax.core.equal_partial import EqualPartial
 from fedmezo_jax.data.examples import HiddenBatch, Rows
 from fedmezo_jax.llama.model import Base, Llama, Lora
 from fedmezo_jax.llama.precision import PAIR
@@ -24,12 +24,12 @@ def loss_of(model: Llama, base: Base) -> mezo.LossFn:
 
     The result is a ``Partial`` with ``base`` as its leaves: pass it to a jitted function as an argument.
     """
-    return Partial(partial(_mean_loss, model), base)
+    return Partial(EqualPartial(_mean_loss, (model,)), base)
 
 
 def point_loss_of(model: Llama, base: Base) -> mezo.PointLoss:
     """``point_loss(lora, rows, perturbation)``: the loss at θ + scale·z with z drawn layer by layer."""
-    return Partial(partial(_mean_loss, model), base)
+    return Partial(EqualPartial(_mean_loss, (model,)), base)
 
 
 def pair_loss_of(model: Llama, base: Base) -> mezo.PairLoss:
@@ -37,7 +37,7 @@ def pair_loss_of(model: Llama, base: Base) -> mezo.PairLoss:
 
     Equals ``mezo.pair_loss_of(loss_of(model, base))`` up to rounding, without ever holding a moved copy of θ.
     """
-    return Partial(partial(_pair_loss, model), base)
+    return Partial(EqualPartial(_pair_loss, (model,)), base)
 
 
 def loss_sums(

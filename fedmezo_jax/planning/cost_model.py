@@ -152,7 +152,7 @@ def lower(planned: RoundSpec, mesh: Mesh, at_once: int) -> Any:
     loss = pair_loss_of(Llama(config, 2.0, planned.precision), base)
     round = federated.federated(*settings, mesh).round
     cohort = federated.Cohort(client_vector(jnp.int32), client_vector(jnp.float32), TokenBatch(*batch))
-    return round.work.lower(state, loss, cohort, key, None, None)
+    return jax.jit(round.work).lower(state, loss, cohort, key, None, None)
 
 
 def compile_round(planned: RoundSpec, target: Topology, shape: tuple[int, int], at_once: int) -> Compiled:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Hashable
+from functools import lru_cache, partial
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -20,7 +20,7 @@ from fedmezo_jax.data.partition import heterogeneity
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.parallel import sharding
 from fedmezo_jax.run.config import RunConfig
-from fedmezo_jax.run.config_parts import LocalConfig, ServerConfig
+from fedmezo_jax.run.config_parts import LocalConfig
 
 ESTIMATORS = {"two-point": TwoPoint, "forward-gradient": ForwardGradient}
 """By their name on the command line."""
@@ -96,15 +96,14 @@ def algorithm(
 ) -> federated.Federated:
     """The run's ``(init, round)``; its server's half needs neither model nor data."""
     if config.algorithm == "fedmezo":
-        work = client.estimator_client(estimator_of(config))
+        work = _shared(client.estimator_client, estimator_of(config))
     else:
-        work = client.sgd_client(local_optimizer(config))
+        work = _shared(back_propagation, config.local_optimizer, config.weight_decay)
     rate = 1.0 if config.learning_rate == "auto" else config.learning_rate
-    rates = personalization.RateConfig(rate, config.personalize, config.personalize_scale)
     return federated.federated(
         work,
-        rates,
-        server_optimizer(config),
+        personalization.RateConfig(rate, config.personalize, config.personalize_scale),
+        _shared(server_optimizer, config.server_optimizer, config.server_learning_rate),
         block_size,
         config.directions_shared,
         mesh,
@@ -114,21 +113,27 @@ def algorithm(
     )
 
 
+@lru_cache(maxsize=32)
+def _shared(make: Callable[..., Any], *settings: Hashable) -> Any:
+    """``make(*settings)``, the same object for equal settings, so that like runs of a process share their programs."""
+    return make(*settings)
+
+
 def estimator_of(config: LocalConfig) -> Estimator:
     """The estimator of the local steps of fedmezo."""
     settings = (config.perturbation_scale, config.directions, config.distribution, config.weight_decay)
     return ESTIMATORS[config.estimator](mezo.MezoConfig(*settings))
 
 
-def local_optimizer(config: LocalConfig) -> Callable[[Any], optax.GradientTransformation]:
-    """The optimizer of back-propagated local steps, made of a learning rate."""
-    if config.local_optimizer == "adam":
-        return partial(optax.adamw, weight_decay=config.weight_decay)
-    return lambda rate: optax.chain(optax.add_decayed_weights(config.weight_decay), optax.sgd(rate))
+def back_propagation(optimizer: str, weight_decay: float) -> client.LocalWork:
+    """The local steps of fedavg by an optimizer of that name."""
+    if optimizer == "adam":
+        return client.sgd_client(partial(optax.adamw, weight_decay=weight_decay))
+    return client.sgd_client(lambda rate: optax.chain(optax.add_decayed_weights(weight_decay), optax.sgd(rate)))
 
 
-def server_optimizer(config: ServerConfig) -> optax.GradientTransformation:
+def server_optimizer(optimizer: str, learning_rate: float) -> optax.GradientTransformation:
     """The server's, fed with the pseudo-gradient."""
-    if config.server_optimizer == "adam":
-        return optax.adam(config.server_learning_rate)
-    return optax.sgd(config.server_learning_rate, 0.9 if config.server_optimizer == "momentum" else None)
+    if optimizer == "adam":
+        return optax.adam(learning_rate)
+    return optax.sgd(learning_rate, 0.9 if optimizer == "momentum" else None)

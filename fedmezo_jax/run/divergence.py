@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -145,20 +146,23 @@ def probe(
         directions: K, how many z; 2·B·(K + 1) forward passes.
     """
 
-    @jax.jit
-    def measure(pair_loss, params, batches, key):
-        def at(k, scale):
-            perturbation = mezo.Perturbation(jax.random.fold_in(key, k), scale)
-            return jax.vmap(pair_loss, in_axes=(None, 0, None))(params, batches, perturbation)
-
-        return at(0, 0.0)[0], *jax.lax.map(lambda k: at(k, scale), jnp.arange(directions))
-
     loss = pair_loss if isinstance(pair_loss, Partial) else Partial(pair_loss)
-    here, plus, minus = jax.device_get(measure(loss, params, batches, key))
+    here, plus, minus = jax.device_get(_losses_around(loss, params, batches, key, scale, directions))
     slopes, bends = (plus - minus) / (2 * scale), (plus + minus - 2 * here) / scale**2
     count = slopes.shape[1]
     pairs = (slopes.sum(axis=1) ** 2 - (slopes**2).sum(axis=1)) / (count * (count - 1))
     return Probe(float(pairs.mean()), float((slopes**2).mean()), float(bends.mean()))
+
+
+@partial(jax.jit, static_argnums=(4, 5))
+def _losses_around(loss, params, batches, key, scale, directions):
+    """Losses at θ, ``[B]``, and at θ + μz and θ − μz, ``[K, B]``."""
+
+    def at(k, scale):
+        perturbation = mezo.Perturbation(jax.random.fold_in(key, k), scale)
+        return jax.vmap(loss, in_axes=(None, 0, None))(params, batches, perturbation)
+
+    return at(0, 0.0)[0], *jax.lax.map(lambda k: at(k, scale), jnp.arange(directions))
 
 
 def count(params: mezo.Params) -> int:

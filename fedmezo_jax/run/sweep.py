@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from fedmezo_jax.core import aggregation, client, federated, mezo, personalization
 from fedmezo_jax.core.random import run_key
 from fedmezo_jax.data.batches import TOKENS_AT_ONCE, round_batches
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.run.config import RunConfig
-from fedmezo_jax.run.context import ESTIMATORS, RunContext, build, local_optimizer, server_optimizer
+from fedmezo_jax.run.context import ESTIMATORS, RunContext, back_propagation, build, server_optimizer
 
 
 class SweepAxes(NamedTuple):
@@ -107,11 +108,10 @@ def sweep(
     assert len({shape_of(other) for other in configs}) == 1, "these runs are of several shapes"
     clients, count = config.participants, len(setups)
     _, loss = build(setups[0])
-    advance = jax.jit(partial(_round, config), donate_argnums=1)
     axes = SweepAxes(*(jnp.array([getattr(run, name) for run in configs], jnp.float32) for name in SweepAxes._fields))
     start = [personalization.init_signals(config.clients) for _ in setups]
     params = _stack([setup.lora for setup in setups])
-    optimizer = jax.vmap(server_optimizer(config).init)(params)
+    optimizer = jax.vmap(_optimizer(config).init)(params)
     states = federated.FederatedState(params, optimizer, _stack(start), jnp.zeros(count, jnp.int32))
     keys = jnp.stack([run_key(run.seed) for run in configs])
 
@@ -139,7 +139,7 @@ def sweep(
     seconds = []
     for t in range(config.rounds):
         begun = time.perf_counter()
-        states, losses = advance(axes, states, loss, cohort(t), keys)
+        states, losses = _round(shape_of(config), axes, states, loss, cohort(t), keys)
         train_losses.append(np.asarray(losses))
         seconds.append((time.perf_counter() - begun) / count)
         if t + 1 == config.rounds or (t + 1) % eval_every == 0:
@@ -153,9 +153,14 @@ def sweep(
     ]
 
 
+def _optimizer(config: RunConfig) -> optax.GradientTransformation:
+    return server_optimizer(config.server_optimizer, config.server_learning_rate)
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _round(config: RunConfig, axes: SweepAxes, states, loss, cohorts: federated.Cohort, keys: jax.Array):
     """A round of R runs; states, cohorts, axes and keys have a leading axis R. Also the mean losses ``[R]``."""
-    optimizer = server_optimizer(config)
+    optimizer = _optimizer(config)
 
     def one(axes: SweepAxes, state: federated.FederatedState, cohort: federated.Cohort, key: jax.Array):
         ids = jnp.asarray(cohort.ids)
@@ -163,7 +168,7 @@ def _round(config: RunConfig, axes: SweepAxes, states, loss, cohorts: federated.
             settings = (axes.perturbation_scale, config.directions, config.distribution, config.weight_decay)
             work = client.estimator_client(ESTIMATORS[config.estimator](mezo.MezoConfig(*settings)))
         else:
-            work = client.sgd_client(local_optimizer(config))
+            work = back_propagation(config.local_optimizer, config.weight_decay)
         rates = personalization.RateConfig(axes.learning_rate, config.personalize, axes.personalize_scale)
         rate = federated.cohort_rates(rates, state, ids, key)
         shared = config.directions_shared

@@ -73,7 +73,7 @@ def program(tied: bool, directions_shared: bool, meshes: list[str]):
         batches = sharding.shard_clients(mesh, CLIENTS, make)
         cohort = federated.Cohort(np.arange(CLIENTS, dtype=np.int32), np.ones(CLIENTS, np.float32), batches)
         loss = pair_loss_of(Llama(config, 20.0), base)
-        compiled = step.work.lower(state, loss, cohort, key, None, None).compile()
+        compiled = jax.jit(step.work).lower(state, loss, cohort, key, None, None).compile()
         report = compiled(state, loss, cohort, key, None, None)
         state = step.apply(state, cohort.ids, cohort.weights, report, key)
         z = jax.jit(lambda lora: mezo.shift(jax.tree.map(jnp.zeros_like, lora), mezo.Perturbation(key, 1.0)))(lora)
