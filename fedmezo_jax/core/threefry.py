@@ -9,6 +9,7 @@ leaves, two cores). Where a step's directions are large beside its products, tha
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = np.uint32(0x1BD11BDA)
 
 
+@partial(jax.jit, static_argnums=1)
 def bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Uniform uint32 of any shape below 2**32 entries: ``jax.random.bits(key, shape)``.
 
@@ -43,6 +45,7 @@ def bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return left ^ right
 
 
+@partial(jax.jit, static_argnums=1)
 def normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Standard normal float32: ``jax.random.normal(key, shape)``, √2·erf⁻¹(u) with u uniform in (−1, 1)."""
     # 23 random bits behind the exponent of 1: uniform in [1, 2).
