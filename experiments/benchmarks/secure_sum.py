@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgpack
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from experiments import _cli, _plots
 from fedmezo_jax.errors import UserError
-from fedmezo_jax.privacy import secure_sum
+from fedmezo_jax.privacy import fixed_point, secure_sum, secure_sum_messages
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def measure(clients: int, numbers: int, seed: int) -> dict[str, Any]:
     threshold, gone = 2 * clients // 3 + 1, clients // 10
     keys = [Ed25519PrivateKey.generate() for _ in range(clients)]
     identities = {i: key.public_key().public_bytes_raw() for i, key in enumerate(keys)}
-    vectors = [secure_sum.encode(draw.standard_normal(numbers), 24, 1e3) for _ in keys]
+    vectors = [fixed_point.encode(draw.standard_normal(numbers), clients) for _ in keys]
 
     joined = [
         meter("clients", secure_sum.join, i, round_name, threshold, identities, key) for i, key in enumerate(keys)
@@ -95,25 +94,15 @@ def measure(clients: int, numbers: int, seed: int) -> dict[str, Any]:
     if not np.array_equal(total, np.sum([vectors[i] for i in staying], axis=0, dtype=np.uint64)):
         raise UserError("the sum is not that of the vectors")
 
-    sent = {
-        "advertise": adverts[0],
-        "share": boxes[0],
-        "mask": masked[0].astype("<u8").tobytes(),
-        "agree": signatures[0],
-        "unmask": [
-            {id: share.to_bytes(33, "big") for id, share in part.items()}
-            for part in (unmasked[0].seeds, unmasked[0].keys)
-        ],
-    }
-    heard = (adverts, mine[0], staying, signatures)
-    size = {name: len(msgpack.packb(content)) for name, content in sent.items()}  # pyright: ignore[reportArgumentType]
+    sent = secure_sum_messages.sent(adverts[0], boxes[0], masked[0], signatures[0], unmasked[0])
+    size = {name: len(message) for name, message in sent._asdict().items()}
     return {
         "clients": clients,
         "threshold": threshold,
         "dropped_out": gone,
         **{f"{name}_bytes": count for name, count in size.items()},
         "uplink_bytes": sum(size.values()),
-        "downlink_bytes": sum(len(msgpack.packb(content)) for content in heard),  # pyright: ignore[reportArgumentType]
+        "downlink_bytes": len(secure_sum_messages.heard(adverts, mine[0], staying, signatures)),
         "client_milliseconds": 1e3 * meter.seconds["clients"] / clients,
         "server_milliseconds": 1e3 * meter.seconds["server"],
     }

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from cryptography.exceptions import InvalidSignature, InvalidTag
@@ -333,14 +333,3 @@ def _join(shares: Mapping[int, int]) -> bytes:
     if secret >= 2**256:
         raise UserError("the shares of a client do not go together")
     return secret.to_bytes(_KEY, "big")
-
-
-def encode(vector: Any, scale: int, bound: float) -> np.ndarray:
-    """Numbers as fixed-point integers modulo 2⁶⁴: round(v·2^scale), each first bounded to ±bound; NaN becomes 0."""
-    bounded = np.clip(np.nan_to_num(np.asarray(vector, np.float64), nan=0.0), -bound, bound)
-    return np.rint(bounded * 2.0**scale).astype(np.int64).view(np.uint64)
-
-
-def decode(total: np.ndarray, scale: int) -> np.ndarray:
-    """The sum of such numbers, float64; it must be within ±2^(63 − scale)."""
-    return total.view(np.int64) / 2.0**scale

@@ -11,11 +11,12 @@ TOO_LARGE = "returned numbers too large to be real"
 MALFORMED = "sent a malformed message"
 MISMATCHED = "sent a message for another round, client or number of rows"
 UNSIGNED = "sent a message without its own signature"
+TOO_FEW = "was one of too few for a secure sum"
 NO_MESSAGE = (DROPPED, MALFORMED, MISMATCHED, UNSIGNED)
 """Failures of which nothing is kept but the reason."""
 UNUSABLE = (NOT_FINITE, TOO_LARGE)
 """Failures of clients whose local steps have diverged, or who say so."""
-REASONS = (*NO_MESSAGE, *UNUSABLE, LATE)
+REASONS = (*NO_MESSAGE, *UNUSABLE, LATE, TOO_FEW)
 SPREAD = 0.5
 """Standard deviation of the logarithm of a client's time for a round; the median is one."""
 

@@ -73,12 +73,17 @@ class RunConfig(
             raise UserError("--signed covers coefficients, which are not sent with --uplink lora or --algorithm fedavg")
         if self.signed and self.on_divergence == "clip":
             raise UserError("--on-divergence clip changes what clients have signed: leave out one of the two")
-        if self.private:
-            self._require("algorithm", self.algorithm == "fedmezo", "fedmezo with --dp-epsilon, which bounds scalars")
-            self._require("uplink", self.sends_coefficients, "coefficients with --dp-epsilon, which bounds these")
+        if not self.sends_losses:
+            option = "--secure-sum" if self.secure_sum else "--dp-epsilon"
+            self._require("algorithm", self.algorithm == "fedmezo", f"fedmezo with {option}, which is about scalars")
+            self._require("uplink", self.sends_coefficients, f"coefficients with {option}, which is about these")
             for name, needed in PRIVATE.items():
-                rule = f"{needed} with --dp-epsilon: anything else would follow from single clients' numbers"
+                rule = f"{needed} with {option}: anything else would follow from single clients' numbers"
                 self._require(name, getattr(self, name) == needed, rule)
+        if self.secure_sum and not self.directions_shared:
+            raise UserError("--secure-sum adds up coefficients along common directions: give --directions-shared")
+        if self.secure_sum and self.participants < 3:
+            raise UserError("--secure-sum hides a client among others: give at least 3 a round")
         if self.directions_shared and self.weight_decay:
             raise UserError(
                 "--weight-decay shrinks each client's θ by its own rate: leave out --directions-shared or the decay"
@@ -92,7 +97,12 @@ class RunConfig(
     @property
     def keeps_mean(self) -> bool:
         """Whether the server keeps the clients' mean alone, and no single client's numbers."""
-        return self.private and self.directions_shared
+        return self.secure_sum or (self.private and self.directions_shared)
+
+    @property
+    def threshold(self) -> int:
+        """How many of a round's clients must stay for a secure sum, t: the least with 3t > 2P."""
+        return 2 * self.participants // 3 + 1
 
     @property
     def participants(self) -> int:
@@ -101,7 +111,7 @@ class RunConfig(
 
 
 PRIVATE = {"personalize": "frozen", "on_divergence": "warn", "aggregation": "mean", "weighting": "equal"}
-"""What a run with ``--dp-epsilon`` must have."""
+"""What a run with ``--dp-epsilon`` or ``--secure-sum`` must have."""
 PAPER: dict[str, Any] = {
     "layers": "all",
     "estimator": "two-point",

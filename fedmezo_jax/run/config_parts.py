@@ -243,7 +243,7 @@ class FaultConfig(Options):
 
 @dataclass(frozen=True)
 class PrivacyConfig(Options):
-    """Differential privacy of clients."""
+    """What the server, and whoever reads the ledger, may learn of a client."""
 
     dp_epsilon: float | None = None
     """ε of each client's differential privacy after all rounds: projected gradients are clipped in norm and noise is
@@ -252,6 +252,9 @@ class PrivacyConfig(Options):
     """δ that goes with it"""
     dp_clip: float = 1.0
     """root mean square to which a client's projected gradients of a round are clipped together"""
+    secure_sum: bool = False
+    """the server learns the sum of a round's projected gradients and no single client's (with --directions-shared);
+    with --dp-epsilon each client adds a share of the noise; losses are not sent"""
 
     def __post_init__(self):
         super().__post_init__()
@@ -263,6 +266,11 @@ class PrivacyConfig(Options):
     def private(self) -> bool:
         """Whether clients' numbers are clipped and noised."""
         return self.dp_epsilon is not None
+
+    @property
+    def sends_losses(self) -> bool:
+        """Whether clients send their losses beside their projected gradients."""
+        return not (self.private or self.secure_sum)
 
 
 @cache

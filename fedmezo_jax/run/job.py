@@ -22,7 +22,7 @@ from fedmezo_jax.run.context import RunContext, context_of, task_name
 from fedmezo_jax.run.journal import versions
 from fedmezo_jax.run.loop import RunResult, probe_start, train
 from fedmezo_jax.run.prepare import precision_warnings, prepare, resolve_defaults
-from fedmezo_jax.run.privacy_plan import describe, plan_of
+from fedmezo_jax.run.privacy_plan import describe
 
 
 def to_stderr(line: str) -> None:
@@ -87,9 +87,9 @@ def fine_tune(
         context, loss_before = _open(config, task, folder, resume, mesh, stack, notify)
         begun = multihost.all_or_none((folder / "metrics.jsonl").exists)
         on_start(context)
-        if plan := plan_of(config):
-            notify(f"privacy: {describe(plan, config)}")
-        for warning in warnings(context, check_rate and not begun and not config.private):
+        if guarantee := describe(config):
+            notify(f"privacy: {guarantee}")
+        for warning in warnings(context, check_rate and not begun and config.sends_losses):
             notify(f"warning: {warning}")
         return train(
             context,

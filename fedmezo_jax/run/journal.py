@@ -19,7 +19,7 @@ from fedmezo_jax.parallel import multihost
 from fedmezo_jax.run import ledger, ledger_checks, run_checkpoints, run_folder, signatures
 from fedmezo_jax.run.config import RunConfig
 from fedmezo_jax.run.context import RunContext
-from fedmezo_jax.run.privacy_plan import describe, plan_of
+from fedmezo_jax.run.privacy_plan import describe
 from fedmezo_jax.run.rounds import Progress
 from fedmezo_jax.run.run_checkpoints import Seal
 
@@ -83,11 +83,9 @@ def open_journal(
     config, file, first_process = setup.config, folder / run_folder.LEDGER, multihost.is_coordinator()
     header = None  # back-propagated steps are no scalars that could rebuild the run
     if config.algorithm == "fedmezo":
-        plan = plan_of(config)
-        privacy = describe(plan, config) if plan else ""
         public_keys = signatures.identities(keys) if keys else b""
         header = ledger.make_header(
-            asdict(config), setup.task.hash_frozen(), versions(), first_rate, privacy, public_keys
+            asdict(config), setup.task.hash_frozen(), versions(), first_rate, describe(config), public_keys
         )
     steps, written = manager.all_steps(), run_folder.metrics_bytes(folder).count(b"\n")
 

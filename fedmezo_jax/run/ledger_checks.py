@@ -147,6 +147,8 @@ def _number_fault(entry: Entry, config: RunConfig, middle: float) -> str | None:
             return "its mean is not one of projected gradients"
         if not np.all(np.isin(entry.weights, (0, 1))):
             return "a weight is neither 0 nor 1"
+        if config.secure_sum and 0 < np.sum(entry.weights) < config.threshold:
+            return f"{np.sum(entry.weights):g} clients are too few for a secure sum"
     limit = math.inf if config.on_divergence == "clip" else None
     for id, weight, rate, message in zip(
         map(int, entry.ids), entry.weights, entry.learning_rates, entry.updates, strict=True

@@ -1,4 +1,4 @@
-"""What ``--dp-epsilon`` means for a run: norm, noise, and how often a client may take part."""
+"""What ``--dp-epsilon`` means for a run: norm, noise, who adds it, and how often a client may take part."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ class PrivacyPlan(NamedTuple):
     Attributes:
         norm: C, to which a client's H·n projected gradients are clipped.
         noise: σ; the noise has standard deviation σ·C.
+        client_noise: the part of σ that each client adds itself; 0 where the server adds all of it.
         delta: δ.
         participations: rounds in which a client may take part; that of the planned rounds which has most.
     """
 
     norm: float
     noise: float
+    client_noise: float
     delta: float
     participations: int
 
@@ -42,12 +44,32 @@ def plan_of(config: RunConfig) -> PrivacyPlan | None:
     most = accountant.most_participations(planned, config.clients)
     noise = accountant.noise_multiplier(config.dp_epsilon, config.dp_delta, most)
     norm = config.dp_clip * (config.local_steps * config.directions) ** 0.5
-    return PrivacyPlan(norm, noise, config.dp_delta, most)
+    client_noise = 0.0 if config.directions_shared else noise
+    if config.secure_sum:
+        client_noise = noise / config.threshold**0.5  # so many add up to σ, and more to more
+    return PrivacyPlan(norm, noise, client_noise, config.dp_delta, most)
 
 
-def describe(plan: PrivacyPlan, config: RunConfig) -> str:
-    """The guarantee in one line, for the start of a run and the header of its ledger."""
+def describe(config: RunConfig) -> str:
+    """What is guaranteed, for the start of a run and the header of its ledger; empty where nothing is."""
+    return ". ".join(filter(None, (_describe_sum(config), _describe_noise(config))))
+
+
+def _describe_sum(config: RunConfig) -> str:
+    if not config.secure_sum:
+        return ""
+    return (
+        f"the server learns the sum of a round's clients and no single client's numbers, where at least "
+        f"{config.threshold} of {config.participants} stay. This is a simulation, which makes the same sum in the clear"
+    )
+
+
+def _describe_noise(config: RunConfig) -> str:
+    if (plan := plan_of(config)) is None:
+        return ""
     where = "the sum of a round" if config.directions_shared else "what each client sends"
+    if config.secure_sum:
+        where += ", of which each client adds a share"
     return (
         f"({config.dp_epsilon:g}, {plan.delta:g})-differential privacy of each client, all of whose examples are "
         f"replaced by none: norm {plan.norm:.3g}, noise {plan.noise:.4g} times that on {where}, at most "

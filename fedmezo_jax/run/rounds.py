@@ -17,7 +17,7 @@ import optax
 from fedmezo_jax.core import federated, mezo
 from fedmezo_jax.core.mezo import Params
 from fedmezo_jax.errors import UserError
-from fedmezo_jax.privacy import mechanism
+from fedmezo_jax.privacy import fixed_point, mechanism
 from fedmezo_jax.run import client_failures, divergence, messages, signatures
 from fedmezo_jax.run.acceptance import Expected, Message, Received, receive
 from fedmezo_jax.run.automatic_rate import next_rate
@@ -129,11 +129,11 @@ def simulated_answers(
     def packed(t: int) -> Iterator[Message]:
         for i, id in enumerate(ids):
             gradients, losses = np.asarray(report.projected_gradients[i]), np.asarray(report.losses[i])
-            if plan:
+            if not config.sends_losses:
                 losses = np.zeros_like(losses)
-                if not config.keeps_mean:
-                    draw = mechanism.simulated_noise(config.seed, t, attempt, int(id))
-                    gradients = mechanism.noisy(gradients, plan.norm, plan.noise, draw)
+            if plan and plan.client_noise:
+                draw = mechanism.simulated_noise(config.seed, t, attempt, int(id))
+                gradients = mechanism.noisy(gradients, plan.norm, plan.client_noise, draw)
             update, lora = messages.Update(t, int(id), int(sizes[id]), gradients, losses), None
             if not config.sends_coefficients:
                 lora = messages.pack_lora_update(update, jax.device_get(round.upload(state, int(id), report, i, key)))
@@ -191,10 +191,12 @@ def run_round(
             expected = Expected(t, id, int(sizes[id]), *shape, float(rate), limit if clip else None)
             dropped = away.get(id) == client_failures.DROPPED
             answer = Received(None, None, None) if dropped else receive(message, expected, like)
-            if answer.update and (why := _refusal(answer.update, message.signature, plan, signing)):
+            if answer.update and (why := _refusal(config, answer.update, message.signature, signing)):
                 answer = Received(None, None, why)
             sent_signatures.append(message.signature if answer.update else None)
             received.append(answer._replace(why=away.get(id) or answer.why))
+        if config.secure_sum and sum(answer.why is None for answer in received) < config.threshold:
+            received = [answer._replace(why=answer.why or client_failures.TOO_FEW) for answer in received]
         failed += [(attempt, int(id), answer.why) for id, answer in zip(ids, received, strict=True) if answer.why]
         weights = sizes[ids] if config.weighting == "samples" else np.ones(len(ids), np.float32)
         weights = np.where([answer.why is None for answer in received], weights, 0).astype(np.float32)
@@ -204,7 +206,7 @@ def run_round(
             entry = entry._replace(signatures=tuple(sent_signatures))
         if plan:
             entry = entry._replace(epsilon=plan.spent(after))
-        if plan and config.keeps_mean:
+        if config.keeps_mean:
             entry = _mean_alone(config, plan, entry, [answer.update for answer in received])
         report = report_of(entry, config.local_steps, config.sent_directions)
         if clip:
@@ -224,13 +226,13 @@ def run_round(
 
 
 def _refusal(
+    config: RunConfig,
     update: messages.Update,
     signature: bytes | None,
-    plan: PrivacyPlan | None,
     signing: signatures.Signing | None,
 ) -> str | None:
     """Why an update is not kept: it has losses where it must not, or is not signed where it must be; None if it is."""
-    if plan and np.any(update.losses):
+    if not config.sends_losses and np.any(update.losses):
         return client_failures.MALFORMED
     if signing is None:
         return None
@@ -239,16 +241,23 @@ def _refusal(
     return None if signed else client_failures.UNSIGNED
 
 
-def _mean_alone(config: RunConfig, plan: PrivacyPlan, entry: Entry, updates: list[messages.Update | None]) -> Entry:
-    """What is kept of a private round with shared directions: the noisy mean, and no single client's numbers."""
+def _mean_alone(
+    config: RunConfig, plan: PrivacyPlan | None, entry: Entry, updates: list[messages.Update | None]
+) -> Entry:
+    """What is kept of a private round with shared directions, or of a secure sum: no single client's numbers."""
     vectors = [
         update.projected_gradients.ravel()
         for update, weight in zip(updates, entry.weights, strict=True)
         if update and weight
     ]
-    draw = mechanism.simulated_noise(config.seed, entry.round, entry.attempt)
     size = config.local_steps * config.sent_directions
-    mean = mechanism.noisy_mean(vectors, len(updates), plan.norm, plan.noise, draw, size)
+    if config.secure_sum:
+        total = fixed_point.total(vectors, len(updates)) if vectors else np.zeros(size)
+        mean = (total / (len(updates) if plan else max(len(vectors), 1))).astype(np.float32)
+    else:
+        assert plan is not None  # as RunConfig.keeps_mean says
+        draw = mechanism.simulated_noise(config.seed, entry.round, entry.attempt)
+        mean = mechanism.noisy_mean(vectors, len(updates), plan.norm, plan.noise, draw, size)
     nobody = [None] * len(updates)
     return entry._replace(updates=nobody, signatures=tuple(nobody) if entry.signatures else (), mean=mean)
 
@@ -265,9 +274,9 @@ def _remedy(failed: list[tuple[int, int, str]]) -> str:
 def known_losses(config: RunConfig, entry: Entry, report: federated.RoundReport) -> np.ndarray:
     """``[K, H]`` losses of the clients that answered in time, infinite where their numbers are of no use.
 
-    None are known of a private run.
+    None are known where they are not sent.
     """
-    if config.private:
+    if not config.sends_losses:
         return np.zeros((0, config.local_steps), np.float32)
     failed = {id: why for attempt, id, why in entry.failed if attempt == entry.attempt}
     whys = [failed.get(int(id)) for id in entry.ids]

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from fedmezo_jax.core import federated
+from fedmezo_jax.privacy import secure_sum_messages
 from fedmezo_jax.run import messages
 from fedmezo_jax.run.config import RunConfig
 from fedmezo_jax.run.ledger import Entry
@@ -46,6 +47,12 @@ def scalar_traffic(
         updates = (messages.Update(entry.round, int(id), int(sizes[id]), *numbers) for id in entry.ids)
         sent = [messages.pack_update(update) if w else None for update, w in zip(updates, entry.weights, strict=True)]
     up = [len(message) + signature if message else 0 for message in sent]
+    if config.secure_sum:
+        counted = np.flatnonzero(entry.weights)
+        numbers = config.local_steps * config.sent_directions
+        summed_up, summed_down = secure_sum_messages.sizes(entry.ids[counted], numbers)
+        up = [summed_up if weight else 0 for weight in entry.weights]
+        begin = [size + (summed_down if weight else 0) for size, weight in zip(begin, entry.weights, strict=True)]
     if entry.rolled_back or not entry.step:
         return Traffic(up, begin)
     counted = entry.weights > 0

@@ -4,44 +4,10 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from scipy import stats
+from secure_round import DRAW, SecureRound
 
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.privacy import secure_sum
-
-DRAW = np.random.default_rng(0)
-
-
-class Run:
-    """A round among n clients, step by step; whoever is in ``before_mask`` or ``after_mask`` goes then."""
-
-    def __init__(self, n, threshold, size=5, round=b"run 1, round 3", before_mask=(), after_mask=()):
-        keys = [Ed25519PrivateKey.from_private_bytes(DRAW.bytes(32)) for _ in range(n)]
-        identities = {i: key.public_key().public_bytes_raw() for i, key in enumerate(keys)}
-        self.round, self.threshold = round, threshold
-        joined = [secure_sum.join(i, round, threshold, identities, key) for i, key in enumerate(keys)]
-        self.clients = [client for client, _ in joined]
-        self.adverts = {i: advert for i, (_, advert) in enumerate(joined)}
-        self.vectors = DRAW.integers(0, 2**64, (n, size), np.uint64)
-        self.sent = [secure_sum.share(client, self.adverts) for client in self.clients]
-        self.shared = list(range(n))
-        self.masked = {
-            i: secure_sum.mask(client, self.vectors[i], self.shared)
-            for i, client in enumerate(self.clients)
-            if i not in before_mask
-        }
-        self.arrived = sorted(self.masked)
-        self.staying = [i for i in self.arrived if i not in after_mask]
-        self.signatures = {i: secure_sum.agree(self.clients[i], self.arrived) for i in self.staying}
-
-    def boxes(self, i):
-        return {sender: self.sent[sender][i] for sender in self.shared}
-
-    def unmask(self, i):
-        return secure_sum.unmask(self.clients[i], self.boxes(i), self.arrived, self.signatures)
-
-    def total(self):
-        unmaskings = {i: self.unmask(i) for i in self.staying}
-        return secure_sum.total(self.round, self.threshold, self.adverts, self.shared, self.masked, unmaskings)
 
 
 @pytest.mark.parametrize(
@@ -49,13 +15,13 @@ class Run:
     [(3, 2, (), ()), (8, 5, (), ()), (8, 5, (2, 7), ()), (8, 5, (0,), (1, 6)), (20, 11, (3, 4, 5), (0, 19))],
 )
 def test_the_sum_is_exact_whoever_drops_out(n, threshold, before, after):
-    run = Run(n, threshold, before_mask=before, after_mask=after)
+    run = SecureRound(n, threshold, before_mask=before, after_mask=after)
     there = [i for i in range(n) if i not in before]
     np.testing.assert_array_equal(run.total(), run.vectors[there].sum(axis=0, dtype=np.uint64))
 
 
 def test_too_few_at_the_end_give_no_sum():
-    run = Run(8, 5, before_mask=(0, 1), after_mask=(2,))
+    run = SecureRound(8, 5, before_mask=(0, 1), after_mask=(2,))
     run.staying = run.staying[:4]
     with pytest.raises(UserError, match="4 clients stayed to the end of the sum, and 5 are needed"):
         run.total()
@@ -65,7 +31,7 @@ def test_a_server_with_fewer_clients_than_the_threshold_sees_uniform_vectors():
     """With zeros for vectors, all that the coalition can take off is taken off; what is left is uniform bits."""
     bits = []
     for _ in range(60):
-        run = Run(5, 3, size=16)
+        run = SecureRound(5, 3, size=16)
         run.vectors[:] = 0
         coalition = (0, 1)
         left = run.masked[4] - run.vectors[4]
@@ -106,7 +72,7 @@ def test_the_field_is_a_prime_one():
 
 
 def test_a_second_unmask_is_refused():
-    run = Run(5, 3, before_mask=(4,))
+    run = SecureRound(5, 3, before_mask=(4,))
     run.unmask(0)
     run.arrived = [0, 1, 2, 3, 4]
     with pytest.raises(UserError, match="has answered the step 'unmask'"):
@@ -118,7 +84,7 @@ def test_a_second_unmask_is_refused():
     [([1, 2, 3], "lacks this one"), ([0, 1, 2, 9], "stranger"), ([0, 1, 1, 2], "one twice"), ([0, 1], "3 are needed")],
 )
 def test_a_list_that_cannot_be_is_refused(arrived, named):
-    run = Run(5, 3)
+    run = SecureRound(5, 3)
     run.arrived = arrived
     with pytest.raises(UserError, match=named):
         run.unmask(0)
@@ -126,14 +92,14 @@ def test_a_list_that_cannot_be_is_refused(arrived, named):
 
 def test_a_list_that_too_few_have_signed_is_refused():
     """A server that shows another list to some clients cannot have it signed by enough of them."""
-    run = Run(5, 3)
+    run = SecureRound(5, 3)
     run.arrived = [0, 1, 2, 3]
     with pytest.raises(UserError, match="fewer than 3 clients have signed"):
         run.unmask(0)
 
 
 def test_keys_of_a_server_in_the_middle_are_refused():
-    run = Run(5, 3)
+    run = SecureRound(5, 3)
     fresh, _ = secure_sum.join(
         0, run.round, 3, run.clients[0].identities, Ed25519PrivateKey.from_private_bytes(DRAW.bytes(32))
     )
@@ -141,13 +107,13 @@ def test_keys_of_a_server_in_the_middle_are_refused():
     with pytest.raises(UserError, match="the keys of client 1 are not signed by it"):
         secure_sum.share(fresh, run.adverts | {1: forged})
     fresh.answered.clear()
-    other_round = Run(5, 3, round=b"run 1, round 4")
+    other_round = SecureRound(5, 3, round=b"run 1, round 4")
     with pytest.raises(UserError, match="are not signed by it"):
         secure_sum.share(fresh, other_round.adverts)
 
 
 def test_shares_for_another_client_are_refused():
-    run = Run(5, 3)
+    run = SecureRound(5, 3)
     boxes = run.boxes(0) | {3: run.sent[3][1]}
     with pytest.raises(UserError, match="the shares of client 3 were not made for client 0"):
         secure_sum.unmask(run.clients[0], boxes, run.arrived, run.signatures)
@@ -155,12 +121,4 @@ def test_shares_for_another_client_are_refused():
 
 def test_a_threshold_of_half_is_refused():
     with pytest.raises(UserError, match="not more than half"):
-        Run(6, 3)
-
-
-def test_fixed_point_numbers_add_up_whatever_their_signs():
-    numbers = DRAW.normal(0, 5, (10, 7))
-    numbers[0, 0], numbers[1, 0] = np.nan, 1e30
-    total = np.sum([secure_sum.encode(row, 24, 1000.0) for row in numbers], axis=0, dtype=np.uint64)
-    expected = np.clip(np.nan_to_num(numbers), -1000, 1000).sum(axis=0)
-    np.testing.assert_allclose(secure_sum.decode(total, 24), expected, atol=10 * 2.0**-25)
+        SecureRound(6, 3)
