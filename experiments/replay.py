@@ -2,6 +2,7 @@
 
 python -m experiments.replay runs/fedmezo/run.ledger
 python -m experiments.replay runs/fedmezo/run.ledger --model FOLDER --round 10 --out runs/round10
+python -m experiments.replay runs/fedmezo/run.ledger --without 3 --out runs/without3
 
 Exits with 2 if the ledger or the base model is refused, and with 3 if the adapter beside the ledger is another one.
 """
@@ -38,6 +39,9 @@ class Config:
     """round to go up to; by default the last"""
     identities: Path | None = None
     """the public keys that a signed ledger must be signed with, an identities.json; by default those in the ledger"""
+    without: int | None = None
+    """a client whose numbers are left out of every round; how near that comes to a run that never had it, see the study
+    experiments.studies.forgetting"""
     out: Path = Path("runs/replay")
     """folder for adapter/, config.json and results.json"""
 
@@ -62,6 +66,7 @@ def main(config: Config) -> None:
             config.model,
             config.round,
             identities=config.identities,
+            without=config.without,
             on_start=start,
             on_round=show,
             notify=notify,
@@ -82,13 +87,16 @@ def main(config: Config) -> None:
         "bit_identical": None,
         "largest_difference": None,
     }
-    if done == run.rounds and beside.exists():
+    if done == run.rounds and config.without is None and beside.exists():
         assert verified_ledger.llama is not None  # as no task was given
         difference = largest_difference(jax.device_get(load_adapter(beside, verified_ledger.llama).lora), lora)
         row |= {"compared": True, "bit_identical": difference is None, "largest_difference": difference or 0.0}
     _cli.write_folder(config, [row], time.perf_counter() - begin)
     _cli.print_table(f"adapter after round {done}: {config.out / 'adapter'}", [row])
-    print(_verdict(row, verified_ledger.header))
+    if config.without is None:
+        print(_verdict(row, verified_ledger.header))
+    else:
+        print(f"not compared: this adapter is without the numbers of client {config.without}")
     if row["compared"] and not row["bit_identical"]:
         sys.exit(3)
 

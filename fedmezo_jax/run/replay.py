@@ -66,6 +66,7 @@ def replay(
     *,
     task: Task | None = None,
     identities: str | PathLike[str] | None = None,
+    without: int | None = None,
     on_start: Callable[[VerifiedLedger], None] = lambda verified: None,
     on_round: Callable[[int], None] = lambda done: None,
     notify: Callable[[str], None] = lambda line: None,
@@ -80,13 +81,14 @@ def replay(
         task: the run's, where it is not a LLaMA; its data are not used.
         identities: the public keys that a signed ledger must be signed with, an ``identities.json``; by default those
             in its header.
+        without: a client whose numbers are left out of every round, see :func:`reconstruct`.
         on_start: called when all is verified and before anything is rebuilt.
         on_round: called with the number of rounds made.
         notify: called with each line that the user should read.
 
     Raises:
-        UserError: the ledger is damaged, holds what no run can have, or ends before that round; or the model is not the
-            run's, or not on this machine.
+        UserError: the ledger is damaged, holds what no run can have, ends before that round, or cannot leave that
+            client out; or the model is not the run's, or not on this machine.
     """
     if until is not None and until < 0:
         raise UserError(f"--round must be 0 or more, not {until}")
@@ -94,7 +96,7 @@ def replay(
     verified, init_params = _verify(file, model, task, trusted, notify)
     on_start(verified)
     first = init_params(init_key(verified.config.seed))
-    return Replay(verified, *reconstruct(verified.file, verified.config, first, until, on_round))
+    return Replay(verified, *reconstruct(verified.file, verified.config, first, until, on_round, without))
 
 
 def _verify(
@@ -143,6 +145,7 @@ def reconstruct(
     lora: mezo.Params,
     until: int | None,
     on_round: Callable[[int], None] = lambda done: None,
+    without: int | None = None,
 ) -> tuple[mezo.Params, int]:
     """Rebuilds θ from a ledger, round by round with the programs that the run used.
 
@@ -150,19 +153,31 @@ def reconstruct(
     differ in their last place; Rademacher directions with shared directions leave nothing that could round differently
     except the server's own optimizer.
 
+    Leaving a client out gives the server's mean of the others' numbers in every round. It is not the run that never had
+    that client: from the second round on the others measured their numbers at a θ that it had moved.
+
     Args:
         file: the ledger; every record on the way is verified, and checked against the configuration.
         config: the run's.
         lora: θ at the start.
         until: rounds to make; None means all.
         on_round: called with the number of rounds made.
+        without: a client that is left out of every round; None for none.
 
     Returns:
         θ and the number of rounds made.
 
     Raises:
-        UserError: a record is damaged or does not fit the configuration, or the ledger ends before that round.
+        UserError: a record is damaged or does not fit the configuration, the ledger ends before that round, or has no
+            client's own numbers that could be left out.
     """
+    if without is not None:
+        if not 0 <= without < config.clients:
+            raise UserError(f"--without {without}: the run has clients 0 to {config.clients - 1}")
+        if config.keeps_mean:
+            raise UserError(
+                f"--without {without}: the ledger holds the clients' mean alone, and not this one's numbers"
+            )
     # The rates are in the ledger: what they came from need not be measured again.
     init, round = algorithm(replace(config, personalize="frozen"))
     progress, key = rounds.begin(init(lora, config.clients), config, 1.0), run_key(config.seed)
@@ -170,6 +185,8 @@ def reconstruct(
     for entry in ledger_checks.entries(file, config):
         if done == until:
             break
+        if without is not None:
+            entry = _leave_out(entry, without)
         moved = rounds.move(config, round, progress, entry, None, key)
         progress = rounds.advance(config, progress, entry, moved)
         done += 1
@@ -177,6 +194,12 @@ def reconstruct(
     if until is not None and done < until:
         raise UserError(f"--round {until}: {file} ends after round {done}")
     return jax.device_get(progress.state.params), done
+
+
+def _leave_out(entry: ledger.Entry, client: int) -> ledger.Entry:
+    """The entry as if the client had not answered; of a round in which nobody else did nothing is taken."""
+    weights = np.where(entry.ids == client, np.float32(0), entry.weights)
+    return entry._replace(weights=weights, step=entry.step if weights.any() else 0.0)
 
 
 def largest_difference(one: mezo.Params, other: mezo.Params) -> float | None:
