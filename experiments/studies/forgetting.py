@@ -53,7 +53,7 @@ class Preset(NamedTuple):
 _FAST = {"learning_rate": 5e-3, "directions": 4, "length_buckets": 1, "batch_size": 1, "precision": "float32"}
 PRESETS: Mapping[runner.PresetName, Preset] = MappingProxyType(
     {
-        "small": Preset(RunConfig(**_FAST, rounds=20), ("iid", "dirichlet", "categories"), 5),
+        "small": Preset(RunConfig(**_FAST, rounds=20), ("iid", "dirichlet", "meta"), 5),
         "paper": Preset(replace(runner.PAPER, clients=8), ("iid", "dirichlet"), 3),
         "smoke": Preset(replace(runner.SMOKE, clients=3), ("iid",), 2),
     }
