@@ -50,7 +50,13 @@ class Preset(NamedTuple):
     num_seeds: int
 
 
-_FAST = {"learning_rate": 5e-3, "directions": 4, "length_buckets": 1, "batch_size": 1, "precision": "float32"}
+_FAST: dict[str, Any] = {
+    "learning_rate": 5e-3,
+    "directions": 4,
+    "length_buckets": 1,
+    "batch_size": 1,
+    "precision": "float32",
+}
 PRESETS: Mapping[runner.PresetName, Preset] = MappingProxyType(
     {
         "small": Preset(RunConfig(**_FAST, rounds=20), ("iid", "dirichlet", "meta"), 5),
