@@ -96,8 +96,8 @@ def main(config: Config) -> None:
 def _measure(config: RunConfig) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "run"
-        every = {"eval_every": config.rounds, "checkpoint_every": config.rounds}
-        result = fine_tune(config, folder, **every, notify=lambda line: None)
+        last = config.rounds
+        result = fine_tune(config, folder, eval_every=last, checkpoint_every=last, notify=lambda line: None)
         return {
             "loss_before": result.loss_before,
             "loss_after": result.loss_after,
