@@ -52,20 +52,25 @@ class Preset(NamedTuple):
     settings: Sequence[tuple[int, float | None, int]]
 
 
-_FAST: dict[str, Any] = {"rounds": 10, "local_steps": 2, "directions": 4, "directions_shared": True, "batch_size": 1}
+_SMALL = RunConfig(
+    rounds=10,
+    local_steps=2,
+    directions=4,
+    directions_shared=True,
+    batch_size=1,
+    length_buckets=1,
+    precision="float32",
+    partition="iid",
+)
 PRESETS: Mapping[runner.PresetName, Preset] = MappingProxyType(
     {
         "small": Preset(
-            RunConfig(**_FAST, length_buckets=1, precision="float32", partition="iid"),
-            (*((100, epsilon, 5) for epsilon in (None, 8.0, 4.0, 2.0, 1.0)), (1000, None, 3), (1000, 8.0, 3)),
+            _SMALL, (*((100, epsilon, 5) for epsilon in (None, 8.0, 4.0, 2.0, 1.0)), (1000, None, 3), (1000, 8.0, 3))
         ),
         "paper": Preset(
             replace(runner.PAPER, directions_shared=True, clients=100), tuple((100, e, 3) for e in (None, 8.0, 1.0))
         ),
-        "smoke": Preset(
-            RunConfig(**_FAST | {"rounds": 2}, length_buckets=1, partition="iid", test_examples=8, lora_rank=2),
-            ((4, None, 2), (4, 8.0, 2)),
-        ),
+        "smoke": Preset(replace(_SMALL, rounds=2, test_examples=8, lora_rank=2), ((4, None, 2), (4, 8.0, 2))),
     }
 )
 
