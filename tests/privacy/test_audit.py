@@ -1,8 +1,8 @@
 """The accountant's ε against what an attacker achieves: an empirical lower bound, which must not exceed it.
 
-A client that sends the longest vector allowed is there or not. The attacker sees the means of all its rounds and goes by
-their sum along that vector, the best test there is. From the counts of 20,000 trials of each case, with a confidence of
-99.9 %: ε ≥ log((true positives − δ)/false positives).
+A client that sends the longest vector allowed is there or not. The attacker sees the means of all its rounds and goes
+by their sum along that vector, the best test there is. From the counts of 20,000 trials of each case, with a confidence
+of 99.9 %: ε ≥ log((true positives − δ)/false positives).
 """
 
 import numpy as np
