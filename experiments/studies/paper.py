@@ -69,6 +69,8 @@ QUESTIONS = {
     ),
     "shared_directions": Question("Do directions shared by all clients learn as well as each client's own?"),
     "attacks": Question("Which rules of aggregation withstand which attacks?"),
+    "privacy_utility": Question("What does differential privacy of clients cost, and what does it hide?"),
+    "forgetting": Question("How near does a replay without a client come to a run that never had it?"),
     "personalised_rates": Question(
         "Which signal should personalise learning rates?",
         "Fig. 4: model-diff is best, five-round is good, round-wise has no effect",

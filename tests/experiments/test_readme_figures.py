@@ -225,7 +225,7 @@ def check(said, texts):
 
 
 def test_every_study_of_the_table_is_checked():
-    assert set(table()) == {*FIGURES, "attacks", "communication", "estimators"}  # these have tables of their own
+    assert set(table()) == {*FIGURES, "attacks", "communication", "estimators", "forgetting", "privacy_utility"}  # these have tables of their own
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -262,6 +262,24 @@ def test_what_attacks_leave_is_that_of_the_results():
     assert round(min(best.values()), 2) == 0.95
     lost = 100 * (1 - best["sign flip"])
     assert f"{lost:.1f} ± {100 * bands['sign flip', 'multi-krum']:.1f} %" in section
+
+
+def test_what_forgetting_leaves_is_that_of_the_results():
+    section = STUDIES.split("\n## Forgetting a client\n")[1].split("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("| ")][1:]
+    rows = {(row["partition"], row["adapter"]): row for row in read("forgetting")}
+    compared = {key: row for key, row in rows.items() if key[1] != "never there"}
+    for line, ((partition, adapter), row) in zip(lines, compared.items(), strict=True):
+        gap, distance, auc = (
+            f"{row[key]:{form}} ± {row[f'{key}_band_90']:{form[-3:]}}"
+            for key, form in (("client_gap", "+.3f"), ("distance", ".2f"), ("auc", ".2f"))
+        )
+        assert line == f"| {partition} | {adapter} | {gap} | {distance} | {auc} |"
+    left_out = {partition: row for (partition, adapter), row in rows.items() if adapter == "left out in a replay"}
+    assert all(row["client_gap"] < -row["client_gap_band_90"] for row in left_out.values())
+    never = [row["seconds"] for (_, adapter), row in rows.items() if adapter == "never there"]
+    assert f"{left_out['iid']['seconds']:.1f} seconds" in section
+    assert f"took {min(never):.0f} to {max(never):.0f}" in section
 
 
 def test_every_result_of_the_readme_is_checked():
