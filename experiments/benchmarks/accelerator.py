@@ -27,7 +27,7 @@ from experiments.benchmarks.accelerator_rows.process import FailedError, OutOfTi
 from experiments.benchmarks.accelerator_rows.schedule import Clock, Row, Schedule
 from fedmezo_jax.errors import UserError
 
-_CLOSING = 5.0
+_CLOSING = 10.0
 """Seconds kept for the table and the results."""
 _COLUMNS = {
     "card": "device_memory_bytes bfloat16_flops float32_flops copied_bytes_per_second table_bfloat16_flops "
@@ -107,6 +107,7 @@ def main(config: Config) -> None:
         process,
     )
     schedule.run(jobs(CPU if process.hello["platform"] == "cpu" else ACCELERATOR, config.out / "tiny"))
+    shutil.rmtree(compiled, ignore_errors=True)
     rows = [*schedule.rows.values(), *({"row": name, "skipped": why} for name, why in schedule.skipped.items())]
     _cli.write_folder(config, rows, time.perf_counter() - begun)
     print_tables(rows, f"{here['device_kind']}, jax {here['jax']}")

@@ -11,7 +11,7 @@ import pytest
 
 from experiments import _cli
 from experiments.benchmarks import accelerator
-from experiments.benchmarks.accelerator_rows import card, plan, speed
+from experiments.benchmarks.accelerator_rows import card, memory, plan, speed
 from experiments.benchmarks.accelerator_rows.exactness import differing_bits
 from experiments.benchmarks.accelerator_rows.forecast import error_line, memory_off, time_off
 from experiments.benchmarks.accelerator_rows.plan import ACCELERATOR, CPU, Job, jobs
@@ -204,6 +204,19 @@ def test_a_round_from_hidden_states_has_the_weights_above_alone():
     assert case.base["layers"]["mlp"]["up_proj"]["kernel"].shape[0] == 2
     assert case.cohort.batches.hidden.shape == (2, 1, 1, 8, 128)
     assert card.above(tiny, "last:2").num_hidden_layers == 2
+
+
+def test_a_peak_is_a_row_only_where_it_rose(monkeypatch):
+    """A device whose peak is 100 bytes before anything runs: the second program stays below that of the first."""
+    job = next(job for job in jobs(CPU, Path()) if job.kind == "memory")
+    peaks = iter([100, 300, 300, 300])
+    monkeypatch.setattr(memory, "_peak", lambda: next(peaks))
+    limits = UNKNOWN | {"bfloat16_flops": 1e9, "copied_bytes_per_second": 1e9}
+    (row,) = memory.measure(job.rows, limits, **job.options)
+    assert (row["row"], row["peak_bytes"]) == ("memory tiny all forward bfloat16", 300)
+    assert row["memory_forecast_off"] is True  # megabytes
+    assert row["forecast_bytes"] > 1e6
+    assert next(peaks, None) is None
 
 
 def run(monkeypatch, *arguments):

@@ -60,9 +60,10 @@ def compare(wanted: Sequence[str], card: Any, folder: str, precision: Precision,
     """
     del card
     theirs = Path(folder) / f"card-{precision}"
+    theta, records = [_theta(theirs)], [_records(theirs)]
     ours = _run(Path(folder) / f"cpu-{precision}", precision, rounds)
     _save_rounds(ours, rounds)
-    theta, records = ([_theta(run) for run in (theirs, ours)], [_records(run) for run in (theirs, ours)])
+    theta, records = [*theta, _theta(ours)], [*records, _records(ours)]
     row: dict[str, Any] = {"row": wanted[0], "precision": precision, "rounds": rounds}
     for name, (one, other) in {"theta": theta, "ledger": records}.items():
         apart = [differing_bits(a, b) for a, b in zip(one, other, strict=True)]

@@ -1,4 +1,7 @@
-"""The clock: measures job after job, and leaves out what the time does not allow."""
+"""The clock: measures job after job, and leaves out what the time does not allow.
+
+How long a job takes is guessed from its plan, times how far the guess of the last job of its kind was off.
+"""
 
 from __future__ import annotations
 
@@ -85,9 +88,10 @@ class Schedule:
     def _run(self, job: Job) -> bool:
         """Whether a job that has run should run once more, for rows that are missing."""
         missing, before = self._missing(job), self._clock.left()
-        expected = job.seconds * len(missing) / len(job.rows)
-        if expected * self._pace.get(job.kind, 1.0) > before:
-            self._skip(missing, f"would take {expected * self._pace.get(job.kind, 1.0):.0f} s, {before:.0f} s are left")
+        guess = job.seconds * len(missing) / len(job.rows)
+        expected = guess * self._pace.get(job.kind, 1.0)
+        if expected > before:
+            self._skip(missing, f"would take {expected:.0f} s, {before:.0f} s are left")
             return False
         if job.kind != "card" and "error" in self.rows.get("card", {"error": "not measured"}):
             self._skip(missing, "the card could not be measured")
@@ -104,7 +108,7 @@ class Schedule:
             for name in self._missing(job):
                 self._add(job, {"row": name, "error": str(error)})
             self._close()
-        self._pace[job.kind] = (before - self._clock.left()) / expected
+        self._pace[job.kind] = (before - self._clock.left()) / guess
         still = self._missing(job)
         if len(still) == len(missing):
             for name in still:
