@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-import tyro
 from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
@@ -37,7 +36,12 @@ Row = Mapping[str, Any]
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
 
 
-def run(main: Callable[[T], None], config: type[T], description: str | None) -> None:
+def run(
+    main: Callable[[T], None],
+    config: type[T],
+    description: str | None,
+    parse: Callable[[type[T], str | None], T] | None = None,
+) -> None:
     """Runs an experiment's ``main`` on its config from the command line.
 
     A ``UserError`` is printed as one line on standard error, with exit code 2. A signal that stops the command is
@@ -47,6 +51,7 @@ def run(main: Callable[[T], None], config: type[T], description: str | None) -> 
         main: the experiment.
         config: the dataclass of its options.
         description: text for ``--help``.
+        parse: makes the config of ``sys.argv``, from the two arguments before; tyro by default.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -54,7 +59,7 @@ def run(main: Callable[[T], None], config: type[T], description: str | None) -> 
     keep_compiled(cache_folder() / "compiled")
     try:
         with _stops():
-            options = _parse(config, description)
+            options = (parse or _parse)(config, description)
             with _out_folder(options):
                 main(options)
     except UserError as error:
@@ -108,6 +113,8 @@ def _parse(config: type[T], description: str | None) -> T:
 
     A config class may have a method ``defaults(arguments)`` that returns the defaults.
     """
+    import tyro
+
     stderr = io.StringIO()
     default = config.defaults(sys.argv[1:]) if hasattr(config, "defaults") else None  # pyright: ignore[reportAttributeAccessIssue]
     default_option = {} if default is None else {"default": default}

@@ -10,17 +10,14 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from experiments import _cli
-from experiments.benchmarks.step import Setting, random_case
-from fedmezo_jax.core import client, federated, mezo, personalization
-from fedmezo_jax.llama.loss import pair_loss_of
+from experiments.benchmarks.step import Setting, compile_round, random_case
 from fedmezo_jax.llama.precision import Precision
 from fedmezo_jax.llama.shapes import named_shape
 
@@ -86,17 +83,10 @@ def ready(config: Config, count: int) -> tuple[Callable[[], Any], int]:
     """Returns a compiled round of ``count`` clients, and its temporary bytes."""
     llama, setting = named_shape(config.model), Setting(count, 1, config.length, config.rank)
     case = random_case(llama, setting, config.targets.split(","), config.precision, config.seed)
-    work = client.mezo_client(mezo.MezoConfig())
-    init, round = federated.federated(work, personalization.RateConfig(1e-5), block_size=config.block)
-    arguments = (init(case.lora, count), pair_loss_of(case.model, case.base), case.cohort, case.key)
-    compiled = jax.jit(round.work).lower(*arguments).compile()
-    plan = compiled.memory_analysis()
+    compiled = compile_round(case, config.block)
+    plan = compiled.program.memory_analysis()
     assert plan is not None  # present devices have a plan
-    compiled_round = replace(round, work=compiled)
-    steps = np.zeros((count, 1), np.float32)
-    report = federated.RoundReport(steps, steps[..., None], steps[:, 0])  # compiles the server's part without a round
-    jax.block_until_ready(compiled_round.apply(arguments[0], case.cohort.ids, case.cohort.weights, report, case.key))
-    return lambda: compiled_round(*arguments), plan.temp_size_in_bytes
+    return compiled.run, plan.temp_size_in_bytes
 
 
 def _times(work: Callable[[], Any], count: int) -> list[float]:

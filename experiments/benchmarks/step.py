@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,13 +22,14 @@ import numpy as np
 from rich.progress import track
 
 from experiments import _cli
-from experiments.benchmarks.pytorch_baseline import peer_step
+from experiments._random_arrays import random_like
+from experiments.benchmarks.pytorch_baseline import peer_steps
 from fedmezo_jax.core import client, federated, mezo, personalization
 from fedmezo_jax.data.examples import TokenBatch
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.checkpoints.layout import base_shapes
 from fedmezo_jax.llama.config import LlamaConfig
-from fedmezo_jax.llama.lora import init_lora
+from fedmezo_jax.llama.lora import init_lora, trained_layers
 from fedmezo_jax.llama.loss import loss_of, pair_loss_of
 from fedmezo_jax.llama.model import Llama
 from fedmezo_jax.llama.precision import frozen_product, keep_in_loop
@@ -100,7 +101,7 @@ def bench(config: Config, llama: LlamaConfig, setting: Setting) -> list[dict[str
     if config.peer:
         peer_dtypes = ("float32", "bfloat16") if set(precisions) != {"float32"} else ("float32",)
         shape = (setting.clients, setting.batch, setting.length, setting.rank, config.targets.split(","))
-        works |= {f"peer {dtype}": peer_step(llama, *shape, dtype) for dtype in peer_dtypes}
+        works |= {f"peer {dtype}": peer_steps(llama, *shape, dtype).mezo for dtype in peer_dtypes}
     times = alternate(works, config.repeats)
     best = {name: min(seconds) for name, seconds in times.items()}
     tokens = setting.clients * setting.batch * setting.length
@@ -161,16 +162,19 @@ class Case(NamedTuple):
     key: jax.Array
 
 
-def random_case(llama: LlamaConfig, setting: Setting, targets: list[str], precision: Any, seed: int) -> Case:
+def random_case(
+    llama: LlamaConfig, setting: Setting, targets: list[str], precision: Any, seed: int, layers: str = "all"
+) -> Case:
     """Returns a cohort of one local step, half of each example labelled; weights are float32 only for float32."""
     clients, batch, length, rank = setting
     weight_dtype = jnp.float32 if precision == "float32" else jnp.bfloat16
     rng = np.random.default_rng(seed)
-
-    def weights(shape):
-        return jnp.asarray(0.02 * rng.standard_normal(shape, np.float32), weight_dtype)
-
-    base = jax.tree.map(weights, base_shapes(llama), is_leaf=lambda leaf: isinstance(leaf, tuple))
+    shapes = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, weight_dtype),
+        base_shapes(llama),
+        is_leaf=lambda leaf: isinstance(leaf, tuple),
+    )
+    base, trained = random_like(shapes, seed), trained_layers(layers, llama)
     key = jax.random.key(seed, impl="threefry2x32")
     tokens = rng.integers(0, llama.vocab_size, (clients, 1, batch, length)).astype(np.int32)
     labelled = np.arange(length - _labels(setting), length, dtype=np.int32)
@@ -178,7 +182,38 @@ def random_case(llama: LlamaConfig, setting: Setting, targets: list[str], precis
     labels = np.take_along_axis(tokens, positions + 1, axis=-1)
     rows = jax.device_put(TokenBatch(tokens, positions, labels, np.ones_like(labels, np.float32)))
     cohort = federated.Cohort(np.arange(clients), np.ones(clients, np.float32), rows)
-    return Case(Llama(llama, 2.0, precision), base, init_lora(key, llama, rank, targets), cohort, key)
+    lora = init_lora(key, llama, rank, targets, trained)
+    return Case(Llama(llama, 2.0, precision, trained=trained), base, lora, cohort, key)
+
+
+class CompiledRound(NamedTuple):
+    """A round of one local step of a :class:`Case`, whose clients' half is compiled.
+
+    Attributes:
+        run: runs both halves.
+        program: the clients' half.
+        seconds: time to compile it.
+    """
+
+    run: Callable[[], Any]
+    program: Any
+    seconds: float
+
+
+def compile_round(case: Case, block: int | None = None) -> CompiledRound:
+    """Compiles a round of the published method, with ``block`` clients at once or all, and runs the server's half."""
+    settings = (client.mezo_client(mezo.MezoConfig()), personalization.RateConfig(1e-5))
+    init, round = federated.federated(*settings, block_size=block)
+    count = len(case.cohort.ids)
+    state, loss = init(case.lora, count), pair_loss_of(case.model, case.base)
+    start = time.perf_counter()
+    program = jax.jit(round.work).lower(state, loss, case.cohort, case.key).compile()
+    seconds = time.perf_counter() - start
+    compiled = replace(round, work=program)
+    steps = np.zeros((count, 1), np.float32)
+    report = federated.RoundReport(steps, steps[..., None], steps[:, 0])  # compiles the server's part without a round
+    jax.block_until_ready(compiled.apply(state, case.cohort.ids, case.cohort.weights, report, case.key))
+    return CompiledRound(lambda: compiled(state, loss, case.cohort, case.key), program, seconds)
 
 
 def _programs(config: Config, llama: LlamaConfig, setting: Setting, precision: Any) -> dict[str, Callable[[], Any]]:

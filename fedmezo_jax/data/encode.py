@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
@@ -138,11 +139,10 @@ def _tokens(
     cache: Path | None,
     source: str,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The token ids of each example and the positions of its labels in them, from the cache if they are there."""
-    from datasets import Dataset, Features, List, Value, disable_progress_bars  # takes a second to import
-    from pyarrow import ArrowException
+    """The token ids of each example and the positions of its labels in them, from the cache if they are there.
 
-    disable_progress_bars()
+    The package ``datasets`` keeps the cache. Where it is not installed, the examples are tokenised each time.
+    """
     in_chat = style == "chat" or isinstance(examples[0], Chat)
     if in_chat:
         check_template(tokenizer)
@@ -153,6 +153,15 @@ def _tokens(
     tokenise_batch = _tokenise_chats if in_chat else _tokenise_pairs
     key = _digest(texts, tokenizer, in_chat)
     file = _cache_file(cache, key)
+    if file is None or find_spec("datasets") is None:
+        columns = tokenise_batch({"text": texts}, list(range(len(texts))), tokenizer, source)
+        rows = zip(columns["tokens"], columns["labelled"], strict=True)
+        return [(np.array(tokens, np.int32), np.array(labelled, np.int32)) for tokens, labelled in rows]
+
+    from datasets import Dataset, Features, List, Value, disable_progress_bars  # takes a second to import
+    from pyarrow import ArrowException
+
+    disable_progress_bars()
 
     def tokenise(from_cache: bool) -> Dataset:
         return Dataset.from_dict({"text": texts}).map(
@@ -163,13 +172,12 @@ def _tokens(
             features=Features({name: List(Value("int32")) for name in ("tokens", "labelled")}),
             fn_kwargs={"tokenizer": tokenizer, "source": source},
             new_fingerprint=key[:32],
-            keep_in_memory=file is None,
             cache_file_name=file,
             load_from_cache_file=from_cache,
         )
 
     try:
-        table = tokenise(from_cache=file is not None)
+        table = tokenise(from_cache=True)
     except (ArrowException, ValueError):  # a damaged file, or one with other columns: tokenise again
         table = tokenise(from_cache=False)
     return list(zip(_lists(table, "tokens"), _lists(table, "labelled"), strict=True))

@@ -54,7 +54,18 @@ CHIPS = {
     "a100-40gb": Chip(312e12, GPUS["a100-40gb"].bandwidth, 600e9, "https://www.nvidia.com/en-us/data-center/a100/"),
     "a100-80gb": Chip(312e12, GPUS["a100-80gb"].bandwidth, 600e9, "https://www.nvidia.com/en-us/data-center/a100/"),
     "h100": Chip(989e12, GPUS["h100"].bandwidth, 900e9, "https://www.nvidia.com/en-us/data-center/h100/"),
+    "h200": Chip(989e12, 4800e9, 900e9, "https://www.nvidia.com/en-us/data-center/h200/"),
 }
+DEVICE_KINDS = {
+    "TPU v5 lite": "v5e",
+    "TPU v5": "v5p",
+    "TPU v6 lite": "v6e",
+    "NVIDIA A100-SXM4-40GB": "a100-40gb",
+    "NVIDIA A100-SXM4-80GB": "a100-80gb",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
+}
+"""The chip of :data:`CHIPS` by the name that JAX gives it."""
 
 
 class RoundSpec(NamedTuple):

@@ -101,6 +101,12 @@ def host() -> Topology:
     return Topology(jax.devices("cpu"), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), {})
 
 
+def present() -> Topology:
+    """Returns this process's first device, with the memory that it says programs can use."""
+    device = jax.devices()[0]
+    return host() if device.platform == "cpu" else Topology([device], device.memory_stats()["bytes_limit"], {})
+
+
 class Plan(NamedTuple):
     """The memory of a program on one device, as planned by the compiler.
 
@@ -116,11 +122,17 @@ class Plan(NamedTuple):
 def plan(lowered: Any, target: Topology) -> Plan:
     """Compiles a lowered program for a topology and returns the compiler's plan of its memory."""
     try:
-        analysis = lowered.compile(compiler_options=target.options).memory_analysis()
+        compiled = lowered.compile(compiler_options=target.options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return Plan(None, None)
+    return plan_of(compiled, target)
+
+
+def plan_of(compiled: Any, target: Topology) -> Plan:
+    """Returns the compiler's plan of the memory of a program that is compiled for a topology."""
+    analysis = compiled.memory_analysis()
     if target.devices and target.devices[0].platform == "cpu":  # the CPU's compiler leaves temporaries out of its peak
         arguments_and_results = (
             analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes

@@ -11,16 +11,17 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from fedmezo_jax.data.seeding import generator
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.run import ledger
 from fedmezo_jax.run.config import RunConfig
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey  # only signed runs need it
 
 KEY_BYTES, SIGNATURE_BYTES = 32, 64
 _UPDATE, _RECORD = b"fedmezo_jax update 1\0", b"fedmezo_jax record 1\0"
@@ -40,6 +41,8 @@ class Keys(NamedTuple):
 
 def simulated_keys(config: RunConfig) -> Keys:
     """Keys from the run's seed, so that the run can be repeated: whoever has the seed can sign as anybody."""
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
     make = Ed25519PrivateKey.from_private_bytes
     draw = generator(config.seed, "identities")
     server, *clients = (make(draw.bytes(KEY_BYTES)) for _ in range(config.clients + 1))
@@ -97,6 +100,9 @@ def sign_record(key: Ed25519PrivateKey, context: Context, entry: ledger.Entry) -
 
 
 def _holds(public_key: bytes, signature: bytes | None, statement: bytes) -> bool:
+    from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
     if signature is None or len(signature) != SIGNATURE_BYTES:
         return False
     try:

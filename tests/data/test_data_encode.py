@@ -1,5 +1,7 @@
 """Rows that are too long, and tokens kept from one run to the next."""
 
+import sys
+
 import datasets
 import numpy as np
 import pytest
@@ -111,3 +113,10 @@ def test_tokenising_is_silent_and_leaves_no_progress_bar(tokenizer, tmp_path, ca
     encode(bundled(0, 30), tokenizer, 500, cache=tmp_path)
     encode(bundled(0, 30), tokenizer, 500)
     assert capfd.readouterr() == ("", "")
+
+
+def test_without_the_package_that_keeps_them_the_tokens_are_the_same(tokenizer, tmp_path, monkeypatch):
+    examples = bundled(0, 30)
+    kept = encode(examples, tokenizer, 500, cache=tmp_path)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert equal(encode(examples, tokenizer, 500, cache=tmp_path / "none"), kept)

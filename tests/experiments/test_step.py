@@ -52,7 +52,7 @@ def test_the_peer_runs_the_same_setting(model, tmp_path, monkeypatch):
 def test_without_pytorch_the_peer_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(UserError, match="pip install torch peft, or --no-peer"):
-        step.peer_step(LlamaConfig.from_json(SMALL), 1, 1, 8, 2, ["q_proj"], "float32")
+        step.peer_steps(LlamaConfig.from_json(SMALL), 1, 1, 8, 2, ["q_proj"], "float32")
 
 
 def test_operations_are_those_of_the_products():
