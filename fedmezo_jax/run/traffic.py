@@ -8,7 +8,6 @@ import jax
 import numpy as np
 
 from fedmezo_jax.core import federated
-from fedmezo_jax.privacy import secure_sum_messages
 from fedmezo_jax.run import messages
 from fedmezo_jax.run.config import RunConfig
 from fedmezo_jax.run.ledger import Entry
@@ -48,6 +47,8 @@ def scalar_traffic(
         sent = [messages.pack_update(update) if w else None for update, w in zip(updates, entry.weights, strict=True)]
     up = [len(message) + signature if message else 0 for message in sent]
     if config.secure_sum:
+        from fedmezo_jax.privacy import secure_sum_messages  # which needs the package `cryptography`
+
         counted = np.flatnonzero(entry.weights)
         numbers = config.local_steps * config.sent_directions
         summed_up, summed_down = secure_sum_messages.sizes(entry.ids[counted], numbers)

@@ -225,7 +225,14 @@ def check(said, texts):
 
 
 def test_every_study_of_the_table_is_checked():
-    assert set(table()) == {*FIGURES, "attacks", "communication", "estimators", "forgetting", "privacy_utility"}  # these have tables of their own
+    assert set(table()) == {
+        *FIGURES,
+        "attacks",
+        "communication",
+        "estimators",
+        "forgetting",
+        "privacy_utility",
+    }  # these have tables of their own
 
 
 @pytest.mark.parametrize("name", FIGURES)
