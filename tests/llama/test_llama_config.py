@@ -10,8 +10,9 @@ from llama_files import SMALL
 
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.checkpoints.layout import base_shapes
-from fedmezo_jax.llama.config import LinearRope, Llama3Rope, LlamaConfig, to_json
+from fedmezo_jax.llama.config import LlamaConfig, to_json
 from fedmezo_jax.llama.lora import lora_shapes
+from fedmezo_jax.llama.rope import DynamicRope, LinearRope, Llama3Rope, YarnRope
 from fedmezo_jax.llama.shapes import SHAPES
 
 LLAMA_3_2_1B = {
@@ -117,6 +118,16 @@ ROPES = {
     "linear": ({"rope_type": "linear", "factor": 2}, LinearRope(2.0)),
     "linear, old name": ({"type": "linear", "factor": 2.0}, LinearRope(2.0)),
     "llama3": (LLAMA_3_2_1B["rope_scaling"], Llama3Rope(32.0, 1.0, 4.0, 8192)),
+    "dynamic": ({"rope_type": "dynamic", "factor": 2.0}, DynamicRope(2.0)),
+    "yarn": (
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 25000},
+        YarnRope(4.0, 25000, 0.1 * math.log(4.0) + 1),
+    ),
+    "yarn, every field": (
+        {"rope_type": "yarn", "factor": 4.0, "beta_fast": 16, "beta_slow": 2, "mscale": 1.0, "mscale_all_dim": 0.5}
+        | {"truncate": False},
+        YarnRope(4.0, 100000, (0.1 * math.log(4.0) + 1) / (0.05 * math.log(4.0) + 1), 16.0, 2.0, False),
+    ),
 }
 
 
@@ -152,7 +163,7 @@ def test_a_config_may_be_a_static_argument():
     ("changed", "named"),
     {
         "unknown field": ({"attention_sinks": 4}, "attention_sinks"),
-        "model type": ({"model_type": "mistral"}, "model_type"),
+        "model type": ({"model_type": "gemma3"}, 'model_type is "gemma3", only "llama" or "mistral" or'),
         "architecture": ({"architectures": ["MistralForCausalLM"]}, "architectures"),
         "activation": ({"hidden_act": "gelu"}, "hidden_act"),
         "tensor parallel": ({"pretraining_tp": 2}, "pretraining_tp"),
@@ -161,7 +172,10 @@ def test_a_config_may_be_a_static_argument():
         "partial rotary": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         "partial rotary, inside": ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         "interleaved": ({"rope_interleaved": True}, "rope_interleaved"),
-        "yarn": ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+        "longrope": ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
+        "yarn without factor": ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling.factor is missing"),
+        "yarn scale": ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "mscale": "a"}}, "mscale"),
+        "yarn flag": ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": 1}}, "rope_scaling.truncate"),
         "factor missing": ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is missing"),
         "factor extra": ({"rope_scaling": {"type": "linear", "factor": 2, "beta": 1}}, "rope_scaling.beta"),
         "factor with default": ({"rope_parameters": {"factor": 2.0}}, "rope_parameters.factor"),

@@ -4,7 +4,8 @@ import pytest
 import transformers
 from test_llama_config import LLAMA_3_2_1B
 
-from fedmezo_jax.llama.config import Llama3Rope, LlamaConfig
+from fedmezo_jax.llama.config import LlamaConfig
+from fedmezo_jax.llama.rope import Llama3Rope
 
 _COMMON = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "use_cache": True}
 _OF_32000 = _COMMON | {"vocab_size": 32000, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.02}

@@ -11,8 +11,9 @@ from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.checkpoints.base_model import load_base
 from fedmezo_jax.llama.checkpoints.gguf import rows_for_rotate_half
 from fedmezo_jax.llama.checkpoints.gguf_folder import convert_gguf
-from fedmezo_jax.llama.config import LinearRope, LlamaConfig
+from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.registry import load_tokenizer
+from fedmezo_jax.llama.rope import LinearRope
 
 
 def convert(tmp_path, weights, **options):
@@ -147,8 +148,8 @@ def test_misfits_are_told_at_once_and_nothing_is_written(tmp_path):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"architecture": "qwen2"}, "architecture 'qwen2'"),
-        ({"rope_scaling": "yarn"}, r"llama.rope.scaling.type = yarn"),
+        ({"architecture": "gemma3"}, "architecture 'gemma3', only llama, qwen2, qwen3, smollm3 are supported"),
+        ({"rope_scaling": "longrope"}, r"llama.rope.scaling.type = longrope"),
         ({"split": "deepseek-llm"}, "tokenizer .gpt2, deepseek-llm. is not supported"),
         ({"tokenizer": "bert"}, "tokenizer .bert, smollm. is not supported"),
         ({"tokenizer": "llama"}, "tokenizer's metadata lack 'scores'"),
