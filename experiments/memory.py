@@ -50,7 +50,8 @@ class Config:
     """What to compile."""
 
     model: str = "llama-3b"
-    """llama-3b, llama-7b, llama3-8b, llama-13b, llama-70b, smollm2-135m, or the path of a config.json"""
+    """llama-3b, qwen3-0.6b, smollm3-3b, mistral-7b or another of the shapes in docs/models.md, or the path of a
+    config.json"""
     topology: str | None = None
     """device to compile for: v5e:2x2, v5p:2x2x1, v6e:2x2, a100-40gb, a100-80gb, h100, h100:8; one chip of it is used"""
     device: Literal["cpu"] | None = None

@@ -1,5 +1,6 @@
 """LLaMA configs: what transformers writes is read exactly, what would change the computation is refused."""
 
+import dataclasses
 import json
 import math
 
@@ -260,8 +261,28 @@ COUNTS = {
     "llama-13b": 13_015_864_320,
     "llama-70b": 68_976_648_192,
     "llama3-8b": 8_030_261_248,
+    "llama3.2-1b": 1_235_814_400,
+    "llama3.2-3b": 3_212_749_824,
+    "mistral-7b": 7_248_023_552,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-1.5b": 1_543_714_304,
+    "qwen2.5-3b": 3_085_938_688,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-14b": 14_768_307_200,
+    "qwen3-32b": 32_762_123_264,
+    "smollm3-3b": 3_075_098_624,
     "smollm2-135m": 134_515_008,
 }
+
+
+def test_llama_3_2_s_shape_is_its_published_config():
+    assert dataclasses.replace(SHAPES["llama3.2-1b"], eos_token_id=(128001, 128008, 128009)) == LlamaConfig.from_json(
+        LLAMA_3_2_1B
+    )
 
 
 @pytest.mark.parametrize("name", SHAPES)
