@@ -19,13 +19,15 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 128,
 }
-FAMILIES = {  # in which GGUF has nothing to add to what it holds of LLaMA's
+FAMILIES = {
     "mistral": {"model_type": "mistral", "sliding_window": None},
+    "ministral": {"model_type": "ministral", "layer_types": ["full_attention", "sliding_attention"]},
     "qwen2": {"model_type": "qwen2"},
     "qwen3": {"model_type": "qwen3"},
     "qwen3, biases": {"model_type": "qwen3", "attention_bias": True},
     "smollm3": {"model_type": "smollm3", "num_hidden_layers": 4},
 }
+IN_GGUF = [family for family in FAMILIES if family != "ministral"]
 FORMS = ("safetensors", "sharded safetensors", "flax", "sharded flax", "orbax", "gguf")
 
 
