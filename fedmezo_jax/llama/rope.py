@@ -160,6 +160,8 @@ def _read_field(
             faults.append(f"{name}.{key} must be a positive number, not {_shown(rope[key])}")
     if not faults and kind == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
         faults = [f"{name}.high_freq_factor must exceed low_freq_factor"]
+    if kind == "yarn" and theta <= 1:
+        faults.append("rope_theta must exceed 1 for type 'yarn'")
     problems += faults
     if faults or kind == "default":
         return float(theta), None

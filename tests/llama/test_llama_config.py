@@ -176,6 +176,7 @@ def test_a_config_may_be_a_static_argument():
         "longrope": ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
         "yarn without factor": ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling.factor is missing"),
         "yarn scale": ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "mscale": "a"}}, "mscale"),
+        "yarn base": ({"rope_theta": 1.0, "rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_theta must exceed 1"),
         "yarn flag": ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": 1}}, "rope_scaling.truncate"),
         "factor missing": ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is missing"),
         "factor extra": ({"rope_scaling": {"type": "linear", "factor": 2, "beta": 1}}, "rope_scaling.beta"),
