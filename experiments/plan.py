@@ -35,7 +35,8 @@ class Config:
     """The run and the devices."""
 
     model: str = "llama-3b"
-    """llama-3b, llama-7b, llama3-8b, llama-13b, llama-70b, smollm2-135m, or the path of a config.json"""
+    """llama-3b, qwen3-0.6b, smollm3-3b, mistral-7b or another of the shapes in docs/models.md, or the path of a
+    config.json"""
     topology: str = "v5e:2x4"
     """devices: v5e:2x4, v5p:2x2x1, v6e:2x2, a100-40gb:4, a100-80gb:8, h100:8"""
     mesh: str | None = None

@@ -28,7 +28,8 @@ class Config:
     """The model, its adapter and the round; the paper's by default."""
 
     model: str = "llama-3b"
-    """llama-3b, llama-7b, llama3-8b, llama-13b, llama-70b, smollm2-135m, or the path of a config.json"""
+    """llama-3b, qwen3-0.6b, smollm3-3b, mistral-7b or another of the shapes in docs/models.md, or the path of a
+    config.json"""
     rank: int = 128
     """LoRA rank"""
     targets: str = "q_proj,v_proj"

@@ -43,15 +43,14 @@ def peer_steps(
     try:
         import torch
         from peft import LoraConfig, get_peft_model
-        from transformers import LlamaConfig as TransformersConfig
-        from transformers import LlamaForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError as error:
         raise UserError(f"the peer needs PyTorch and PEFT ({error}): pip install torch peft, or --no-peer") from None
 
     torch_dtype = getattr(torch, dtype)
     lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
     with torch.device(device):
-        model = LlamaForCausalLM(TransformersConfig(**to_json(config))).to(torch_dtype)  # pyright: ignore[reportArgumentType]
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**to_json(config))).to(torch_dtype)
         model = get_peft_model(model, lora).to(torch_dtype).eval()
         tokens = torch.randint(0, config.vocab_size, (clients, batch, length))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

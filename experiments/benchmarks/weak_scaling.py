@@ -36,7 +36,8 @@ class Config:
     """The model, the devices and the round."""
 
     model: str = "llama-3b"
-    """llama-3b, llama-7b, llama3-8b, llama-13b, llama-70b, smollm2-135m, or the path of a config.json"""
+    """llama-3b, qwen3-0.6b, smollm3-3b, mistral-7b or another of the shapes in docs/models.md, or the path of a
+    config.json"""
     topology: str = "a100-80gb"
     """kind of device: v5e, v6e, a100-40gb, a100-80gb or h100"""
     devices: str = "1,4,16,64,256"

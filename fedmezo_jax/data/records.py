@@ -13,9 +13,11 @@ _NAMES = {
     "input": ("input", "context"),
     "response": ("output", "response", "answer"),
     "category": ("category",),
-    "messages": ("messages",),
+    "messages": ("messages", "conversations"),
 }
 _REQUIRED = ("instruction", "response")
+_SHAREGPT = {"from": "role", "value": "content"}
+_SPEAKERS = {"human": "user", "gpt": "assistant"}  # ShareGPT's names; all others stay
 
 Fields: TypeAlias = Mapping[str, str]
 """Maps a part (instruction, input, response, category, messages) to the name of its field; "" means an empty part."""
@@ -77,8 +79,11 @@ def example(record: Record, fields: Fields | None = None) -> Example:
 def chat(record: Record, fields: Fields | None = None) -> Chat:
     """Returns the chat in one record: a list of ``{"role": ..., "content": ...}``, at least one by the assistant.
 
+    ShareGPT's ``{"from": "human" | "gpt" | "system", "value": ...}`` means the same. A content may also be a list of
+    parts ``{"type": "text", "text": ...}``, which are joined.
+
     Raises:
-        UserError: the record has no such list.
+        UserError: the record has no such list, or a message has a part that is not text.
     """
     fields = fields or {}
     row = _row(record, "messages")
@@ -91,18 +96,34 @@ def chat(record: Record, fields: Fields | None = None) -> Chat:
         raise UserError(f"{record.where}: {name} must be a list of messages, not {_kind(turns)}")
     if not len(list(turns)):
         raise UserError(f"{record.where}: {name} is empty; remove this row")
-    messages = []
-    for number, turn in enumerate(turns):
-        if not isinstance(turn, Mapping) or not all(isinstance(turn.get(key), str) for key in Message._fields):
-            raise UserError(
-                f'{record.where}: {name}[{number}] must be {{"role": "...", "content": "..."}} with text in both'
-            )
-        messages.append(
-            Message(*(_valid_text(turn[key], f"{name}[{number}]", record.where) for key in Message._fields))
-        )
+    messages = [_message(turn, f"{name}[{number}]", record.where) for number, turn in enumerate(turns)]
     if not any(message.role == "assistant" for message in messages):
         raise UserError(f"{record.where}: no message in {name} is by the assistant, so there is nothing to learn")
     return Chat(tuple(messages), _text(row, "category", record.where, fields))
+
+
+def _message(turn: object, what: str, where: str) -> Message:
+    if isinstance(turn, Mapping):
+        turn = turn if "role" in turn else {_SHAREGPT.get(key, key): value for key, value in turn.items()}
+        role, content = turn.get("role"), _joined_parts(turn.get("content"), what, where)
+        if isinstance(role, str) and isinstance(content, str):
+            return Message(*(_valid_text(text, what, where) for text in (_SPEAKERS.get(role, role), content)))
+    raise UserError(f'{where}: {what} must be {{"role": "...", "content": "..."}} with text in both')
+
+
+def _joined_parts(content: object, what: str, where: str) -> object:
+    """The text of a content that is a list of parts; any other content as it is."""
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for number, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        text = part.get("text") if isinstance(part, Mapping) else None
+        if kind != "text" or not isinstance(text, str):
+            shown = f"of type {kind}" if isinstance(kind, str) and kind != "text" else "without a text"
+            raise UserError(f"{where}: part {number} of {what} is {shown}: only text can be learned; remove this row")
+        texts.append(text)
+    return "".join(texts)
 
 
 def _is_chat(row: Mapping, fields: Fields) -> bool:

@@ -1,56 +1,26 @@
-"""The shape and constants of a LLaMA, read from Hugging Face's ``config.json``.
+"""The shape and constants of a decoder, read from Hugging Face's ``config.json``.
 
 Reading is strict: a field that is neither read nor known to be harmless is an error, because a model that silently
 ignores such a field still gives plausible logits.
 """
 
 import json
-import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from fedmezo_jax.errors import UserError
+from fedmezo_jax.llama.families import FAMILIES, LLAMA_DEFAULTS
 from fedmezo_jax.llama.folder import read_json_object, shorten
-
-
-@dataclass(frozen=True)
-class LinearRope:
-    """Rotary frequencies divided by ``factor`` (positional interpolation, arXiv 2306.15595).
-
-    Attributes:
-        factor: the divisor.
-    """
-
-    factor: float
-
-
-@dataclass(frozen=True)
-class Llama3Rope:
-    """Rotary frequencies of LLaMA 3.1: low frequencies are divided by ``factor``, high ones kept, with a ramp between.
-
-    With old = original_max_position_embeddings, the frequency f of a wavelength above old/low_freq_factor is divided,
-    and that of a wavelength below old/high_freq_factor is kept. Between them it is (1-s)·f/factor + s·f, with
-    s = (old/wavelength - low)/(high - low).
-
-    Attributes:
-        factor: divisor of low frequencies.
-        low_freq_factor: low.
-        high_freq_factor: high, above low.
-        original_max_position_embeddings: context length before the scaling.
-    """
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
+from fedmezo_jax.llama.layer_pattern import LayerPattern, pattern_to_json, read_pattern
+from fedmezo_jax.llama.rope import RopeScaling, is_positive, read_rope, rope_to_json
 
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """A LLaMA decoder's sizes, constants and special tokens; hashable, so it can be static under ``jit``.
+    """A decoder's sizes, constants and special tokens; hashable, so it can be static under ``jit``.
 
     Defaults are those of transformers' ``LlamaConfig``.
 
@@ -66,11 +36,15 @@ class LlamaConfig:
         rope_theta: base of the rotary frequencies theta^(-2i/head_dim).
         rope_scaling: scaling of these frequencies, if any.
         tie_word_embeddings: whether the head is the transposed embedding.
-        attention_bias: whether q, k, v and o have biases.
+        attention_bias: whether q, k, v and o have biases; see :meth:`has_bias`.
         mlp_bias: whether gate, up and down have biases.
         max_position_embeddings: longest sequence that the model was trained for.
         bos_token_id: begins a text if the tokenizer adds it.
         eos_token_id: each of these ends a text; may be empty.
+        family: key of :data:`families.FAMILIES`.
+        sliding_window: a token of a layer with a window attends to this many tokens, itself and those before it.
+        layers_with_window: indices of these layers, ascending.
+        layers_without_rope: indices of the layers whose queries and keys are not rotated, ascending.
 
     Raises:
         UserError: the sizes do not fit together.
@@ -85,13 +59,17 @@ class LlamaConfig:
     head_dim: int = 0
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: LinearRope | Llama3Rope | None = None
+    rope_scaling: RopeScaling | None = None
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
     max_position_embeddings: int = 2048
     bos_token_id: int | None = 1
     eos_token_id: tuple[int, ...] = (2,)
+    family: str = "llama"
+    sliding_window: int | None = None
+    layers_with_window: tuple[int, ...] = ()
+    layers_without_rope: tuple[int, ...] = ()
 
     def __post_init__(self):
         if not self.num_key_value_heads:
@@ -101,6 +79,17 @@ class LlamaConfig:
         problems = _mismatches(self)
         if problems:
             raise UserError("; ".join(problems))
+
+    @property
+    def qk_norm(self) -> bool:
+        """Whether each head of q and k is normalised before the rotation."""
+        return FAMILIES[self.family].qk_norm
+
+    def has_bias(self, projection: str) -> bool:
+        """Whether a projection, such as ``q_proj``, has a bias."""
+        if projection in ("gate_proj", "up_proj", "down_proj"):
+            return self.mlp_bias
+        return self.attention_bias or (FAMILIES[self.family].qkv_bias and projection != "o_proj")
 
     @classmethod
     def from_json(cls, source: str | PathLike | Mapping[str, Any]) -> "LlamaConfig":
@@ -124,7 +113,7 @@ def read_config(source: str | PathLike | Mapping[str, Any]) -> tuple[LlamaConfig
     """
     raw = source if isinstance(source, Mapping) else read_json_object(_config_file(source))
     values, problems = _read(raw)
-    if values.keys() >= {name for name, default in _SIZES.items() if default is None}:
+    if values.keys() >= set(_REQUIRED):
         try:
             return LlamaConfig(**values), problems
         except UserError as error:
@@ -139,40 +128,33 @@ def _config_file(source: str | PathLike) -> Path:
 
 def to_json(config: LlamaConfig, dtype: str = "float32") -> dict[str, Any]:
     """Returns the object of a ``config.json`` for transformers 4 and 5; ``dtype`` is the type of the stored weights."""
-    raw = asdict(config)
+    family, raw = FAMILIES[config.family], asdict(config)
     eos = config.eos_token_id
     raw["eos_token_id"] = None if not eos else eos[0] if len(eos) == 1 else list(eos)
-    if config.rope_scaling is not None:
-        kind = next(kind for kind, cls in _ROPE_KINDS.items() if isinstance(config.rope_scaling, cls))
-        raw["rope_scaling"] = {"rope_type": kind, **asdict(config.rope_scaling)}
+    raw["rope_scaling"] = rope_to_json(config.rope_scaling)
+    pattern = LayerPattern(*(raw.pop(name) for name in LayerPattern._fields))
+    del raw["family"]
+    for name in {"attention_bias", "mlp_bias"}.difference(family.flags):
+        del raw[name]
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [family.architecture],
+        "model_type": config.family,
         "hidden_act": "silu",
         "torch_dtype": dtype,
         **raw,
+        **({} if config.family == "llama" else {"pad_token_id": None}),  # transformers' own may be no token
+        **pattern_to_json(pattern, family, config.num_hidden_layers),
     }
 
 
-_ROPE_KINDS = {"linear": LinearRope, "llama3": Llama3Rope}
-
-# Fields that are read, with transformers' default, or None if the field is required.
-_SIZES = {
-    "vocab_size": None,
-    "hidden_size": None,
-    "intermediate_size": None,
-    "num_hidden_layers": None,
-    "num_attention_heads": None,
-    "num_key_value_heads": 0,
-    "head_dim": 0,
-    "max_position_embeddings": 2048,
-}
+_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_SIZES = (*_REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings")
 _LARGEST = 2**31 - 1  # the largest 32-bit index
 _MOST_LAYERS = 10_000  # a layer has at least nine tensors, which are all listed before a file is opened
-_FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
 _READ = {
     *_SIZES,
-    *_FLAGS,
+    "model_type",
+    "architectures",
     "rms_norm_eps",
     "rope_theta",
     "rope_scaling",
@@ -181,10 +163,10 @@ _READ = {
     "eos_token_id",
 }
 
-# Fields that affect the computation, with the values that change nothing. Null is always accepted.
+# Fields that affect the computation where they are not read, with the values that change nothing. Null always does.
 _NEUTRAL: dict[str, tuple] = {
-    "model_type": ("llama",),
-    "architectures": (["LlamaForCausalLM"],),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
     "hidden_act": ("silu", "swish"),
     "pretraining_tp": (1,),
     "partial_rotary_factor": (1,),
@@ -197,6 +179,7 @@ _NEUTRAL: dict[str, tuple] = {
     "quantization_config": (),
     "sliding_window": (),
     "use_sliding_window": (False,),
+    "use_mrope": (False,),
     "per_layer_config": ({},),
 }
 
@@ -223,7 +206,8 @@ def _mismatches(config: LlamaConfig) -> list[str]:
     if config.num_attention_heads < 1 or config.num_key_value_heads < 1:
         return ["num_attention_heads and num_key_value_heads must be at least 1"]
     problems = []
-    if config.hidden_size % config.num_attention_heads:
+    follows = config.family == "llama" or config.head_dim == config.hidden_size // config.num_attention_heads
+    if follows and config.hidden_size % config.num_attention_heads:
         problems.append(f"hidden_size {config.hidden_size} is not a multiple of {config.num_attention_heads} heads")
     if config.num_attention_heads % config.num_key_value_heads:
         problems.append(
@@ -237,99 +221,69 @@ def _mismatches(config: LlamaConfig) -> list[str]:
 def _read(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The dataclass's arguments from a config's object, and everything that is wrong with it."""
     values: dict[str, Any] = {}
-    problems = []
-    for field, default in _SIZES.items():
-        value, most = raw.get(field), _MOST_LAYERS if field == "num_hidden_layers" else _LARGEST
-        if value is None and default is None:
+    model_type = "llama" if raw.get("model_type") is None else raw["model_type"]
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        return values, [f"model_type is {_json(model_type)}, only {_any_of(FAMILIES)} is supported"]
+    family, problems = FAMILIES[model_type], []
+    defaults = LLAMA_DEFAULTS | dict(family.defaults)
+    values["family"] = model_type
+    for field in _SIZES:
+        value, most = raw.get(field, defaults.get(field)), _MOST_LAYERS if field == "num_hidden_layers" else _LARGEST
+        if value is None and field in _REQUIRED:
             problems.append(f"{field} is missing")
-        elif value is None or _is_int(value, 1, most):
-            values[field] = default if value is None else value
+        elif value is None:
+            values[field] = LLAMA_DEFAULTS[field]
+        elif (field not in raw and not value) or _is_int(value, 1, most):
+            values[field] = value
         else:
             problems.append(f"{field} must be a whole number from 1 to {most}, not {_shown(value)}")
-    for field in _FLAGS:
+    flags = ("tie_word_embeddings", *family.flags)
+    for field in flags:
         value = raw.get(field)
         if value is None or isinstance(value, bool):
-            values[field] = bool(value)
+            values[field] = defaults.get(field, False) if value is None else value
         else:
             problems.append(f"{field} must be true or false, not {_shown(value)}")
     eps = raw.get("rms_norm_eps")
-    if eps is not None and not _is_positive(eps):
+    if eps is not None and not is_positive(eps):
         problems.append(f"rms_norm_eps must be a positive number, not {_shown(eps)}")
     elif eps is not None:
         values["rms_norm_eps"] = float(eps)
-    values["bos_token_id"] = raw.get("bos_token_id", 1)
+    values["bos_token_id"] = raw.get("bos_token_id", defaults["bos_token_id"])
     if not (values["bos_token_id"] is None or _is_int(values["bos_token_id"], 0, _LARGEST)):
         problems.append(f"bos_token_id must be a token id, not {_shown(values['bos_token_id'])}")
-    eos = raw.get("eos_token_id", 2)
+    eos = raw.get("eos_token_id", defaults["eos_token_id"])
     eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if not all(_is_int(token, 0, _LARGEST) for token in eos):
         problems.append(f"eos_token_id must be a token id or a list of them, not {_shown(raw['eos_token_id'])}")
     values["eos_token_id"] = tuple(eos)
-    values["rope_theta"], values["rope_scaling"] = _read_rope(raw, problems)
-    for field, accepted in _NEUTRAL.items():
+    context = values.get("max_position_embeddings", defaults["max_position_embeddings"])
+    values["rope_theta"], values["rope_scaling"] = read_rope(raw, context, defaults["rope_theta"], problems)
+    if "num_hidden_layers" in values:
+        values |= read_pattern(raw, family, values["num_hidden_layers"], problems)._asdict()
+    read = _READ | {*flags, *family.pattern_fields}
+    neutral = {field: accepted for field, accepted in _NEUTRAL.items() if field not in {*read, *family.ignored}}
+    for field, accepted in ({"architectures": ([family.architecture],)} | neutral).items():
         if raw.get(field) is not None and raw[field] not in accepted:
-            needed = " or ".join(json.dumps(value) for value in accepted) or "null"
-            problems.append(f"{field} is {shorten(json.dumps(raw[field]))}, only {needed} is supported")
-    for field in sorted(raw.keys() - _READ - _NEUTRAL.keys() - _HARMLESS):
+            problems.append(f"{field} is {_json(raw[field])}, only {_any_of(accepted)} is supported")
+    name = family.architecture.removesuffix("ForCausalLM")
+    for field in sorted(raw.keys() - read - neutral.keys() - _HARMLESS - {*family.ignored}):
         if raw[field] is not None:
-            problems.append(f"{shorten(field)} is not a field of LLaMA known here; if it changes nothing, remove it")
+            problems.append(f"{shorten(field)} is not a field of {name} known here; if it changes nothing, remove it")
     return values, problems
-
-
-def _read_rope(raw: Mapping[str, Any], problems: list[str]) -> tuple[float, LinearRope | Llama3Rope | None]:
-    """The rotary base and scaling from ``rope_scaling`` (transformers 4) or ``rope_parameters`` (transformers 5)."""
-    rope_fields = [field for field in ("rope_scaling", "rope_parameters") if raw.get(field)]
-    readings = {_read_rope_field(field, raw[field], raw, problems) for field in rope_fields}
-    if len(readings) > 1:
-        problems.append("rope_scaling and rope_parameters disagree")
-    return readings.pop() if readings else _read_rope_field("rope_parameters", {}, raw, problems)
-
-
-def _read_rope_field(
-    field: str, rope: Any, raw: Mapping[str, Any], problems: list[str]
-) -> tuple[float, LinearRope | Llama3Rope | None]:
-    """One rope object; a base inside it takes precedence over one at the top level, as in transformers."""
-    if not isinstance(rope, dict):
-        problems.append(f"{field} must be an object, not {_shown(rope)}")
-        return 10000.0, None
-    rope = {key: value for key, value in rope.items() if value is not None}
-    theta = rope.pop("rope_theta", raw.get("rope_theta"))
-    theta = 10000.0 if theta is None else theta
-    if not _is_positive(theta):
-        problems.append(f"rope_theta must be a positive number, not {_shown(theta)}")
-        theta = 10000.0
-    legacy = rope.pop("type", "default")
-    kind = rope.pop("rope_type", legacy)
-    if rope.pop("partial_rotary_factor", 1) != 1:
-        problems.append(f"{field}.partial_rotary_factor other than 1 is not supported")
-    if not isinstance(kind, str) or kind not in ("default", *_ROPE_KINDS):
-        problems.append(f"{field} of type {_shown(kind)} is not supported, only default, linear and llama3")
-        return float(theta), None
-    required = dict(_ROPE_KINDS[kind].__annotations__) if kind in _ROPE_KINDS else {}
-    if "original_max_position_embeddings" in required:
-        rope.setdefault("original_max_position_embeddings", raw.get("max_position_embeddings", 2048))
-    faults = [f"{field}.{key} is missing" for key in required if key not in rope]
-    faults += [f"{field}.{shorten(key)} is not understood for type {kind!r}" for key in rope if key not in required]
-    faults += [
-        f"{field}.{key} must be a positive number, not {_shown(rope[key])}"
-        for key in required
-        if key in rope and not _is_positive(rope[key])
-    ]
-    if not faults and kind == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
-        faults = [f"{field}.high_freq_factor must exceed low_freq_factor"]
-    problems += faults
-    if faults or kind == "default":
-        return float(theta), None
-    return float(theta), _ROPE_KINDS[kind](**{key: as_type(rope[key]) for key, as_type in required.items()})
 
 
 def _is_int(value: Any, least: int, most: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
-
-
 def _shown(value: Any) -> str:
     return shorten(repr(value))
+
+
+def _json(value: Any) -> str:
+    return shorten(json.dumps(value))
+
+
+def _any_of(values: Iterable[Any]) -> str:
+    return " or ".join(json.dumps(value) for value in values) or "null"

@@ -13,10 +13,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fedmezo_jax.llama.attention import rotary_table, rotate
+from fedmezo_jax.llama.attention import layer_rope, layer_window, rotary_table, rotate, visible
 from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.lora import spread
-from fedmezo_jax.llama.model import Dense, Llama, Lora, Mlp, RMSNorm
+from fedmezo_jax.llama.model import Llama, Lora, Mlp, Projections, RMSNorm
 from fedmezo_jax.llama.precision import Precision
 
 
@@ -38,30 +38,19 @@ def empty_cache(config: LlamaConfig, rows: int, slots: int) -> Cache:
     return Cache(jnp.zeros(shape), jnp.zeros(shape))
 
 
-class _Attention(nn.Module):
-    config: LlamaConfig
-    lora_scale: float
-    precision: Precision
-    least_rows: int = 1
-
+class _Attention(Projections):
     @nn.compact
     def __call__(self, x, lora: Lora, layer, cache: Cache, positions, rope):
         c = self.config
-
-        def project(name, heads):
-            dense = Dense(
-                heads * c.head_dim, c.attention_bias, self.lora_scale, self.precision, self.least_rows, name=name
-            )
-            return dense(x, lora.get(name)).reshape(*x.shape[:2], heads, c.head_dim)
-
-        query = _rotate_rows(project("q_proj", c.num_attention_heads), rope)
-        key = _rotate_rows(project("k_proj", c.num_key_value_heads), rope)
-        value = project("v_proj", c.num_key_value_heads)
+        rope = layer_rope(c, rope, layer)
+        query = _rotate_rows(self.heads("q_proj", c.num_attention_heads, x, lora), rope)
+        key = _rotate_rows(self.heads("k_proj", c.num_key_value_heads, x, lora), rope)
+        value = self.heads("v_proj", c.num_key_value_heads, x, lora)
         slot = (layer, jnp.arange(x.shape[0])[:, None], positions)
         cache = Cache(cache.keys.at[slot].set(key), cache.values.at[slot].set(value))
-        mixed = attend(query, cache.keys[layer], cache.values[layer], positions).reshape(*x.shape[:2], -1)
-        output = Dense(c.hidden_size, c.attention_bias, self.lora_scale, self.precision, self.least_rows, name="o_proj")
-        return output(mixed, lora.get("o_proj")), cache
+        window = layer_window(c, layer, cache.keys.shape[2])
+        mixed = attend(query, cache.keys[layer], cache.values[layer], positions, window).reshape(*x.shape[:2], -1)
+        return self.project("o_proj", c.hidden_size, mixed, lora), cache
 
 
 class _Block(nn.Module):
@@ -105,14 +94,20 @@ class Decoder(Llama):
             Logits, [B, V] float32, and the cache.
         """
         positions = start[:, None] + jnp.arange(tokens.shape[1])
-        rope = tuple(table[positions] for table in rotary_table(self.config, cache.keys.shape[2]))
+        rope = tuple(table[positions] for table in rotary_table(self.config, cache.keys.shape[2], sequence=0))
         x = self.embed_tokens(tokens).astype(jnp.float32)
         lora = spread(lora, self.trained_layers, self.config.num_hidden_layers)
         (x, cache), _ = self.layers((x, cache), lora, jnp.arange(self.config.num_hidden_layers), positions, rope)
         return self.logits(jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]), cache
 
 
-def attend(query: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Array) -> jax.Array:
+def attend(
+    query: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    positions: jax.Array,
+    window: jax.Array | int | None = None,
+) -> jax.Array:
     """Returns softmax(q·kᵀ/√h)·v over the slots up to each query's position, in float32.
 
     Args:
@@ -120,6 +115,7 @@ def attend(query: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.
         keys: [B, T, K, h].
         values: [B, T, K, h].
         positions: [B, S] int32.
+        window: a query attends to this many slots; None for all.
 
     Returns:
         [B, S, N, h].
@@ -128,8 +124,8 @@ def attend(query: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.
     groups = query.reshape(batch, length, keys.shape[2], -1, width)
     highest = jax.lax.Precision.HIGHEST
     scores = jnp.einsum("bskgh,btkh->bkgst", groups, keys, precision=highest) * width**-0.5
-    visible = jnp.arange(keys.shape[1]) <= positions[:, :, None]
-    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -jnp.inf), axis=-1)
+    seen = visible(jnp.arange(keys.shape[1]), positions[:, :, None], window)
+    weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, -jnp.inf), axis=-1)
     return jnp.einsum("bkgst,btkh->bskgh", weights, values, precision=highest).reshape(batch, length, heads, width)
 
 

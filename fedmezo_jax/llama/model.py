@@ -1,7 +1,8 @@
-"""A LLaMA decoder in Flax Linen: frozen base weights and a LoRA tree come in side by side and are never merged.
+"""The decoder in Flax Linen: frozen base weights and a LoRA tree come in side by side and are never merged.
 
-Layers are stacked on a leading axis and run under ``scan``. Shapes in this file: B batch, S tokens, D hidden size, F
-MLP size, V vocabulary, N query heads, K key/value heads, h head width, L layers, r LoRA rank.
+It is LLaMA's; what other families add to it (``families.py``) is absent from a LLaMA's program. Layers are stacked on a
+leading axis and run under ``scan``. Shapes in this file: B batch, S tokens, D hidden size, F MLP size, V vocabulary, N
+query heads, K key/value heads, h head width, L layers, r LoRA rank.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from fedmezo_jax.core.mezo import Perturbation, shift_row
-from fedmezo_jax.llama.attention import causal_attention, rotary_table, rotate
+from fedmezo_jax.llama.attention import causal_attention, layer_rope, layer_window, rotary_table, rotate
 from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.precision import Precision, frozen_product, keep_in_loop, product, unfused
 
@@ -65,31 +66,42 @@ class Dense(nn.Module):
         return y
 
 
-class SelfAttention(nn.Module):
-    """Causal attention with rotary positions and grouped key/value heads (GQA, arXiv 2305.13245)."""
+class Projections(nn.Module):
+    """What all forms of attention share: the four projections, and norms of q and k where the family has them."""
 
     config: LlamaConfig
     lora_scale: float
     precision: Precision
     least_rows: int = 1
 
+    def heads(self, name: str, count: int, x: jax.Array, lora: Lora) -> jax.Array:
+        """``[B, S, count, h]``, unrotated, of q_proj, k_proj or v_proj."""
+        projected = self.project(name, count * self.config.head_dim, x, lora)
+        projected = projected.reshape(*x.shape[:2], count, self.config.head_dim)
+        if self.config.qk_norm and name != "v_proj":
+            return RMSNorm(self.config.rms_norm_eps, name=name.replace("proj", "norm"))(projected)
+        return projected
+
+    def project(self, name: str, features: int, x: jax.Array, lora: Lora) -> jax.Array:
+        """Maps ``[..., in]`` to ``[..., features]``."""
+        bias = self.config.has_bias(name)
+        return Dense(features, bias, self.lora_scale, self.precision, self.least_rows, name=name)(x, lora.get(name))
+
+
+class SelfAttention(Projections):
+    """Causal attention with rotary positions and grouped key/value heads (GQA, arXiv 2305.13245)."""
+
     @nn.compact
-    def __call__(self, x: jax.Array, lora: Lora, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, lora: Lora, rope: tuple[jax.Array, jax.Array], window: jax.Array | int | None = None
+    ) -> jax.Array:
         """Attends over ``[B, S, D]``. Padding belongs on the right, where causality alone keeps it unseen."""
         c = self.config
-
-        def project(name, heads):
-            dense = Dense(
-                heads * c.head_dim, c.attention_bias, self.lora_scale, self.precision, self.least_rows, name=name
-            )
-            return dense(x, lora.get(name)).reshape(*x.shape[:2], heads, c.head_dim)
-
-        query = rotate(project("q_proj", c.num_attention_heads), rope)
-        key = rotate(project("k_proj", c.num_key_value_heads), rope)
-        value = project("v_proj", c.num_key_value_heads)
-        mixed = causal_attention(query, key, value).reshape(*x.shape[:2], -1)
-        output = Dense(c.hidden_size, c.attention_bias, self.lora_scale, self.precision, self.least_rows, name="o_proj")
-        return output(mixed, lora.get("o_proj"))
+        query = rotate(self.heads("q_proj", c.num_attention_heads, x, lora), rope)
+        key = rotate(self.heads("k_proj", c.num_key_value_heads, x, lora), rope)
+        value = self.heads("v_proj", c.num_key_value_heads, x, lora)
+        mixed = causal_attention(query, key, value, window).reshape(*x.shape[:2], -1)
+        return self.project("o_proj", c.hidden_size, mixed, lora)
 
 
 class Mlp(nn.Module):
@@ -130,9 +142,10 @@ class Block(nn.Module):
         layer: jax.Array,
         rope: tuple[jax.Array, jax.Array],
         perturbation: Perturbation | None,
+        window: jax.Array | int | None = None,
     ) -> tuple[jax.Array, None]:
         """Maps ``[B, S, D]`` to itself; ``lora`` is this layer's share (no L axis), moved here if a perturbation is
-        given.
+        given. ``layer`` is the share's index in the whole LoRA tree; ``rope`` and ``window`` are this layer's.
 
         Drawing the layer's z inside the scan is what keeps a step in the memory of a forward pass.
         """
@@ -141,7 +154,7 @@ class Block(nn.Module):
         c = self.config
         attention = SelfAttention(c, self.lora_scale, self.precision, self.least_rows, name="self_attn")
         mlp = Mlp(c, self.lora_scale, self.precision, self.least_rows, name="mlp")
-        x = x + attention(RMSNorm(c.rms_norm_eps, name="input_layernorm")(x), lora, rope)
+        x = x + attention(RMSNorm(c.rms_norm_eps, name="input_layernorm")(x), lora, rope, window)
         x = x + mlp(RMSNorm(c.rms_norm_eps, name="post_attention_layernorm")(x), lora)
         return x, None
 
@@ -244,7 +257,8 @@ class Llama(nn.Module):
                 lambda leaf: jax.lax.dynamic_index_in_dim(*keep_in_loop(leaf, layer - missing), 0, False), stacked
             )
             weights = jax.tree.map(lambda leaf: checkpoint_name(leaf, "weights"), slices)
-            return block.apply({"params": weights}, x, lora, layer - start + row, rope, perturbation)
+            own_rope, window = layer_rope(self.config, rope, layer), layer_window(self.config, layer, x.shape[1])
+            return block.apply({"params": weights}, x, lora, layer - start + row, own_rope, perturbation, window)
 
         policy = None if self.checkpointed else jax.checkpoint_policies.save_anything_except_these_names("weights")
         run_layer = jax.checkpoint(run_layer, prevent_cse=False, policy=policy)

@@ -101,7 +101,7 @@ class HiddenStates:
             self._store: _Store = _Memory()
         else:
             model = prefix.model
-            cut = f"{prefix.base_hash} {model.trained_layers[0]} {model.precision} {self.shape}"
+            cut = f"{prefix.base_hash} {model.config} {model.trained_layers[0]} {model.precision} {self.shape}"
             cut += f" {jax.default_backend()} {jax.__version__}"
             name = hashlib.sha256(cut.encode() + self._tokens.tobytes()).hexdigest()
             self._store = _File(folder / f"{name}.states", self.shape[1:])

@@ -27,6 +27,7 @@ RULES: dict[str, str | None] = {
     "kv_heads": MODEL,
     "mlp": MODEL,
     "embed": None,
+    "head": None,
     "layers": None,
 }
 """Logical axis of a frozen weight → mesh axis along which it is split; None keeps it whole."""
@@ -37,6 +38,8 @@ _WEIGHTS: dict[str, tuple[str, ...]] = {
     "norm/scale": ("embed",),
     "input_layernorm/scale": ("layers", "embed"),
     "post_attention_layernorm/scale": ("layers", "embed"),
+    "q_norm/scale": ("layers", "head"),
+    "k_norm/scale": ("layers", "head"),
     "q_proj/kernel": ("layers", "embed", "heads"),
     "k_proj/kernel": ("layers", "embed", "kv_heads"),
     "v_proj/kernel": ("layers", "embed", "kv_heads"),

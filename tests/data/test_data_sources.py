@@ -285,10 +285,62 @@ def test_chats_are_rows_with_messages(tmp_path):
     assert sources.load(str(tmp_path / "f.parquet")) == [CHAT]
 
 
+SHAREGPT = [
+    {"from": "system", "value": "Be brief."},
+    {"from": "human", "value": "hi"},
+    {"from": "gpt", "value": "ho"},
+    {"from": "tool", "value": "5"},
+]
+SPOKEN = Chat(
+    (Message("system", "Be brief."), Message("user", "hi"), Message("assistant", "ho"), Message("tool", "5")), ""
+)
+
+
+def test_sharegpt_s_conversations_are_chats(tmp_path):
+    path = write(tmp_path, "a.jsonl", lines({"id": "x", "conversations": SHAREGPT}, {"conversations": SHAREGPT}))
+    assert sources.load(str(path)) == [SPOKEN] * 2
+    path = write(tmp_path, "b.json", json.dumps({"conversations": SHAREGPT}, indent=1))
+    assert sources.load(str(path)) == [SPOKEN]
+    path = write(tmp_path, "c.jsonl", lines({"talk": SHAREGPT}))
+    assert sources.load(str(path), fields=parse_fields("messages=talk")) == [SPOKEN]
+    datasets.Dataset.from_list([{"conversations": SHAREGPT}]).to_parquet(tmp_path / "d.parquet")
+    assert sources.load(str(tmp_path / "d.parquet")) == [SPOKEN]
+
+
+def test_a_content_may_be_a_list_of_texts(tmp_path):
+    parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
+    turns = [{"role": "user", "content": parts}, TURNS[1]]
+    assert sources.load(str(write(tmp_path, "a.jsonl", lines({"messages": turns})))) == [CHAT]
+    listed = [{"role": turn["role"], "content": [{"type": "text", "text": turn["content"]}]} for turn in TURNS]
+    datasets.Dataset.from_list([{"messages": listed}]).to_parquet(tmp_path / "b.parquet")
+    assert sources.load(str(tmp_path / "b.parquet")) == [CHAT]
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ({"type": "image_url", "image_url": {"url": "x"}}, "part 1 of messages[0] is of type image_url: only text"),
+        ({"type": "text", "text": None}, "part 1 of messages[0] is without a text"),
+        ("i", "part 1 of messages[0] is without a text"),
+        ({"text": "i"}, "part 1 of messages[0] is without a text"),
+        ({"type": "text", "text": "\ud800"}, "half a character"),
+    ],
+    ids=str,
+)
+def test_a_part_that_is_no_text_is_refused_by_its_type(tmp_path, part, words):
+    turns = [{"role": "user", "content": [{"type": "text", "text": "h"}, part]}, TURNS[1]]
+    path = write(tmp_path, "d.jsonl", lines({"messages": TURNS}, {"messages": turns}))
+    message = error_of(lambda: sources.load(str(path)))
+    assert message.startswith(f"{path}, line 2: ")
+    assert words in message
+
+
 @pytest.mark.parametrize(
     ("messages", "words"),
     [
         (None, "the field messages is null"),
+        ([{"from": "human", "content": "hi"}, {"from": "gpt"}], "messages[1] must be"),
+        ([{"from": "human", "value": "hi"}], "no message in messages is by the assistant"),
         ("hi", "must be a list of messages, not text"),
         ([], "messages is empty; remove this row"),
         ([{"role": "user"}], "messages[0] must be"),

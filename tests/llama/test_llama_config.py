@@ -1,5 +1,6 @@
 """LLaMA configs: what transformers writes is read exactly, what would change the computation is refused."""
 
+import dataclasses
 import json
 import math
 
@@ -10,8 +11,9 @@ from llama_files import SMALL
 
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.checkpoints.layout import base_shapes
-from fedmezo_jax.llama.config import LinearRope, Llama3Rope, LlamaConfig, to_json
+from fedmezo_jax.llama.config import LlamaConfig, to_json
 from fedmezo_jax.llama.lora import lora_shapes
+from fedmezo_jax.llama.rope import DynamicRope, LinearRope, Llama3Rope, YarnRope
 from fedmezo_jax.llama.shapes import SHAPES
 
 LLAMA_3_2_1B = {
@@ -117,6 +119,16 @@ ROPES = {
     "linear": ({"rope_type": "linear", "factor": 2}, LinearRope(2.0)),
     "linear, old name": ({"type": "linear", "factor": 2.0}, LinearRope(2.0)),
     "llama3": (LLAMA_3_2_1B["rope_scaling"], Llama3Rope(32.0, 1.0, 4.0, 8192)),
+    "dynamic": ({"rope_type": "dynamic", "factor": 2.0}, DynamicRope(2.0)),
+    "yarn": (
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 25000},
+        YarnRope(4.0, 25000, 0.1 * math.log(4.0) + 1),
+    ),
+    "yarn, every field": (
+        {"rope_type": "yarn", "factor": 4.0, "beta_fast": 16, "beta_slow": 2, "mscale": 1.0, "mscale_all_dim": 0.5}
+        | {"truncate": False},
+        YarnRope(4.0, 100000, (0.1 * math.log(4.0) + 1) / (0.05 * math.log(4.0) + 1), 16.0, 2.0, False),
+    ),
 }
 
 
@@ -152,7 +164,7 @@ def test_a_config_may_be_a_static_argument():
     ("changed", "named"),
     {
         "unknown field": ({"attention_sinks": 4}, "attention_sinks"),
-        "model type": ({"model_type": "mistral"}, "model_type"),
+        "model type": ({"model_type": "gemma3"}, 'model_type is "gemma3", only "llama" or "mistral" or'),
         "architecture": ({"architectures": ["MistralForCausalLM"]}, "architectures"),
         "activation": ({"hidden_act": "gelu"}, "hidden_act"),
         "tensor parallel": ({"pretraining_tp": 2}, "pretraining_tp"),
@@ -161,7 +173,11 @@ def test_a_config_may_be_a_static_argument():
         "partial rotary": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         "partial rotary, inside": ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         "interleaved": ({"rope_interleaved": True}, "rope_interleaved"),
-        "yarn": ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+        "longrope": ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
+        "yarn without factor": ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling.factor is missing"),
+        "yarn scale": ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "mscale": "a"}}, "mscale"),
+        "yarn base": ({"rope_theta": 1.0, "rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_theta must exceed 1"),
+        "yarn flag": ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": 1}}, "rope_scaling.truncate"),
         "factor missing": ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is missing"),
         "factor extra": ({"rope_scaling": {"type": "linear", "factor": 2, "beta": 1}}, "rope_scaling.beta"),
         "factor with default": ({"rope_parameters": {"factor": 2.0}}, "rope_parameters.factor"),
@@ -246,8 +262,28 @@ COUNTS = {
     "llama-13b": 13_015_864_320,
     "llama-70b": 68_976_648_192,
     "llama3-8b": 8_030_261_248,
+    "llama3.2-1b": 1_235_814_400,
+    "llama3.2-3b": 3_212_749_824,
+    "mistral-7b": 7_248_023_552,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-1.5b": 1_543_714_304,
+    "qwen2.5-3b": 3_085_938_688,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-14b": 14_768_307_200,
+    "qwen3-32b": 32_762_123_264,
+    "smollm3-3b": 3_075_098_624,
     "smollm2-135m": 134_515_008,
 }
+
+
+def test_llama_3_2_s_shape_is_its_published_config():
+    assert dataclasses.replace(SHAPES["llama3.2-1b"], eos_token_id=(128001, 128008, 128009)) == LlamaConfig.from_json(
+        LLAMA_3_2_1B
+    )
 
 
 @pytest.mark.parametrize("name", SHAPES)

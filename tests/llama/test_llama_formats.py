@@ -1,6 +1,7 @@
 """Every format holds the same model: equal leaves, equal errors, bounded memory, and straight onto a mesh."""
 
 import contextlib
+import dataclasses
 import json
 from itertools import product
 
@@ -11,7 +12,9 @@ import pytest
 from flax import serialization
 from llama_files import SMALL, small_tensors
 from weight_files import (
+    FAMILIES,
     FORMS,
+    IN_GGUF,
     LLAMA3,
     assert_same,
     flax_tree,
@@ -39,6 +42,16 @@ def test_every_format_holds_the_same_model(tmp_path, form, attention_bias, mlp_b
         tensors = weights_of(raw)
         folder = write_in(form, tmp_path / f"{heads}{tied}", raw, tensors)
         assert_same(load_base(folder, LlamaConfig.from_json(folder)), stacked(tensors))
+
+
+@pytest.mark.parametrize(
+    ("form", "family"), [case for case in product(FORMS, FAMILIES) if case[0] != "gguf" or case[1] in IN_GGUF]
+)
+def test_every_format_holds_every_family(tmp_path, form, family):
+    raw = SMALL | {"architectures": None} | FAMILIES[family]
+    tensors = weights_of(raw)
+    folder = write_in(form, tmp_path, raw, tensors)
+    assert_same(load_base(folder, LlamaConfig.from_json(folder)), stacked(tensors))
 
 
 @pytest.mark.parametrize("form", [form for form in FORMS if form != "gguf"])
@@ -245,13 +258,37 @@ def test_damaged_orbax_checkpoints_are_one_clear_error(tmp_path):
 # GGUF
 
 
-@pytest.mark.parametrize("rope", [None, {"rope_type": "linear", "factor": 4.0}, LLAMA3], ids=str)
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+
+
+@pytest.mark.parametrize("rope", [None, {"rope_type": "linear", "factor": 4.0}, YARN, LLAMA3], ids=str)
 def test_gguf_metadata_give_the_config(tmp_path, rope):
     for heads, tied, attention_bias, mlp_bias in product((1, 2, 4), *3 * [(False, True)]):
         raw = shapes_of(heads, tied, attention_bias, mlp_bias) | {"rope_scaling": rope, "rope_theta": 500.0}
         raw |= {"max_position_embeddings": 77, "bos_token_id": 3, "eos_token_id": 4, "head_dim": 16}
         file = write_gguf_model(tmp_path / "model.gguf", raw, weights_of(raw))
         assert read_gguf_config(open_gguf(file)) == LlamaConfig.from_json(raw)
+
+
+@pytest.mark.parametrize("family", IN_GGUF)
+def test_gguf_metadata_give_the_config_of_every_family(tmp_path, family):
+    """Mistral's is LLaMA's but for the name, as in llama.cpp; SmolLM3's fourth layer has no rotary positions."""
+    for tied, rope in product((False, True), (None, YARN)):
+        raw = SMALL | {"architectures": None, "tie_word_embeddings": tied, "rope_scaling": rope} | FAMILIES[family]
+        raw |= {"bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 77}
+        found = read_gguf_config(open_gguf(write_gguf_model(tmp_path / "model.gguf", raw, weights_of(raw))))
+        expected = LlamaConfig.from_json(raw)
+        assert found == (dataclasses.replace(expected, family="llama") if family == "mistral" else expected)
+        assert found.layers_without_rope == ((3,) if family == "smollm3" else ())
+
+
+def test_a_gguf_file_of_another_architecture_is_refused_beside_any_config(tmp_path):
+    write_in("gguf", tmp_path, SMALL, small_tensors())
+    load_base(tmp_path, LlamaConfig.from_json(SMALL))
+    file = tmp_path / "model.gguf"
+    file.write_bytes(file.read_bytes().replace(b"llama", b"gemma"))
+    with pytest.raises(UserError, match=r"model.gguf: holds a model of architecture 'gemma', only llama, qwen2"):
+        load_base(tmp_path, LlamaConfig.from_json(SMALL))
 
 
 def test_shards_written_are_those_that_transformers_reads(tmp_path, monkeypatch):

@@ -5,14 +5,18 @@ import numpy as np
 import pytest
 from gguf.quants import dequantize, quantize
 from gguf_files import HEAD, HEADS, HIDDEN, KV_HEADS, TOKENS, small_weights, write_gguf
+from llama_files import SMALL
 from safetensors.numpy import load_file
+from weight_files import FAMILIES, weights_of, write_gguf_model
 
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.checkpoints.base_model import load_base
-from fedmezo_jax.llama.checkpoints.gguf import rows_for_rotate_half
+from fedmezo_jax.llama.checkpoints.gguf import open_gguf, rows_for_rotate_half
+from fedmezo_jax.llama.checkpoints.gguf_config import gguf_weights, read_gguf_config
 from fedmezo_jax.llama.checkpoints.gguf_folder import convert_gguf
-from fedmezo_jax.llama.config import LinearRope, LlamaConfig
+from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.registry import load_tokenizer
+from fedmezo_jax.llama.rope import LinearRope
 
 
 def convert(tmp_path, weights, **options):
@@ -116,6 +120,26 @@ def test_transformers_reads_the_same_weights_from_the_file(tmp_path):
         np.testing.assert_array_equal(tensor, theirs[name].float().numpy())
 
 
+@pytest.mark.torch
+@pytest.mark.parametrize(("family", "head_dim"), [("qwen2", 2), ("qwen3", 128)])
+def test_transformers_reads_the_same_model_from_a_file_of_another_family(tmp_path, family, head_dim):
+    """The rows of q and k stay in their order: only LLaMA's and SmolLM3's files have another.
+
+    The widths of heads are those that transformers takes without looking into the file.
+    """
+    from transformers import AutoModelForCausalLM
+
+    raw = SMALL | FAMILIES[family] | {"head_dim": head_dim}
+    tensors = weights_of(raw)
+    write_gguf_model(tmp_path / "model.gguf", raw, tensors)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf").state_dict()
+    opened = open_gguf(tmp_path / "model.gguf")
+    ours = gguf_weights(opened, read_gguf_config(opened))
+    assert ours.keys() == tensors.keys()
+    for name, entry in ours.items():
+        np.testing.assert_array_equal(entry.read(), theirs[name].float().numpy())
+
+
 def test_the_tokenizer_is_byte_level_with_single_digits(tmp_path):
     tokenizer = load_tokenizer(convert(tmp_path, small_weights()))
     pieces = ["y", "e", "ll", "Ġ", "2", "0", "Ġth", "<s>", "Ã", "©", "</s>"]
@@ -147,8 +171,8 @@ def test_misfits_are_told_at_once_and_nothing_is_written(tmp_path):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"architecture": "qwen2"}, "architecture 'qwen2'"),
-        ({"rope_scaling": "yarn"}, r"llama.rope.scaling.type = yarn"),
+        ({"architecture": "gemma3"}, "architecture 'gemma3', only llama, qwen2, qwen3, smollm3 are supported"),
+        ({"rope_scaling": "longrope"}, r"llama.rope.scaling.type = longrope"),
         ({"split": "deepseek-llm"}, "tokenizer .gpt2, deepseek-llm. is not supported"),
         ({"tokenizer": "bert"}, "tokenizer .bert, smollm. is not supported"),
         ({"tokenizer": "llama"}, "tokenizer's metadata lack 'scores'"),

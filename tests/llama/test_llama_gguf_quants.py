@@ -11,7 +11,8 @@ from fedmezo_jax.llama.checkpoints import gguf as gguf_module
 from fedmezo_jax.llama.checkpoints.base_model import load_base
 from fedmezo_jax.llama.checkpoints.gguf import open_gguf, read_stored
 from fedmezo_jax.llama.checkpoints.gguf_config import read_gguf_config
-from fedmezo_jax.llama.config import Llama3Rope, LlamaConfig
+from fedmezo_jax.llama.config import LlamaConfig
+from fedmezo_jax.llama.rope import Llama3Rope
 
 F = np.float32
 

@@ -1,5 +1,6 @@
 """Tokenizers out of GGUF metadata: sentencepiece's merges against its algorithm, LLaMA 3's words by hand."""
 
+import unicodedata
 from itertools import pairwise
 
 import pytest
@@ -138,6 +139,31 @@ def test_llama_3_cuts_numbers_in_threes_and_takes_whole_words(tmp_path):
             tokenizer.decode(tokenizer("the whole ÿ猫 12345").input_ids, skip_special_tokens=True)
             == "the whole ÿ猫 12345"
         )
+
+
+def test_smollm3_cuts_numbers_in_threes_and_merges_whole_words_too(tmp_path):
+    tokenizer = write_byte_level(tmp_path, "smaug-bpe")
+    assert pieces(tokenizer, "tell 1234'S ok") == ["t", "ell", "Ġ", "123", "4", "'", "S", "Ġ", "ok"]
+    assert pieces(tokenizer, "a whole") == ["a", *"Ġwhole"]
+
+
+def test_qwen_s_tokens_are_those_of_transformers_qwen_tokenizer(tmp_path):
+    """Built by transformers' own class from the same vocabulary and merges."""
+    from transformers import Qwen2Tokenizer
+
+    theirs = Qwen2Tokenizer({token: i for i, token in enumerate(BPE)}, [tuple(m.split(" ")) for m in MERGES])
+    ours = write_byte_level(tmp_path, "qwen2")
+    for text in ("tell 1234'S  ok", "the  whole", "e\u0301t\u00e9 12!\n\n b\n", "ÿ猫 the\r\n'll", " \t x"):
+        assert ours(text).input_ids == theirs(text).input_ids, text
+        assert ours.decode(ours(text).input_ids) == unicodedata.normalize("NFC", text)
+
+
+def test_mistral_s_byte_level_words_end_where_capitals_begin(tmp_path):
+    tokenizer = write_byte_level(tmp_path, "tekken")
+    assert pieces(tokenizer, "tell1234'S") == ["<s>", "t", "ell", "1", "2", "3", "4", "'", "S"]
+    assert pieces(tokenizer, "a whole") == ["<s>", "a", "Ġwhole"]
+    words = [word for word, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("anHTMLPage /\n/x l'Été")]
+    assert words == ["an", "HTMLPage", "Ġ/Ċ/", "x", "Ġl", "'ÃītÃ©"]
 
 
 def test_gpt_2_cuts_numbers_whole_and_adds_no_begin_token(tmp_path):

@@ -1,5 +1,6 @@
 """Cached hidden states: what they are, which are computed, and that a damaged or foreign record is not used."""
 
+import dataclasses
 import errno
 import os
 from dataclasses import dataclass, field
@@ -125,13 +126,17 @@ def test_a_file_holds_the_same_states_and_is_used_again(in_file, monkeypatch):
     assert len(list(in_file.folder.iterdir())) == 1
 
 
-def test_other_weights_tokens_cuts_and_precisions_have_files_of_their_own(in_file):
+def test_other_weights_tokens_cuts_precisions_and_configs_have_files_of_their_own(in_file):
     every, variants = everyone(in_file), ({}, {"base_hash": "b"}, {"tokens": in_file.rows.tokens[::-1]})
-    models = in_file.model.clone(trained=(0, 1)), in_file.model.clone(precision="bfloat16")
+    other = dataclasses.replace(in_file.model.config, family="mistral", sliding_window=4, layers_with_window=(0, 1))
+    models = [
+        in_file.model.clone(**changed)
+        for changed in ({"trained": (0, 1)}, {"precision": "bfloat16"}, {"config": other})
+    ]
     for changed in (*variants, *({"model": model} for model in models)):
         in_file.states(**changed)[every]
-    assert len(in_file.computed) == 5 * len(every)
-    assert len(list(in_file.folder.iterdir())) == 5
+    assert len(in_file.computed) == 6 * len(every)
+    assert len(list(in_file.folder.iterdir())) == 6
 
 
 @pytest.mark.parametrize("damage", ["a flipped bit", "cut short", "another file", "records swapped"])

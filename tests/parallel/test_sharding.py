@@ -10,10 +10,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh, PartitionSpec
 from mesh_program import BATCH, CLIENTS, LABELS, LENGTH, MESHES, STEPS
 
 from fedmezo_jax.errors import UserError
+from fedmezo_jax.llama.checkpoints.layout import leaves
 from fedmezo_jax.llama.config import LlamaConfig
+from fedmezo_jax.llama.families import FAMILIES
 from fedmezo_jax.parallel import sharding
 
 HERE = Path(__file__).parent
@@ -126,3 +129,17 @@ def test_a_model_axis_that_does_not_divide_the_heads_is_refused():
 
     with pytest.raises(UserError, match="model=4 does not divide the model's 6 attention heads and 2 key/value heads"):
         sharding.check_mesh(FourWays(), config)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_weight_of_every_family_has_its_axes(family):
+    """A norm of heads is on every device whole; what belongs to heads is split with them."""
+    sizes = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2}
+    biases = dict.fromkeys(FAMILIES[family].flags, True)
+    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, family=family, **biases)
+    mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("clients", "model"))
+    sharding_of = sharding.base_sharding(mesh)
+    specs = {path[-2:]: sharding_of(path, shape).spec for path, shape in leaves(config).items()}
+    assert specs["q_proj", "kernel"] == PartitionSpec(None, None, "model")
+    assert specs.get(("q_norm", "scale"), PartitionSpec(None, None)) == PartitionSpec(None, None)
+    assert specs.get(("q_proj", "bias"), PartitionSpec(None, "model")) == PartitionSpec(None, "model")

@@ -35,6 +35,19 @@ def test_operations_by_hand():
     assert cost_model.operations(ROUND) == 2 * 3 * 4 * (layers + head)
 
 
+def test_operations_and_weights_of_a_family_with_wide_heads_norms_and_biases():
+    """Qwen3's heads are wider than hidden_size / heads; Qwen2's biases and Qwen3's norms are weights of a layer."""
+    sizes = {"vocab_size": 50, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6, "tie_word_embeddings": True}
+    for family, vectors in (("qwen2", 24 + 12 + 12), ("qwen3", 2 * 6), ("mistral", 0)):
+        planned = ROUND._replace(config=LlamaConfig(**sizes, **heads, family=family))
+        dense = 2 * 8 * 24 + 2 * 8 * 12 + 3 * 8 * 12
+        assert cost_model.weight_bytes(planned) == 4 * (50 * 8 + 8 + 2 * (dense + 2 * 8 + vectors))
+        adapter = (8 + 24) * 2
+        layers = 2 * (2 * 16 * (dense + adapter) + 2 * 2 * sum(range(1, 17)) * 24)
+        assert cost_model.operations(planned) == 2 * 3 * 4 * (layers + 2 * 8 * 8 * 50)
+
+
 def test_a_big_model_s_operations_are_two_for_each_weight_and_token():
     config = SHAPES["llama-7b"]
     planned = cost_model.RoundSpec(config, 1, 1, 1, 128, 1, (), "paired", True)
@@ -45,6 +58,7 @@ def test_a_big_model_s_operations_are_two_for_each_weight_and_token():
 
 def test_meshes_divide_devices_and_heads():
     assert cost_model.meshes(8, SMALL) == [(8, 1), (4, 2)]
+    assert cost_model.meshes(8, SHAPES["qwen2.5-0.5b"]) == [(8, 1), (4, 2)]  # two key/value heads
     assert cost_model.meshes(8, SHAPES["llama-70b"]) == [(8, 1), (4, 2), (2, 4), (1, 8)]
 
 

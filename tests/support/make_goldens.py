@@ -1,8 +1,9 @@
-"""What Hugging Face's ``LlamaForCausalLM`` computes on tiny random models, for machines without PyTorch.
+"""What Hugging Face's classes compute on tiny random models, for machines without PyTorch.
 
-    python tests/make_goldens.py
+    python tests/support/make_goldens.py
 
-writes ``tests/goldens/llama.safetensors``, with every case of :data:`CASES` at every level from the norm to the loss.
+writes ``llama.safetensors``, with every case of :data:`CASES` at every level from the norm to the loss, and
+``families.safetensors``, with logits and greedy tokens of every case of :data:`FAMILY_CASES`, into ``goldens/``.
 Weights and inputs are not stored: they are drawn from ``numpy.random.RandomState``, whose streams are frozen for good.
 """
 
@@ -12,6 +13,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 GOLDENS = Path(__file__).parent / "goldens" / "llama.safetensors"
+FAMILY_GOLDENS = GOLDENS.with_name("families.safetensors")
 SIZES = {
     "vocab_size": 61,
     "hidden_size": 32,
@@ -48,11 +50,67 @@ CASES = {
     "rope base 500, epsilon 0.1, attention biases": {"rope_theta": 500.0, "rms_norm_eps": 0.1, "attention_bias": True},
     "mlp biases, wide heads": {"mlp_bias": True, "head_dim": 12},
 }
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+_LAYERS = {"num_hidden_layers": 3}
+_WINDOW = {"use_sliding_window": True, "sliding_window": 5}
+FAMILY_CASES = {
+    name: {**_LAYERS, **changed}
+    for name, changed in {
+        "llama, yarn": {"model_type": "llama", "rope_scaling": _YARN},
+        "llama, dynamic": {
+            **{"model_type": "llama", "max_position_embeddings": 8},
+            "rope_scaling": {"rope_type": "dynamic", "factor": 3.0},
+        },
+        "mistral": {"model_type": "mistral", "sliding_window": None},
+        "mistral, window": {"model_type": "mistral", "sliding_window": 5, "num_key_value_heads": 1},
+        "mistral, tied, linear": {
+            **{"model_type": "mistral", "sliding_window": None, "tie_word_embeddings": True, "head_dim": 12},
+            "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+        },
+        "ministral, window in one layer": {
+            **{"model_type": "ministral", "sliding_window": 5},
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        },
+        "qwen2": {"model_type": "qwen2"},
+        "qwen2, tied, yarn": {"model_type": "qwen2", "tie_word_embeddings": True, "rope_scaling": _YARN},
+        "qwen2, window above": {"model_type": "qwen2", "max_window_layers": 1, "num_key_value_heads": 4, **_WINDOW},
+        "qwen3": {"model_type": "qwen3"},
+        "qwen3, tied, wide heads, biases": {
+            **{"model_type": "qwen3", "tie_word_embeddings": True, "head_dim": 12, "attention_bias": True},
+            **{"num_key_value_heads": 1, "rms_norm_eps": 0.1},
+        },
+        "qwen3, yarn": {
+            "model_type": "qwen3",
+            "rope_scaling": _YARN | {"beta_fast": 4.0, "beta_slow": 0.5, "attention_factor": 1.5, "truncate": False},
+        },
+        "smollm3": {"model_type": "smollm3", "no_rope_layers": [1, 0, 1]},
+        "smollm3, untied, biases, interval": {
+            **{"model_type": "smollm3", "tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True},
+            **{"no_rope_layer_interval": 2, "rope_theta": 500.0, "rope_scaling": _LLAMA3},
+        },
+        "smollm3, window": {"model_type": "smollm3", "no_rope_layers": [0, 1, 1], **_WINDOW},
+    }.items()
+}
+PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5], [2, 7], [60, 8, 28, 18, 2, 8]]
+NEW_TOKENS = 12
 
 
 def raw_config(case: str) -> dict:
     """``config.json`` of a case, without what transformers fills in."""
-    return {"model_type": "llama", **SIZES, **CASES[case]}
+    if case in CASES:
+        return {"model_type": "llama", **SIZES, **CASES[case]}
+    raw = SIZES | {"eos_token_id": None, "bos_token_id": None, "pad_token_id": 0} | FAMILY_CASES[case]
+    flags = {"llama": 2, "smollm3": 2, "qwen3": 1}.get(raw["model_type"], 0)
+    for flag in ("attention_bias", "mlp_bias")[flags:]:
+        del raw[flag]
+    return raw
+
+
+def has_bias(raw: dict, projection: str) -> bool:
+    """Whether a projection such as ``self_attn.q_proj`` has a bias."""
+    if projection.startswith("mlp"):
+        return raw.get("mlp_bias", False)
+    return raw.get("attention_bias", False) or (raw["model_type"] == "qwen2" and not projection.endswith("o_proj"))
 
 
 def tensors(case: str) -> dict[str, np.ndarray]:
@@ -76,8 +134,10 @@ def tensors(case: str) -> dict[str, np.ndarray]:
             made[f"{prefix}{norm}.weight"] = 1 + 0.3 * draw.standard_normal(width)
         for name, shape in linear.items():
             made[f"{prefix}{name}.weight"] = draw.standard_normal(shape) / shape[1] ** 0.5
-            if c["attention_bias"] if name.startswith("self_attn") else c["mlp_bias"]:
+            if has_bias(c, name):
                 made[f"{prefix}{name}.bias"] = 0.5 * draw.standard_normal(shape[0])
+        for norm in ("q_norm", "k_norm") if c["model_type"] == "qwen3" else ():
+            made[f"{prefix}self_attn.{norm}.weight"] = 1 + 0.3 * draw.standard_normal(c["head_dim"])
     made["model.norm.weight"] = 1 + 0.3 * draw.standard_normal(width)
     if not c["tie_word_embeddings"]:
         made["lm_head.weight"] = draw.standard_normal((c["vocab_size"], width)) / width**0.5
@@ -126,7 +186,43 @@ def reference(case: str) -> dict[str, np.ndarray]:
     return {level: value.numpy() for level, value in found.items()}
 
 
+def family_model(case: str, **changed):
+    """Hugging Face's model of a case, with fields of its ``config.json`` changed."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(**raw_config(case) | changed)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    state = {name: torch.from_numpy(tensor) for name, tensor in tensors(case).items()}
+    if "lm_head.weight" not in state:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    model.load_state_dict(state)
+    return model
+
+
+def family_reference(case: str) -> dict[str, np.ndarray]:
+    """Hugging Face's logits [2, 12, V] and, within the model's context, its greedy tokens after :data:`PROMPTS`."""
+    import torch
+
+    model = family_model(case)
+    with torch.no_grad():
+        found = {"logits": model(torch.from_numpy(inputs(case)["tokens"]).long()).logits.numpy()}
+        if raw_config(case).get("max_position_embeddings", 2048) > 64:
+            greedy = [
+                model.generate(torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False)[0, len(prompt) :]
+                for prompt in PROMPTS
+            ]
+            found["greedy"] = torch.stack(greedy).numpy().astype(np.int32)
+    return found
+
+
+def save(references: dict[str, dict[str, np.ndarray]], file: Path) -> None:
+    """Writes numbers by case and level."""
+    goldens = {f"{case}/{level}": value for case, levels in references.items() for level, value in levels.items()}
+    save_file({name: np.array(value, order="C") for name, value in goldens.items()}, file)
+    print(f"{file}: {file.stat().st_size:,} bytes")
+
+
 if __name__ == "__main__":
-    goldens = {f"{case}/{level}": value for case in CASES for level, value in reference(case).items()}
-    save_file({name: np.array(value, order="C") for name, value in goldens.items()}, GOLDENS)
-    print(f"{GOLDENS}: {GOLDENS.stat().st_size:,} bytes")
+    save({case: reference(case) for case in CASES}, GOLDENS)
+    save({case: family_reference(case) for case in FAMILY_CASES}, FAMILY_GOLDENS)

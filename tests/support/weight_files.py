@@ -1,4 +1,4 @@
-"""Any small LLaMA in Hugging Face's tensors, written in each format by other means than the code under test."""
+"""Any small model in Hugging Face's tensors, written in each format by other means than the code under test."""
 
 import json
 import math
@@ -9,6 +9,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import serialization, traverse_util
 from llama_files import SMALL
+from make_goldens import has_bias
 from safetensors.numpy import save_file
 
 LLAMA3 = {
@@ -18,6 +19,15 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 128,
 }
+FAMILIES = {
+    "mistral": {"model_type": "mistral", "sliding_window": None},
+    "ministral": {"model_type": "ministral", "layer_types": ["full_attention", "sliding_attention"]},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen3": {"model_type": "qwen3"},
+    "qwen3, biases": {"model_type": "qwen3", "attention_bias": True},
+    "smollm3": {"model_type": "smollm3", "num_hidden_layers": 4},
+}
+IN_GGUF = [family for family in FAMILIES if family != "ministral"]
 FORMS = ("safetensors", "sharded safetensors", "flax", "sharded flax", "orbax", "gguf")
 
 
@@ -89,7 +99,8 @@ def stacked(tensors):
             *path, last = name.removeprefix("model.layers.0.").split(".")
             leaf = np.stack([tensors[name.replace(".0.", f".{i}.", 1)] for i in range(layers)])
             if path[-1].endswith("norm"):
-                tree["layers"][path[0]] = {"scale": leaf}
+                place = tree["layers"][path[0]] if len(path) == 2 else tree["layers"]
+                place[path[-1]] = {"scale": leaf}
             else:
                 place = tree["layers"][path[0]].setdefault(path[1], {})
                 place["kernel" if last == "weight" else "bias"] = leaf.swapaxes(1, 2) if last == "weight" else leaf
@@ -103,7 +114,9 @@ GGUF_NAMES = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
     "self_attn.q_proj": "attn_q",
+    "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_proj": "attn_k",
+    "self_attn.k_norm": "attn_k_norm",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
     "mlp.gate_proj": "ffn_gate",
@@ -151,7 +164,8 @@ def write_gguf_model(file, raw, tensors, metadata=lambda writer: None, kind="F32
     """
     heads, keys = raw["num_attention_heads"], raw.get("num_key_value_heads") or raw["num_attention_heads"]
     head_dim = raw.get("head_dim") or raw["hidden_size"] // heads
-    writer = gguf.GGUFWriter(file, "llama")
+    family = {"mistral": "llama"}.get(raw["model_type"], raw["model_type"])
+    writer = gguf.GGUFWriter(file, family)
     writer.add_block_count(raw["num_hidden_layers"])
     writer.add_context_length(raw.get("max_position_embeddings", 2048))
     writer.add_embedding_length(raw["hidden_size"])
@@ -170,6 +184,10 @@ def write_gguf_model(file, raw, tensors, metadata=lambda writer: None, kind="F32
     if rope and rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
+    elif rope and rope["rope_type"] == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
     elif rope:
         writer.add_tensor("rope_freqs.weight", rope_factors(rope, raw["rope_theta"], head_dim))
     metadata(writer)
@@ -178,7 +196,7 @@ def write_gguf_model(file, raw, tensors, metadata=lambda writer: None, kind="F32
             stored, quants = blocks[name]
             writer.add_tensor(gguf_name(name), quants.reshape(len(quants), -1), raw_dtype=stored)
             continue
-        if ".q_proj." in name or ".k_proj." in name:
+        if family in ("llama", "smollm3") and (".q_proj." in name or ".k_proj." in name):
             tensor = interleaved(tensor, heads if ".q_proj." in name else keys)
         if tensor.ndim == 1 or kind == "F32":
             writer.add_tensor(gguf_name(name), tensor)
@@ -220,9 +238,11 @@ def weights_of(raw, seed=0):
     for i in range(raw["num_hidden_layers"]):
         for norm in ("input_layernorm", "post_attention_layernorm"):
             shapes[f"model.layers.{i}.{norm}.weight"] = (hidden,)
+        for norm in ("q_norm", "k_norm") if raw["model_type"] == "qwen3" else ():
+            shapes[f"model.layers.{i}.self_attn.{norm}.weight"] = (raw["head_dim"],)
         for name, shape in linear.items():
             shapes[f"model.layers.{i}.{name}.weight"] = shape
-            if raw["attention_bias"] if name.startswith("self_attn") else raw["mlp_bias"]:
+            if has_bias(raw, name):
                 shapes[f"model.layers.{i}.{name}.bias"] = shape[:1]
     return {name: draw.integers(-100, 100, shape).astype(np.float32) / 64 for name, shape in shapes.items()}
 

@@ -1,4 +1,4 @@
-"""Reads GGUF, llama.cpp's file format, with Hugging Face's names and row order; LLaMA only."""
+"""Reads GGUF, llama.cpp's file format, with Hugging Face's names and row order."""
 
 from collections.abc import Mapping
 from functools import cache, partial
@@ -19,13 +19,21 @@ from fedmezo_jax.llama.folder import opened, shorten
 ROPE_FREQS = "rope_freqs.weight"
 """LLaMA 3.1's divisors of the rotary frequencies, stored as a tensor; not a weight."""
 
+INTERLEAVED = {"llama": True, "qwen2": False, "qwen3": False, "smollm3": True}
+"""The architectures that are read, and whether the rows of q and k lie in the order of interleaved rotary pairs.
+
+They are the families of the same name; llama is Mistral's too.
+"""
+
 _NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "output": "lm_head",
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
+    "attn_q_norm": "self_attn.q_norm",
     "attn_k": "self_attn.k_proj",
+    "attn_k_norm": "self_attn.k_norm",
     "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
     "ffn_norm": "post_attention_layernorm",
@@ -106,9 +114,26 @@ def open_gguf(file: str | PathLike) -> Gguf:
     return Gguf(file, meta, tensors)
 
 
+def architecture(opened: Gguf) -> str:
+    """Returns the file's architecture, a key of :data:`INTERLEAVED`.
+
+    Raises:
+        UserError: it is another one.
+    """
+    name = opened.meta.get("general.architecture")
+    if not isinstance(name, str) or name not in INTERLEAVED:
+        known = ", ".join(INTERLEAVED)
+        raise UserError(
+            f"{opened.file}: holds a model of architecture {shorten(repr(name))}, only {known} are supported"
+        )
+    return name
+
+
 def gguf_entries(opened: Gguf, config: LlamaConfig) -> dict[str, Entry]:
     """Returns the file's tensors as float32 in Hugging Face's row order; reading a tensor dequantises it exactly."""
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    if not INTERLEAVED[architecture(opened)]:
+        heads = {}
     return {
         name: Entry(
             opened.file,

@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 
 from fedmezo_jax.errors import UserError
-from fedmezo_jax.llama.checkpoints.gguf import ROPE_FREQS, Gguf, gguf_entries, read_stored
+from fedmezo_jax.llama.checkpoints.gguf import ROPE_FREQS, Gguf, architecture, gguf_entries, read_stored
 from fedmezo_jax.llama.checkpoints.safetensors import Entry
-from fedmezo_jax.llama.config import Llama3Rope, LlamaConfig
+from fedmezo_jax.llama.config import LlamaConfig
+from fedmezo_jax.llama.families import FAMILIES
 from fedmezo_jax.llama.folder import shorten
+from fedmezo_jax.llama.rope import Llama3Rope
 
 _LLAMA3_LOW, _LLAMA3_HIGH, _LLAMA3_OLD = (
     1.0,
@@ -36,64 +38,70 @@ _KNOWN: dict[str, tuple | None] = {
     "rope.scaling.factor": None,
     "rope.scaling.finetuned": (True, False),
     "rope.scaling.original_context_length": None,
-    "rope.scaling.type": ("none", "linear"),
+    "rope.scaling.type": ("none", "linear", "yarn"),
+    "rope.scaling.yarn_beta_fast": None,
+    "rope.scaling.yarn_beta_slow": None,
     "tensor_data_layout": ("Meta AI original pth",),
     "vocab_size": None,
 }
 
 
 def read_gguf_config(opened: Gguf) -> LlamaConfig:
-    """Returns the config of a LLaMA's file.
+    """Returns the config of a file.
 
     Raises:
         UserError: lists everything in the file that is not supported.
     """
     file, meta = opened.file, opened.meta
-    architecture = meta.get("general.architecture")
-    if architecture != "llama":
-        raise UserError(f"{file}: holds a model of architecture {architecture!r}, only llama is supported")
-    llama_meta = {name.removeprefix("llama."): value for name, value in meta.items() if name.startswith("llama.")}
+    family = architecture(opened)
+    prefix = f"{family}."
+    model_meta = {name.removeprefix(prefix): value for name, value in meta.items() if name.startswith(prefix)}
     unsupported = [
-        f"llama.{shorten(name)} = {shorten(str(value))}"
-        for name, value in llama_meta.items()
+        f"{prefix}{shorten(name)} = {shorten(str(value))}"
+        for name, value in model_meta.items()
         if name not in _KNOWN or ((accepted := _KNOWN[name]) is not None and value not in accepted)
     ]
     unsupported += [
-        f"llama.{name} = {shorten(repr(value))}, which is no number"
-        for name, value in llama_meta.items()
+        f"{prefix}{name} = {shorten(repr(value))}, which is no number"
+        for name, value in model_meta.items()
         if _KNOWN.get(name, ()) is None and (isinstance(value, bool) or not isinstance(value, int | float))
     ]
     if meta.get("split.count", 1) not in (0, 1):
         unsupported.append(f"one part of {meta['split.count']}; join them with llama.cpp's llama-gguf-split --merge")
     if unsupported:
         raise UserError(f"{file}: not supported: " + "; ".join(unsupported))
-    heads, hidden = llama_meta.get("attention.head_count"), llama_meta.get("embedding_length")
-    head_dim = llama_meta.get("attention.key_length")
+    heads, hidden = model_meta.get("attention.head_count"), model_meta.get("embedding_length")
+    head_dim = model_meta.get("attention.key_length")
     if not head_dim and isinstance(heads, int) and isinstance(hidden, int) and heads > 0:
         head_dim = hidden // heads
     for name in ("attention.value_length", "rope.dimension_count"):
-        if llama_meta.get(name, head_dim) != head_dim:
-            unsupported.append(f"llama.{name} = {llama_meta[name]} where a head is {head_dim} wide")
+        if model_meta.get(name, head_dim) != head_dim:
+            unsupported.append(f"{prefix}{name} = {model_meta[name]} where a head is {head_dim} wide")
     if unsupported:
         raise UserError(f"{file}: not supported: " + "; ".join(unsupported))
     tokens = meta.get("tokenizer.ggml.tokens")
+    biases = {"attention_bias": "self_attn.q_proj.bias", "mlp_bias": "mlp.gate_proj.bias"}
     try:
         return LlamaConfig.from_json(
             {
-                "vocab_size": llama_meta.get("vocab_size") or (len(tokens) if isinstance(tokens, list) else None),
+                "model_type": family,
+                "vocab_size": model_meta.get("vocab_size") or (len(tokens) if isinstance(tokens, list) else None),
                 "hidden_size": hidden,
-                "intermediate_size": llama_meta.get("feed_forward_length"),
-                "num_hidden_layers": llama_meta.get("block_count"),
+                "intermediate_size": model_meta.get("feed_forward_length"),
+                "num_hidden_layers": model_meta.get("block_count"),
                 "num_attention_heads": heads,
-                "num_key_value_heads": llama_meta.get("attention.head_count_kv"),
+                "num_key_value_heads": model_meta.get("attention.head_count_kv"),
                 "head_dim": head_dim,
-                "rms_norm_eps": _as_written(llama_meta.get("attention.layer_norm_rms_epsilon")),
-                "rope_theta": _as_written(llama_meta.get("rope.freq_base")),
-                "rope_scaling": _rope_scaling(opened, llama_meta, head_dim),
+                "rms_norm_eps": _as_written(model_meta.get("attention.layer_norm_rms_epsilon")),
+                "rope_theta": _as_written(model_meta.get("rope.freq_base", 10000.0)),
+                "rope_scaling": _rope_scaling(opened, model_meta, head_dim),
                 "tie_word_embeddings": "lm_head.weight" not in opened.tensors,
-                "attention_bias": "model.layers.0.self_attn.q_proj.bias" in opened.tensors,
-                "mlp_bias": "model.layers.0.mlp.gate_proj.bias" in opened.tensors,
-                "max_position_embeddings": llama_meta.get("context_length"),
+                **{
+                    flag: f"model.layers.0.{tensor}" in opened.tensors
+                    for flag, tensor in biases.items()
+                    if flag in FAMILIES[family].flags
+                },
+                "max_position_embeddings": model_meta.get("context_length"),
                 "bos_token_id": meta.get("tokenizer.ggml.bos_token_id"),
                 "eos_token_id": meta.get("tokenizer.ggml.eos_token_id"),
             }
@@ -107,15 +115,22 @@ def _as_written(value: float | None) -> float | None:
     return None if value is None else float(str(np.float32(value)))
 
 
-def _rope_scaling(opened: Gguf, llama_meta: Mapping[str, Any], head_dim: int | None) -> dict[str, Any] | None:
-    linear = llama_meta.get("rope.scaling.type", "none") == "linear"
+def _rope_scaling(opened: Gguf, model_meta: Mapping[str, Any], head_dim: int | None) -> dict[str, Any] | None:
+    kind = model_meta.get("rope.scaling.type", "none")
     stored = opened.tensors.get(ROPE_FREQS)
     if stored is None or not head_dim:
-        return {"rope_type": "linear", "factor": llama_meta.get("rope.scaling.factor")} if linear else None
+        if kind == "none":
+            return None
+        scaling = {"rope_type": kind, "factor": _as_written(model_meta.get("rope.scaling.factor"))}
+        if kind == "yarn":
+            scaling["original_max_position_embeddings"] = model_meta.get("rope.scaling.original_context_length")
+            for field in ("beta_fast", "beta_slow"):
+                scaling[field] = _as_written(model_meta.get(f"rope.scaling.yarn_{field}"))
+        return scaling
     scaling = None
-    if not linear and stored.shape == (head_dim // 2,):
+    if kind == "none" and stored.shape == (head_dim // 2,):
         scaling = llama3_scaling(
-            read_stored(opened.file, stored), _as_written(llama_meta.get("rope.freq_base")) or 10000.0
+            read_stored(opened.file, stored), _as_written(model_meta.get("rope.freq_base")) or 10000.0
         )
     if scaling is None:
         raise UserError(

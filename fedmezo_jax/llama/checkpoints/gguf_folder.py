@@ -41,13 +41,13 @@ def gguf_folder(file: str | PathLike, cache: Path) -> Path:
 
 
 def convert_gguf(file: str | PathLike, folder: str | PathLike) -> None:
-    """Convert a LLaMA's GGUF file to a Hugging Face folder (config, float32 safetensors, tokenizer).
+    """Convert a GGUF file to a Hugging Face folder (config, float32 safetensors, tokenizer).
 
     Quantised weights are dequantised exactly. All files appear at once.
 
     Raises:
-        UserError: the file is damaged, is not a LLaMA, or has a tensor, rotary scaling or tokenizer that is not
-            supported.
+        UserError: the file is damaged, holds another architecture than ``gguf.INTERLEAVED`` names, or has a tensor,
+            rotary scaling or tokenizer that is not supported.
     """
     config, tokenizer, entries = _read(Path(file))
     with staged(Path(folder)) as fresh:

@@ -1,4 +1,4 @@
-"""The tensors of a LLaMA: names and shapes in Hugging Face's files, and positions in the base pytree."""
+"""The tensors of a model: names and shapes in Hugging Face's files, and positions in the base pytree."""
 
 from typing import Any, NamedTuple
 
@@ -43,7 +43,7 @@ def block_of(projection: str) -> str:
 
 
 def layout(config: LlamaConfig) -> dict[str, Slot]:
-    """Returns every tensor of Hugging Face's ``LlamaForCausalLM`` by name; a tied head is left out."""
+    """Returns every tensor of Hugging Face's ``…ForCausalLM`` by name; a tied head is left out."""
     hidden, vocab = config.hidden_size, config.vocab_size
     slots = {
         "model.embed_tokens.weight": Slot(("embed_tokens", "embedding"), None, (vocab, hidden)),
@@ -55,11 +55,14 @@ def layout(config: LlamaConfig) -> dict[str, Slot]:
         prefix = f"model.layers.{layer}"
         for norm in ("input_layernorm", "post_attention_layernorm"):
             slots[f"{prefix}.{norm}.weight"] = Slot(("layers", norm, "scale"), layer, (hidden,))
+        for norm in ("q_norm", "k_norm") if config.qk_norm else ():
+            path = ("layers", "self_attn", norm, "scale")
+            slots[f"{prefix}.self_attn.{norm}.weight"] = Slot(path, layer, (config.head_dim,))
         for name, (width_in, width_out) in projections(config).items():
             block = block_of(name)
             path = ("layers", block, name)
             slots[f"{prefix}.{block}.{name}.weight"] = Slot((*path, "kernel"), layer, (width_out, width_in))
-            if config.attention_bias if block == "self_attn" else config.mlp_bias:
+            if config.has_bias(name):
                 slots[f"{prefix}.{block}.{name}.bias"] = Slot((*path, "bias"), layer, (width_out,))
     return slots
 

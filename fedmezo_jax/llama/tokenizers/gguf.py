@@ -5,46 +5,55 @@ transformers 5 reads these too, but it ignores ``add_bos_token`` and the file's 
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.folder import shorten
 from fedmezo_jax.llama.tokenizers.sentencepiece import NORMAL, add_special, begins_with, byte_pairs
 
-_LLAMA3_WORDS = (  # LLaMA 3's own expression, published with its tokenizer
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
+
+class _Words(NamedTuple):
+    """How a text is split into words before byte-pair merges.
+
+    Attributes:
+        split: a regular expression whose matches are words, published with the tokenizer; None for GPT-2's.
+        single_digits: whether digits are cut apart first.
+        composed: whether characters are composed first (Unicode's NFC).
+        whole: whether a word that is a token is used without merging.
+        begins: whether a text starts with a begin token unless the file says otherwise.
+    """
+
+    split: str | None = None
+    single_digits: bool = False
+    composed: bool = False
+    whole: bool = False
+    begins: bool = False
+
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_SIGNS_AND_BLANKS = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_SIGNS_AND_BLANKS}"
+_QWEN2 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_SIGNS_AND_BLANKS}"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-
-
-def _llama3_words() -> pre_tokenizers.PreTokenizer:
-    split = pre_tokenizers.Split(Regex(_LLAMA3_WORDS), behavior="isolated")
-    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-
-
-def _gpt2_words() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.ByteLevel(add_prefix_space=False)
-
-
-def _smollm_words() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2_words()])
-
-
-# How a text is split into words before byte-pair merges, by GGUF's name. LLaMA 3 also uses a word that is a token
-# without merging, and puts a begin token before a text unless the file says otherwise (as in llama.cpp).
+# By GGUF's name; ``whole`` and ``begins`` as in llama.cpp.
 _WORDS = {
-    "gpt-2": _gpt2_words,
-    "smollm": _smollm_words,
-    "llama-bpe": _llama3_words,
-    "llama3": _llama3_words,
-    "llama-v3": _llama3_words,
+    "gpt-2": _Words(),
+    "smollm": _Words(single_digits=True),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), _Words(_LLAMA3, whole=True, begins=True)),
+    "smaug-bpe": _Words(_LLAMA3),  # SmolLM3's
+    "qwen2": _Words(_QWEN2, composed=True),  # Qwen2's to Qwen3's
+    "tekken": _Words(_TEKKEN, whole=True, begins=True),  # Mistral's from NeMo on
 }
 
 
 def read_gguf_tokenizer(file: Path, meta: Mapping[str, Any]) -> Any:
-    """Returns the tokenizer of a LLaMA's GGUF file: sentencepiece's BPE (``llama``) or a byte-level BPE (``gpt2``).
+    """Returns the tokenizer of a GGUF file: sentencepiece's BPE (``llama``) or a byte-level BPE (``gpt2``).
 
     Args:
         file: the file, for error messages.
@@ -70,10 +79,9 @@ def read_gguf_tokenizer(file: Path, meta: Mapping[str, Any]) -> Any:
             tokenizer = byte_pairs(tokens, settings["scores"], kinds, unknown=unknown, prefix=prefix)
             adds_begin = settings.get("add_bos_token", True)
         elif kind == "gpt2" and words in _WORDS:
-            llama3 = _WORDS[words] is _llama3_words
-            tokenizer = _byte_level(tokens, settings["merges"], words, whole_words=llama3)
+            tokenizer = _byte_level(tokens, settings["merges"], _WORDS[words])
             add_special(tokenizer, tokens, kinds)
-            adds_begin = settings.get("add_bos_token", llama3)
+            adds_begin = settings.get("add_bos_token", _WORDS[words].begins)
         else:
             raise UserError(
                 f"{file}: its tokenizer ({kind}, {words}) is not supported, only llama and gpt2 with "
@@ -96,17 +104,25 @@ def read_gguf_tokenizer(file: Path, meta: Mapping[str, Any]) -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         chat_template=settings.get("tokenizer.chat_template"),
-        model_max_length=meta.get("llama.context_length"),
+        model_max_length=meta.get(f"{meta.get('general.architecture')}.context_length"),
         clean_up_tokenization_spaces=False,
         **special_tokens,
     )
 
 
-def _byte_level(tokens: Sequence[str], merges: Sequence[str], words: str, whole_words: bool) -> Tokenizer:
+def _byte_level(tokens: Sequence[str], merges: Sequence[str], words: _Words) -> Tokenizer:
     """GPT-2's byte-pair encoding: bytes as printable characters, merged within words by rank."""
     vocab = {token: i for i, token in enumerate(tokens)}
     pairs = [(first, second) for first, _, second in (merge.partition(" ") for merge in merges)]
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=pairs, ignore_merges=whole_words))
-    tokenizer.pre_tokenizer = _WORDS[words]()
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=pairs, ignore_merges=words.whole))
+    if words.composed:
+        tokenizer.normalizer = normalizers.NFC()
+    steps: list[pre_tokenizers.PreTokenizer] = []
+    if words.single_digits:
+        steps.append(pre_tokenizers.Digits(individual_digits=True))
+    if words.split is not None:
+        steps.append(pre_tokenizers.Split(Regex(words.split), behavior="isolated"))
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words.split is None))
+    tokenizer.pre_tokenizer = steps[0] if len(steps) == 1 else pre_tokenizers.Sequence(steps)  # pyright: ignore
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
