@@ -38,6 +38,18 @@ class Keys(NamedTuple):
     clients: Sequence[Ed25519PrivateKey]
 
 
+class ServerKeys(NamedTuple):
+    """What the server of a run has of the keys.
+
+    Attributes:
+        private: its own.
+        public: everyone's, as :func:`identities` gives them.
+    """
+
+    private: Ed25519PrivateKey
+    public: bytes
+
+
 def simulated_keys(config: RunConfig) -> Keys:
     """Keys from the run's seed, so that the run can be repeated: whoever has the seed can sign as anybody."""
     make = Ed25519PrivateKey.from_private_bytes
@@ -49,6 +61,11 @@ def simulated_keys(config: RunConfig) -> Keys:
 def identities(keys: Keys) -> bytes:
     """The public keys as a header holds them: the server's and each client's, 32 bytes each."""
     return b"".join(key.public_key().public_bytes_raw() for key in (keys.server, *keys.clients))
+
+
+def server_keys(keys: Keys) -> ServerKeys:
+    """What the server has of the keys of a simulation."""
+    return ServerKeys(keys.server, identities(keys))
 
 
 class Context(NamedTuple):
@@ -64,15 +81,13 @@ class Context(NamedTuple):
 
 
 class Signing(NamedTuple):
-    """What the signatures of a round take.
+    """What the signatures of a round take, besides private keys.
 
     Attributes:
-        keys: the private ones, of a simulation.
         public_keys: as :func:`identities` gives them.
         context: before the round.
     """
 
-    keys: Keys
     public_keys: bytes
     context: Context
 
