@@ -12,7 +12,8 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted([*ROOT.glob("fedmezo_jax/**/*.py"), *ROOT.glob("experiments/**/*.py")])
 LEVELS = [
     {"experiments"},
-    {"deploy", "planning", "run"},
+    {"deploy"},
+    {"planning", "run"},
     {"evaluation", "parallel", "privacy"},
     {"llama", "theory"},
     {"data"},
