@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+APP = ROOT / "fedmezo_jax/deploy/flower_app"
 FILES = sorted([*ROOT.glob("fedmezo_jax/**/*.py"), *ROOT.glob("experiments/**/*.py")])
 LEVELS = [
     {"experiments"},
-    {"deploy", "planning", "run"},
+    {"deploy"},
+    {"planning", "run"},
     {"evaluation", "parallel", "privacy"},
     {"llama", "theory"},
     {"data"},
@@ -23,8 +25,8 @@ LEVELS = [
 """The wings from top to bottom. A wing may import wings of lower levels and, on its own level, only itself."""
 EXCEPTIONS = {}
 """``(importing module, imported wing)`` and why it may import that wing although the wing is not below it."""
-OPTIONAL = {"torch", "peft"}
-"""Packages that only the comparison with PyTorch imports, and which its users install for it."""
+OPTIONAL = {"torch", "peft", "flwr"}
+"""Packages that only the comparison with PyTorch and the Flower app import, and which their users install for them."""
 
 
 def imports_of(file):
@@ -89,6 +91,18 @@ def test_every_imported_package_is_declared():
     assert imported - sys.stdlib_module_names - {"fedmezo_jax", "experiments"} - OPTIONAL <= declared
 
 
+def test_flower_is_imported_in_its_app_alone():
+    users = {file for file in FILES if any(name.split(".")[0] == "flwr" for name in imports_of(file))}
+    assert users
+    assert all(file.is_relative_to(APP) for file in users)
+
+
+def test_the_client_s_app_imports_flower_alone():
+    """Flower starts it anew for each message: JAX alone would take seconds."""
+    names = {name.split(".")[0] for name in imports_of(APP / "fedmezo_app/client_app.py")}
+    assert names - sys.stdlib_module_names == {"flwr"}
+
+
 STATE = """
 import contextlib, importlib, logging, os, pathlib, signal, sys, threading, warnings
 import jax
@@ -116,6 +130,8 @@ for name in sys.argv[2:]:  # what the packages themselves change at import is th
         importlib.import_module(name)
 before = state()
 for file in sorted(root.glob("fedmezo_jax/**/*.py")):
+    if "flower_app" in file.parts:  # Flower's own processes import it
+        continue
     importlib.import_module(".".join(file.relative_to(root).with_suffix("").parts).removesuffix(".__init__"))
 after = state()
 for part, value in after.items():

@@ -95,6 +95,8 @@ class Round:
         apply_combined: ``apply_combined(state, coefficients, key) -> FederatedState``: what the server does from these
             alone; the signals stay as they are. A client that is sent them follows the server so.
         upload: ``upload(state, id, report, i, key) -> θ_i`` of participant i of the report, whose id is given.
+        rates: ``rates(state, ids, key[, damping]) -> [P]`` float32, the learning rates that ``work`` gives to clients:
+            what a server tells them that does not do their work itself.
         directions_shared: whether all clients of a round draw the same directions.
     """
 
@@ -103,6 +105,7 @@ class Round:
     combine: Callable[[FederatedState, np.ndarray, np.ndarray, RoundReport], np.ndarray]
     apply_combined: Callable[..., FederatedState]
     upload: Callable[..., Params]
+    rates: Callable[..., jax.Array]
     directions_shared: bool
 
     def __call__(
@@ -307,7 +310,8 @@ def federated(
         return moved._replace(signals=observe(state.signals, ids, losses, drift if deltas else None, norms, share > 0))
 
     move, observe = partial(_move, optimizer), jax.jit(personalization.observe)
-    return Federated(init, Round(partial(_work, settings), apply, combine, apply_combined, upload, directions_shared))
+    work_of_all, rates_of = partial(_work, settings), partial(_rates, rates)
+    return Federated(init, Round(work_of_all, apply, combine, apply_combined, upload, rates_of, directions_shared))
 
 
 @jax.jit
@@ -350,3 +354,4 @@ def _work(
 
 
 _move = jax.jit(aggregation.apply_mean_update, static_argnums=0)
+_rates = jax.jit(cohort_rates, static_argnums=0)

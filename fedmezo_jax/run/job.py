@@ -16,7 +16,8 @@ from fedmezo_jax.core.task import Task
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.parallel import multihost
 from fedmezo_jax.parallel.sharding import parse_mesh
-from fedmezo_jax.run import divergence, run_folder
+from fedmezo_jax.run import divergence, run_folder, signatures
+from fedmezo_jax.run.clients import Clients, SimulatedClients
 from fedmezo_jax.run.config import RunConfig
 from fedmezo_jax.run.context import RunContext, context_of, task_name
 from fedmezo_jax.run.journal import versions
@@ -70,21 +71,73 @@ def fine_tune(
             clients of a round failed too often, or the disk is full.
     """
     folder = Path(out)
-    with ExitStack() as stack:
-        stack.enter_context(multihost.report_peer_failure())
-        stack.enter_context(run_folder.guarded(folder))
+    with multihost.report_peer_failure(), run_folder.guarded(folder):
         options = {"out": out, "resume": resume, "mesh": mesh, "check_rate": check_rate}
         options |= {"checkpoint_every": checkpoint_every, "eval_every": eval_every}
         environment = versions() | {"devices a process": jax.local_device_count()}
         multihost.check_same_config(asdict(config) | options | environment)
-        for name in ("checkpoint_every", "eval_every"):
-            if options[name] < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {options[name]}")
         if task is None:
             config = multihost.all_or_none(lambda: resolve_defaults(config, notify))
         else:
             config = replace(config, model=task_name(task), data=task_name(task))
-        context, loss_before = _open(config, task, folder, resume, mesh, stack, notify)
+
+        def load() -> RunContext:
+            devices = parse_mesh(mesh, jax.devices())
+            return prepare(config, devices, notify) if task is None else context_of(task, config, devices)
+
+        return run_in_folder(
+            config,
+            folder,
+            load,
+            resume=resume,
+            checkpoint_every=checkpoint_every,
+            eval_every=eval_every,
+            check_rate=check_rate,
+            on_start=on_start,
+            on_round=on_round,
+            notify=notify,
+        )
+
+
+def run_in_folder(
+    config: RunConfig,
+    folder: Path,
+    load: Callable[[], RunContext],
+    *,
+    resume: bool,
+    checkpoint_every: int,
+    eval_every: int,
+    check_rate: bool,
+    on_start: Callable[[RunContext], None],
+    on_round: Callable[[dict[str, Any]], None],
+    notify: Callable[[str], None],
+    clients_of: Callable[[RunContext], Clients] = SimulatedClients,
+    keys: signatures.ServerKeys | None = None,
+) -> RunResult:
+    """A run in its folder, whoever its clients are: :func:`fine_tune` from there on where the configuration is settled.
+
+    Args:
+        config: the run's, settled.
+        folder: as ``out`` of :func:`fine_tune`.
+        load: makes what the run works with; called when the folder has been found fit.
+        resume: see :func:`fine_tune`, as all that is not explained here.
+        checkpoint_every: rounds between checkpoints.
+        eval_every: rounds between measurements of the test loss.
+        check_rate: whether to measure the learning rate, which takes training examples.
+        on_start: called when all is loaded.
+        on_round: called with each round's record.
+        notify: called with each line that the user should read.
+        clients_of: makes those who do the local work.
+        keys: the server's in a signed run, by default those of a simulation.
+
+    Raises:
+        UserError: see :func:`fine_tune`.
+    """
+    for name, every in (("checkpoint-every", checkpoint_every), ("eval-every", eval_every)):
+        if every < 1:
+            raise UserError(f"--{name} must be at least 1, not {every}")
+    with ExitStack() as stack:
+        context, loss_before = _open(config, folder, load, resume, stack, notify)
         begun = multihost.all_or_none((folder / "metrics.jsonl").exists)
         on_start(context)
         if guarantee := describe(config):
@@ -99,15 +152,16 @@ def fine_tune(
             loss_before=loss_before,
             on_round=on_round,
             notify=lambda notice: notify(f"notice: {notice}"),
+            clients=clients_of(context),
+            keys=keys,
         )
 
 
 def _open(
     config: RunConfig,
-    task: Task | None,
     folder: Path,
+    load: Callable[[], RunContext],
     resume: bool,
-    mesh: str | None,
     stack: ExitStack,
     notify: Callable[[str], None],
 ) -> tuple[RunContext, float]:
@@ -131,10 +185,6 @@ def _open(
         run_folder.write_json(folder / "config.json", asdict(config))
 
     multihost.all_or_none(check)
-
-    def load() -> RunContext:
-        devices = parse_mesh(mesh, jax.devices())
-        return prepare(config, devices, notify) if task is None else context_of(task, config, devices)
 
     context = multihost.all_or_none(load)
     loss_before = context.task.loss_before(context.lora)

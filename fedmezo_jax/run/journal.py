@@ -58,7 +58,7 @@ def open_journal(
     manager: ocp.CheckpointManager,
     fresh: Progress,
     first_rate: float,
-    keys: signatures.Keys | None,
+    keys: signatures.ServerKeys | None,
     notify: Callable[[str], None],
 ) -> Journal:
     """The journal of a folder, new or verified, cut back to where the run goes on.
@@ -72,7 +72,7 @@ def open_journal(
         manager: of its checkpoints.
         fresh: progress before the first round.
         first_rate: its base learning rate.
-        keys: of the server and the clients, where they sign.
+        keys: the server's, where clients and server sign.
         notify: called with each thing that the user should know.
 
     Raises:
@@ -83,7 +83,7 @@ def open_journal(
     config, file, first_process = setup.config, folder / run_folder.LEDGER, multihost.is_coordinator()
     header = None  # back-propagated steps are no scalars that could rebuild the run
     if config.algorithm == "fedmezo":
-        public_keys = signatures.identities(keys) if keys else b""
+        public_keys = keys.public if keys else b""
         header = ledger.make_header(
             asdict(config), setup.task.hash_frozen(), versions(), first_rate, describe(config), public_keys
         )
@@ -138,14 +138,14 @@ def open_journal(
             return None
         if keys:
             context = signatures.Context(bytes.fromhex(chains[0]), book.chain)
-            entry = signatures.sign_record(keys.server, context, entry)
+            entry = signatures.sign_record(keys.private, context, entry)
         return book.append(entry).hex()
 
     record = (lambda metrics: run_folder.append_metrics(folder, metrics)) if first_process else _nowhere
     signing = None
     if header and keys:
         context = signatures.Context(*(bytes.fromhex(chains[step]) for step in (0, first)))
-        signing = signatures.Signing(keys, header["identities"], context)
+        signing = signatures.Signing(keys.public, context)
     return Journal(progress, metrics, signing, known, append, record)
 
 

@@ -6,15 +6,13 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from fedmezo_jax.core import federated, mezo, random, transforms
+from fedmezo_jax.core import federated, mezo, random
 from fedmezo_jax.core.random import run_key
 from fedmezo_jax.data.batches import take
 from fedmezo_jax.parallel import multihost, sharding
@@ -29,6 +27,7 @@ from fedmezo_jax.run import (
     run_folder,
     signatures,
 )
+from fedmezo_jax.run.clients import Clients, SimulatedClients, example_counts
 from fedmezo_jax.run.config import RunConfig
 from fedmezo_jax.run.context import RunContext, build, round_examples
 from fedmezo_jax.run.journal import open_journal
@@ -74,6 +73,8 @@ def train(
     loss_before: float | None = None,
     on_round: Callable[[dict[str, Any]], None] = lambda record: None,
     notify: Callable[[str], None] = lambda notice: None,
+    clients: Clients | None = None,
+    keys: signatures.ServerKeys | None = None,
 ) -> RunResult:
     """Runs all rounds that the folder has not seen yet and saves the trained θ.
 
@@ -90,33 +91,32 @@ def train(
         loss_before: the task's test loss before training, where it has been measured already.
         on_round: called with each round's record, those of earlier sessions first.
         notify: called with each thing that the user should know.
+        clients: who does the local work; by default they are simulated. Of others the task needs no examples, but their
+            number and lengths.
+        keys: the server's in a signed run, by default those of the simulation.
 
     Raises:
         UserError: the base's loss is not finite, the ledger is damaged, or all clients failed too often.
     """
     config, task, mesh = setup.config, setup.task, setup.mesh
-    (init, round), loss = build(setup)
+    (init, round), _ = build(setup)
     key = run_key(config.seed)
-    sizes = np.array([len(part) for part in setup.task.parts], np.float32)
+    sizes = example_counts(setup)
     passes = forward_passes(config)
     automatic = config.learning_rate == "auto"
-    adapts = automatic or config.on_divergence == "rollback"
-    cohort = _cohorts(setup)
+    clients = clients or SimulatedClients(setup)
+    if config.signed and not keys:
+        keys = signatures.server_keys(signatures.simulated_keys(config))
     clock = Stopwatch()
 
     def work_of(progress: rounds.Progress, t: int, signing: signatures.Signing | None) -> rounds.Work:
-        def work(attempt: int, limit: float) -> rounds.Answers:
-            current, _, _ = cohort(t, attempt)
-            transform = transforms.clip(np.float32(limit)) if config.on_divergence == "clip" else None
-            damping = progress.rate if adapts else None
-            with clock:
-                report = round.work(progress.state, loss, current, key, transform, damping)
-                if t + 1 < config.rounds:
-                    cohort(t + 1, 0)  # while the device works
-                ids, report = np.asarray(current.ids), jax.device_get(report)
-            return rounds.simulated_answers(config, round, progress.state, sizes, ids, report, key, attempt, signing)
+        work = clients.work(progress, t, signing)
 
-        return work
+        def timed(attempt: int, limit: float) -> rounds.Answers:
+            with clock:
+                return work(attempt, limit)
+
+        return timed
 
     def search(progress: rounds.Progress, moved: federated.FederatedState) -> float:
         def validation_loss(step: float) -> float:
@@ -129,9 +129,8 @@ def train(
         state = init(setup.lora, config.clients)
         first_rate = _recorded_rate(folder) if automatic else float(config.learning_rate)
         if first_rate is None:  # the first round's work, at rate 0
-            first_rate = _first_rate(setup, lambda: round.work(state, loss, cohort(0, 0)[0], key, None, jnp.float32(0)))
+            first_rate = _first_rate(setup, lambda: clients.first_report(state))
         fresh = sharding.replicate(mesh, rounds.begin(state, config, first_rate))
-        keys = signatures.simulated_keys(config) if config.signed else None
         journal = open_journal(setup, folder, manager, fresh, first_rate, keys, notify)
         progress, signing = journal.progress, journal.signing
         first = int(progress.state.round)
@@ -158,13 +157,16 @@ def train(
             if is_new:
                 chain = journal.append(entry)
             signing = signing and signing.after(chain or "")
+            clients.finish_round(progress, entry)
             report = rounds.report_of(entry, config.local_steps, config.sent_directions)
             traffic = traffic_of(config, round, progress, entry, sizes)
             with clock:
                 progress = jax.block_until_ready(rounds.advance(config, progress, entry, moved))
                 measured = float(task.evaluate(progress.state.params)) if last or (t + 1) % eval_every == 0 else None
             record = round_metrics.metrics_of(config, entry, report, traffic, typical)
-            spent = [cohort(t, attempt)[1:] for attempt in range(entry.attempt + 1)]
+            spent = [
+                task.count_tokens(round_examples(config, task, t, attempt)[1]) for attempt in range(entry.attempt + 1)
+            ]
             real_tokens, tokens = map(sum, zip(*spent, strict=True))
             now = time.perf_counter()
             record |= {
@@ -244,17 +246,3 @@ def probe_start(setup: RunContext) -> divergence.Probe:
     batches = sharding.replicate(setup.mesh, take(setup.task.train, picks[some]))
     key = jax.random.fold_in(run_key(setup.config.seed), random.PROBE)
     return divergence.probe(setup.task.pair_loss, setup.lora, batches, key, PROBE_SCALE, PROBE_DIRECTIONS)
-
-
-def _cohorts(setup: RunContext) -> Callable[[int, int], tuple[federated.Cohort, int, int]]:
-    """``cohort(t, attempt)``: a round's clients and their batches, and the tokens these hold and cost."""
-    sizes = np.array([len(part) for part in setup.task.parts], np.float32)
-    task = setup.task
-
-    @lru_cache(maxsize=2)
-    def cohort(t: int, attempt: int) -> tuple[federated.Cohort, int, int]:
-        ids, picks = round_examples(setup.config, task, t, attempt)
-        batches = sharding.shard_clients(setup.mesh, len(ids), lambda at: take(task.train, picks[at]))
-        return federated.Cohort(ids, sizes[ids], batches), *task.count_tokens(picks)
-
-    return cohort

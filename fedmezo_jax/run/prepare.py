@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from fedmezo_jax.core import federated, mezo
 from fedmezo_jax.core.random import init_key
 from fedmezo_jax.core.task import Task
 from fedmezo_jax.core.tree_hash import tree_hash
-from fedmezo_jax.data.buckets import lengths, widths
+from fedmezo_jax.data.buckets import Widths, lengths, widths
 from fedmezo_jax.data.examples import TokenBatch
 from fedmezo_jax.data.table import Table, data_named, deal, tabulate
 from fedmezo_jax.errors import UserError
@@ -32,7 +32,7 @@ from fedmezo_jax.llama.checkpoints.weights import sixteen_bit
 from fedmezo_jax.llama.checks import check_ids
 from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.lora import init_lora, lora_shapes, trained_layers
-from fedmezo_jax.llama.model import Llama
+from fedmezo_jax.llama.model import Base, Llama
 from fedmezo_jax.llama.precision import WARN_ABOVE, Precision, default_precision, expected_error
 from fedmezo_jax.llama.registry import cache_folder, load_tokenizer, resolve, resolve_local
 from fedmezo_jax.llama.task import LlamaTask
@@ -57,18 +57,9 @@ def prepare(
         UserError: anything about model, data, partition or mesh that does not fit.
     """
     config = resolve_defaults(config)
-    assert config.precision
-    folder = resolve(config.model)
-    llama = LlamaConfig.from_json(folder)
-    sharding.check_mesh(mesh, llama)
-    if config.max_length > llama.max_position_embeddings:
-        raise UserError(
-            f"--max-length {config.max_length}: the model takes {llama.max_position_embeddings} tokens at most"
-        )
-    trained = trained_layers(config.layers, llama)
-    tokenizer = load_tokenizer(folder)
-    table = table_of(config, config.seed, tokenizer)
-    check_tokens(table.rows, llama, folder)
+    model = open_model(config, mesh)
+    table = table_of(config, config.seed, model.tokenizer)
+    check_tokens(table.rows, model.llama, model.folder)
     kept, spared = spare(table.train, VALIDATION if config.learning_rate == "auto" else 0)
     train, validation, test = (
         TokenBatch(*(leaf[picked] for leaf in table.rows)) for picked in (kept, spared, table.test)
@@ -77,30 +68,98 @@ def prepare(
     with data_named(config.data):
         parts, categories = deal(config.partition, [table.examples[i] for i in kept], lengths(train), *how)
 
-    model = Llama(llama, config.lora_alpha / config.lora_rank, config.precision, trained=trained)
+    examples = Examples(train, validation, test, parts, widths(train, config.length_buckets))
+    task = task_of(config, model, model.load(), examples, mesh)
+    task = from_hidden_states(task, model, lambda: used_examples(config, task), notify)
+    lora = sharding.replicate(mesh, task.init_params(init_key(config.seed)))
+    return RunContext(config, task, lora, mesh, categories, table.skipped, table.truncated)
+
+
+class OpenModel(NamedTuple):
+    """A model before its weights are read.
+
+    Attributes:
+        folder: its files.
+        llama: its configuration.
+        trained: layers with an adapter; None means all.
+        tokenizer: its own.
+        load: reads the base onto the devices.
+    """
+
+    folder: Path
+    llama: LlamaConfig
+    trained: tuple[int, ...] | None
+    tokenizer: Any
+    load: Callable[[], Base]
+
+
+class Examples(NamedTuple):
+    """The data of a task, see :class:`LlamaTask`.
+
+    Attributes:
+        train: training rows.
+        validation: rows for the validation loss.
+        test: test rows.
+        parts: for each client the indices of its rows.
+        widths: at which steps run.
+    """
+
+    train: TokenBatch
+    validation: TokenBatch
+    test: TokenBatch
+    parts: list[np.ndarray]
+    widths: Widths
+
+
+def open_model(config: RunConfig, mesh: Mesh | None = None) -> OpenModel:
+    """Finds the model of a configuration that is settled.
+
+    Raises:
+        UserError: there is none, or the configuration or the mesh does not fit it.
+    """
+    folder = resolve(config.model)
+    llama = LlamaConfig.from_json(folder)
+    sharding.check_mesh(mesh, llama)
+    if config.max_length > llama.max_position_embeddings:
+        raise UserError(
+            f"--max-length {config.max_length}: the model takes {llama.max_position_embeddings} tokens at most"
+        )
+    assert config.precision
     load = partial(load_base, folder, llama, stored_type(config.precision), sharding.base_sharding(mesh))
-    base = load()
-    task = LlamaTask(
-        model,
+    return OpenModel(folder, llama, trained_layers(config.layers, llama), load_tokenizer(folder), load)
+
+
+def task_of(config: RunConfig, model: OpenModel, base: Base, examples: Examples, mesh: Mesh | None = None) -> LlamaTask:
+    """The task of a run on these examples, from tokens."""
+    assert config.precision
+    return LlamaTask(
+        Llama(model.llama, config.lora_alpha / config.lora_rank, config.precision, trained=model.trained),
         base,
         tree_hash(base),
         config.model,
         config.lora_rank,
         config.lora_alpha,
         config.target_names,
-        train,
-        validation,
-        test,
-        parts,
-        widths(train, config.length_buckets),
+        *examples,
         config.batch_size,
         -(-config.participants // (1 if mesh is None else mesh.shape[federated.CLIENTS])),
         jax.device_put if mesh is None else partial(sharding.replicate, mesh),
     )
-    if trained and trained[0]:
-        task = task.from_hidden_states(cache_folder() / "hidden", used_examples(config, task), load, notify)
-    lora = sharding.replicate(mesh, task.init_params(init_key(config.seed)))
-    return RunContext(config, task, lora, mesh, categories, table.skipped, table.truncated)
+
+
+def from_hidden_states(
+    task: LlamaTask,
+    model: OpenModel,
+    used: Callable[[], np.ndarray],
+    notify: Callable[[str], None] = lambda line: None,
+) -> LlamaTask:
+    """The task from the first trained layer on, where there are others below, for the examples that are used.
+
+    See :meth:`LlamaTask.from_hidden_states`.
+    """
+    if not model.trained or not model.trained[0]:
+        return task
+    return task.from_hidden_states(cache_folder() / "hidden", used(), model.load, notify)
 
 
 def resolve_defaults(config: RunConfig, notify: Callable[[str], None] = lambda notice: None) -> RunConfig:

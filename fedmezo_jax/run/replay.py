@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import islice
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -178,22 +179,30 @@ def reconstruct(
             raise UserError(
                 f"--without {without}: the ledger holds the clients' mean alone, and not this one's numbers"
             )
+    params, done = lora, 0
+    for progress in islice(follow_ledger(file, config, lora, without), None if until is None else until + 1):
+        params, done = progress.state.params, int(progress.state.round)
+        if done:
+            on_round(done)
+    if until is not None and done < until:
+        raise UserError(f"--round {until}: {file} ends after round {done}")
+    return jax.device_get(params), done
+
+
+def follow_ledger(
+    file: Path, config: RunConfig, lora: mezo.Params, without: int | None = None
+) -> Iterator[rounds.Progress]:
+    """A run's progress before its first round and after each round of its ledger, as :func:`reconstruct` makes it."""
     # The rates are in the ledger: what they came from need not be measured again.
     init, round = algorithm(replace(config, personalize="frozen"))
     progress, key = rounds.begin(init(lora, config.clients), config, 1.0), run_key(config.seed)
-    done = 0
+    yield progress
     for entry in ledger_checks.entries(file, config):
-        if done == until:
-            break
         if without is not None:
             entry = _leave_out(entry, without)
         moved = rounds.move(config, round, progress, entry, None, key)
         progress = rounds.advance(config, progress, entry, moved)
-        done += 1
-        on_round(done)
-    if until is not None and done < until:
-        raise UserError(f"--round {until}: {file} ends after round {done}")
-    return jax.device_get(progress.state.params), done
+        yield progress
 
 
 def _leave_out(entry: ledger.Entry, client: int) -> ledger.Entry:

@@ -6,13 +6,14 @@ entry alone: so a resumed run, which reads it, and a replay end where the run di
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedmezo_jax.core import federated, mezo
 from fedmezo_jax.core.mezo import Params
@@ -48,12 +49,12 @@ class Answers(NamedTuple):
     Attributes:
         ids: ``[P]`` int32, who was asked.
         learning_rates: ``[P]`` float32, η_i that they were given.
-        messages: for each of them what came in, as bytes.
+        messages: for each of them what came in, as bytes; None where nothing did.
     """
 
     ids: np.ndarray
     learning_rates: np.ndarray
-    messages: Iterable[Message]
+    messages: Iterable[Message | None]
 
 
 Work: TypeAlias = Callable[[int, float], Answers]
@@ -121,29 +122,41 @@ def simulated_answers(
     report: federated.RoundReport,
     key: jax.Array,
     attempt: int = 0,
-    signing: signatures.Signing | None = None,
+    context: signatures.Context | None = None,
+    private_keys: Sequence[Ed25519PrivateKey] = (),
 ) -> Answers:
     """The messages of clients that were simulated here, from their report on the host, packed one by one."""
-    plan = plan_of(config)
 
     def packed(t: int) -> Iterator[Message]:
-        for i, id in enumerate(ids):
+        for i, id in enumerate(map(int, ids)):
             gradients, losses = np.asarray(report.projected_gradients[i]), np.asarray(report.losses[i])
-            if not config.sends_losses:
-                losses = np.zeros_like(losses)
-            if plan and plan.client_noise:
-                draw = mechanism.simulated_noise(config.seed, t, attempt, int(id))
-                gradients = mechanism.noisy(gradients, plan.norm, plan.client_noise, draw)
-            update, lora = messages.Update(t, int(id), int(sizes[id]), gradients, losses), None
+            update = private_update(config, messages.Update(t, id, int(sizes[id]), gradients, losses), attempt)
+            lora = None
             if not config.sends_coefficients:
-                lora = messages.pack_lora_update(update, jax.device_get(round.upload(state, int(id), report, i, key)))
-            packed_update, signature = messages.pack_update(update), None
-            if signing:
-                private_key = signing.keys.clients[int(id)]
-                signature = signatures.sign_update(private_key, signing.context, t, int(id), packed_update)
-            yield Message(packed_update, lora, signature)
+                lora = messages.pack_lora_update(update, jax.device_get(round.upload(state, id, report, i, key)))
+            message = Message(messages.pack_update(update), lora)
+            yield signed(message, private_keys[id], context, t, id) if context else message
 
     return Answers(ids, np.asarray(report.learning_rates), packed(int(state.round)))
+
+
+def private_update(config: RunConfig, update: messages.Update, attempt: int) -> messages.Update:
+    """What a client tells of its update: no losses where they are not sent, and with the noise that it adds itself."""
+    if not config.sends_losses:
+        update = update._replace(losses=np.zeros_like(update.losses))
+    plan = plan_of(config)
+    if plan is None or not plan.client_noise:
+        return update
+    draw = mechanism.simulated_noise(config.seed, update.round, attempt, update.client)
+    gradients = mechanism.noisy(update.projected_gradients, plan.norm, plan.client_noise, draw)
+    return update._replace(projected_gradients=gradients)
+
+
+def signed(
+    message: Message, key: Ed25519PrivateKey, context: signatures.Context, round_index: int, client: int
+) -> Message:
+    """The message with its client's signature."""
+    return message._replace(signature=signatures.sign_update(key, context, round_index, client, message.update))
 
 
 def run_round(
@@ -189,11 +202,13 @@ def run_round(
         for message, id, rate in zip(arrived, map(int, ids), rates, strict=True):
             shape = config.local_steps, config.sent_directions
             expected = Expected(t, id, int(sizes[id]), *shape, float(rate), limit if clip else None)
-            dropped = away.get(id) == client_failures.DROPPED
-            answer = Received(None, None, None) if dropped else receive(message, expected, like)
-            if answer.update and (why := _refusal(config, answer.update, message.signature, signing)):
+            if message is None or away.get(id) == client_failures.DROPPED:
+                answer, signature = Received(None, None, client_failures.DROPPED), None
+            else:
+                answer, signature = receive(message, expected, like), message.signature
+            if answer.update and (why := _refusal(config, answer.update, signature, signing)):
                 answer = Received(None, None, why)
-            sent_signatures.append(message.signature if answer.update else None)
+            sent_signatures.append(signature if answer.update else None)
             received.append(answer._replace(why=away.get(id) or answer.why))
         if config.secure_sum and sum(answer.why is None for answer in received) < config.threshold:
             received = [answer._replace(why=answer.why or client_failures.TOO_FEW) for answer in received]

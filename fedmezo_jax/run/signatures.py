@@ -39,6 +39,18 @@ class Keys(NamedTuple):
     clients: Sequence[Ed25519PrivateKey]
 
 
+class ServerKeys(NamedTuple):
+    """What the server of a run has of the keys.
+
+    Attributes:
+        private: its own.
+        public: everyone's, as :func:`identities` gives them.
+    """
+
+    private: Ed25519PrivateKey
+    public: bytes
+
+
 def simulated_keys(config: RunConfig) -> Keys:
     """Keys from the run's seed, so that the run can be repeated: whoever has the seed can sign as anybody."""
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -54,6 +66,11 @@ def identities(keys: Keys) -> bytes:
     return b"".join(key.public_key().public_bytes_raw() for key in (keys.server, *keys.clients))
 
 
+def server_keys(keys: Keys) -> ServerKeys:
+    """What the server has of the keys of a simulation."""
+    return ServerKeys(keys.server, identities(keys))
+
+
 class Context(NamedTuple):
     """What a signature is bound to besides its content.
 
@@ -67,15 +84,13 @@ class Context(NamedTuple):
 
 
 class Signing(NamedTuple):
-    """What the signatures of a round take.
+    """What the signatures of a round take, besides private keys.
 
     Attributes:
-        keys: the private ones, of a simulation.
         public_keys: as :func:`identities` gives them.
         context: before the round.
     """
 
-    keys: Keys
     public_keys: bytes
     context: Context
 

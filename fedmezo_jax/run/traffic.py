@@ -11,7 +11,8 @@ from fedmezo_jax.core import federated
 from fedmezo_jax.run import messages
 from fedmezo_jax.run.config import RunConfig
 from fedmezo_jax.run.ledger import Entry
-from fedmezo_jax.run.rounds import Progress, combined, report_of
+from fedmezo_jax.run.results import pack_result, result_of
+from fedmezo_jax.run.rounds import Progress, report_of
 from fedmezo_jax.run.signatures import SIGNATURE_BYTES
 
 
@@ -54,21 +55,12 @@ def scalar_traffic(
         summed_up, summed_down = secure_sum_messages.sizes(entry.ids[counted], numbers)
         up = [summed_up if weight else 0 for weight in entry.weights]
         begin = [size + (summed_down if weight else 0) for size, weight in zip(begin, entry.weights, strict=True)]
-    if entry.rolled_back or not entry.step:
-        return Traffic(up, begin)
-    counted = entry.weights > 0
-    if config.directions_shared:
-        size = len(messages.pack_mean(entry.round, combined(round, state, entry, report), entry.step))
-        return Traffic(up, [first + size for first in begin], size * (config.clients - len(entry.ids)))
-    gradients = np.asarray(report.projected_gradients)[counted].reshape(int(counted.sum()), -1)
-    weights = entry.weights[counted] if config.weighting == "samples" else None
-    rates = entry.learning_rates[counted]
-    outcome = messages.Outcome(entry.round, entry.ids[counted], weights, rates, gradients, entry.step)
+    result = result_of(config, round, state, entry, report)
     down = [
-        first + len(messages.pack_outcome(outcome, config.clients, int(id)))
+        first + len(pack_result(result, config.clients, int(id)) or b"")
         for first, id in zip(begin, entry.ids, strict=True)
     ]
-    return Traffic(up, down, len(messages.pack_outcome(outcome, config.clients)) * (config.clients - len(entry.ids)))
+    return Traffic(up, down, len(pack_result(result, config.clients) or b"") * (config.clients - len(entry.ids)))
 
 
 def traffic_of(

@@ -1,0 +1,210 @@
+"""A client of a deployed run: it holds the base model and its own examples, and answers one request at a time.
+
+It needs no file between two requests. A client that was restarted has forgotten θ; the server then sends the ledger so
+far, from which it is made again.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from fedmezo_jax.core import federated, transforms
+from fedmezo_jax.core.random import init_key, run_key
+from fedmezo_jax.core.tree_hash import tree_hash
+from fedmezo_jax.data.batches import round_picks, take
+from fedmezo_jax.data.buckets import lengths
+from fedmezo_jax.deploy import agreement, envelopes, examples
+from fedmezo_jax.deploy.envelopes import Answer, End, Enrolment, Hello, Plan, Position, Progressed, Refusal, Start
+from fedmezo_jax.deploy.examples import OwnExamples
+from fedmezo_jax.errors import UserError
+from fedmezo_jax.llama.task import LlamaTask
+from fedmezo_jax.run import ledger, messages, results, rounds, signatures
+from fedmezo_jax.run.acceptance import Message
+from fedmezo_jax.run.context import RunContext, algorithm, build
+from fedmezo_jax.run.replay import follow_ledger
+
+
+class Client:
+    """One client, from its first request to the end of the run.
+
+    Attributes:
+        rounds: how many rounds its θ has seen.
+        lora: θ, on the host.
+    """
+
+    def __init__(
+        self,
+        client: int,
+        own: OwnExamples,
+        key: Ed25519PrivateKey | None = None,
+        *,
+        seeded_noise: bool = False,
+        notify: Callable[[str], None] = lambda line: None,
+    ):
+        """Knows nothing of the run but its configuration.
+
+        Args:
+            client: its id.
+            own: its model and examples.
+            key: its private key, where the run is signed.
+            seeded_noise: whether noise from the seed will do, see :func:`agreement.check_deployable`.
+            notify: called with a line about what it does.
+
+        Raises:
+            UserError: the configuration is not one of a deployed run, or has no such client, or the key is missing.
+        """
+        config = own.config
+        agreement.check_deployable(config, seeded_noise)
+        if not 0 <= client < config.clients:
+            raise UserError(f"client {client}: the run has clients 0 to {config.clients - 1}")
+        if config.signed and key is None:
+            raise UserError(f"client {client}: the run is signed: give its private key")
+        self._id, self._own, self._signing_key, self._notify = client, own, key, notify
+        self._facts = agreement.facts_of(config, tree_hash(own.base))
+        self._run, self._key = agreement.run_name(self._facts), run_key(config.seed)
+        self._plan: Plan | None = None
+        self._sent: dict[tuple[int, int], np.ndarray] = {}  # by round and attempt
+        self._answered: tuple[bytes, bytes] = b"", b""
+        self._chain = b""
+
+    @property
+    def rounds(self) -> int:
+        """How many rounds its θ has seen."""
+        return int(self._progress.state.round) if self._plan else 0
+
+    @property
+    def lora(self) -> federated.Params:
+        """θ as far as it has followed, on the host."""
+        return jax.device_get(self._progress.state.params)
+
+    def handle(self, message: bytes) -> bytes:
+        """The answer to a request. An answer that was lost is given again without work.
+
+        Raises:
+            UserError: the message cannot be read at all.
+        """
+        request = envelopes.unpack_request(message)
+        if request.ticket == self._answered[0]:
+            return self._answered[1]
+        try:
+            if isinstance(request, Hello):
+                response = self._enrol(request)
+            elif request.run != self._run or self._plan is None:
+                response = Position(request.ticket, -1)
+            elif isinstance(request, Start):
+                response = self._work(request)
+            else:
+                response = self._end(request)
+        except UserError as error:
+            self._notify(f"refused: {error}")
+            response = Refusal(request.ticket, str(error))
+        packed = envelopes.pack(response)
+        self._answered = request.ticket, packed
+        return packed
+
+    def _enrol(self, hello: Hello) -> Enrolment:
+        if wrong := agreement.difference(hello.facts, self._facts, f"client {self._id}"):
+            raise UserError(wrong)
+        if hello.plan and hello.plan != self._plan:
+            self._begin(hello.plan)
+        (rows,) = self._own.tables
+        counts = lengths(rows), examples.label_counts(rows)
+        return Enrolment(hello.ticket, self._facts, examples.shape_of(rows), *counts, self.rounds)
+
+    def _begin(self, plan: Plan) -> None:
+        """Makes its task by the plan, and θ at the start."""
+        config = self._own.config
+        task = examples.client_task(self._own, self._id, plan, self._notify)
+        lora = task.init_params(init_key(config.seed))
+        # The server says the learning rate: the program multiplies 1 by it.
+        given = replace(config, learning_rate=1.0, personalize="frozen")
+        init, self._round = algorithm(given, plan.at_once, None, plan.at_once)
+        self._task: LlamaTask = task
+        self._loss = build(RunContext(config, task, lora, None, []))[1]
+        self._start, self._plan = lora, plan
+        self._progress = rounds.begin(init(lora, config.clients), config, 1.0)
+        self._notify(f"client {self._id} joins the run with {len(task.parts[self._id])} examples")
+
+    def _end(self, end: End) -> Position:
+        self._catch_up(end.progressed)
+        return Position(end.ticket, self.rounds)
+
+    def _catch_up(self, progressed: Progressed) -> None:
+        """Moves θ by what it has not seen yet; what it has seen is passed over."""
+        if progressed.ledger:
+            self._read_ledger(progressed.ledger)
+        config = self._own.config
+        for t, (attempt, result) in enumerate(progressed.results, progressed.first):
+            if t == self.rounds:
+                known = config, self._round, self._progress, result, self._key, self._id
+                self._progress = results.follow(*known, self._sent.get((t, attempt)))
+                self._sent = {}
+
+    def _read_ledger(self, content: bytes) -> None:
+        """θ from a ledger, every record of which is checked first."""
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "run.ledger"
+            file.write_bytes(content)
+            header, config = ledger.read_header(file), self._own.config
+            if header["config"] != asdict(config) or header["base_hash"] != self._facts["base weights"]:
+                raise UserError("the server's ledger is of a run with another configuration or other base weights")
+            signatures.verify(file)
+            (progress,) = deque(follow_ledger(file, config, self._start), 1)
+        if int(progress.state.round) > self.rounds:
+            self._progress, self._sent = progress, {}
+            self._notify(f"client {self._id} has caught up with round {self.rounds} from the ledger")
+
+    def _work(self, start: Start) -> Answer | Position:
+        t, rate, chain = messages.unpack_start(start.start)
+        self._catch_up(start.progressed)
+        if t != self.rounds:
+            return Position(start.ticket, self.rounds)
+        update = self._update(t, rate, start)
+        update = rounds.private_update(self._own.config, update, start.attempt)
+        if rate:  # at rate 0 the server only asks for the slopes at the start
+            self._sent[t, start.attempt] = update.projected_gradients
+        message = Message(messages.pack_update(update))
+        if chain and self._signing_key:
+            if self._chain not in (b"", start.chain):
+                raise UserError("the server has begun another run with another ledger: start the client again")
+            self._chain = start.chain
+            message = rounds.signed(message, self._signing_key, signatures.Context(start.chain, chain), t, self._id)
+        return Answer(start.ticket, message.update, message.signature or b"")
+
+    def _update(self, t: int, rate: float, start: Start) -> messages.Update:
+        """Its H local steps from θ."""
+        config, task = self._own.config, self._task
+        ids = np.array([self._id], np.int32)
+        settings = {"seed": config.seed, "local_steps": config.local_steps, "batch_size": config.batch_size}
+        picks = round_picks(task.train, task.parts, ids, t, **settings, by_length=task.by_length)
+        batches = take(task.train, picks)
+        if start.step_widths and self._plan and self._plan.at_once > 1:
+            batches, ids = self._beside_others(batches, start.step_widths), np.repeat(ids, 2)
+        cohort = federated.Cohort(ids, np.ones(len(ids), np.float32), batches)
+        transform = transforms.clip(np.float32(start.limit)) if config.on_divergence == "clip" else None
+        report = self._round.work(self._progress.state, self._loss, cohort, self._key, transform, jnp.float32(rate))
+        gradients, losses = np.asarray(report.projected_gradients[0]), np.asarray(report.losses[0])
+        return messages.Update(t, self._id, len(task.parts[self._id]), gradients, losses)
+
+    def _beside_others(self, batches, step_widths: bytes):
+        """The batches, and beside them those of a companion whose examples are as long as the round's at each step.
+
+        A step runs at the width that fits all who run at once: with the companion it is that of the round.
+        """
+        assert self._plan
+        index = np.frombuffer(step_widths, np.uint8)
+        if len(index) != batches.label_positions.shape[1] or index.max() >= len(self._plan.widths):
+            raise UserError("the server's message has step widths that the plan does not have")
+        tokens = np.array([width.tokens for width in self._plan.widths], np.int32)[index]
+        positions = np.broadcast_to(tokens[None, :, None, None] - 2, batches.label_positions.shape)
+        companion = batches._replace(label_positions=positions)
+        return jax.tree.map(lambda one, other: np.concatenate([one, other]), batches, companion)

@@ -1,0 +1,69 @@
+"""Certificates and keys for trying a deployment on one machine: an authority, a server certificate, keys of nodes."""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import os
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+DAYS = 30
+"""How long a certificate is valid."""
+
+
+def _write(file: Path, content: bytes) -> None:
+    with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as stream:
+        stream.write(content)
+
+
+def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    form = serialization.PrivateFormat.PKCS8
+    return key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
+
+
+def _certificate(subject: str, key: ec.EllipticCurvePrivateKey, issuer: str) -> x509.CertificateBuilder:
+    now = datetime.datetime.now(datetime.UTC)
+    name, by = (x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)]) for text in (subject, issuer))
+    builder = x509.CertificateBuilder().subject_name(name).issuer_name(by).public_key(key.public_key())
+    builder = builder.serial_number(x509.random_serial_number()).not_valid_before(now - datetime.timedelta(minutes=5))
+    return builder.not_valid_after(now + datetime.timedelta(days=DAYS))
+
+
+def make_certificates(folder: Path, names: list[str], addresses: list[str]) -> None:
+    """Writes ``ca.crt``, ``server.crt`` and ``server.key``; the authority's own key is not kept.
+
+    Args:
+        folder: where they go.
+        names: DNS names of the server.
+        addresses: IP addresses of the server.
+    """
+    authority, server = (ec.generate_private_key(ec.SECP384R1()) for _ in range(2))
+    subject = "fedmezo_jax authority"
+    known = x509.SubjectKeyIdentifier.from_public_key(authority.public_key())
+    usage = x509.KeyUsage(False, False, False, False, False, True, True, False, False)
+    root = _certificate(subject, authority, subject).add_extension(x509.BasicConstraints(True, 0), critical=True)
+    root = root.add_extension(usage, critical=True).add_extension(known, critical=False)
+    places = [*map(x509.DNSName, names), *(x509.IPAddress(ipaddress.ip_address(text)) for text in addresses)]
+    leaf = _certificate("fedmezo_jax server", server, subject)
+    leaf = leaf.add_extension(x509.SubjectAlternativeName(places), critical=False)
+    leaf = leaf.add_extension(x509.BasicConstraints(False, None), critical=True)
+    issued_by = x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(known)
+    leaf = leaf.add_extension(issued_by, critical=False)
+    for name, builder in (("ca.crt", root), ("server.crt", leaf)):
+        signed = builder.sign(authority, hashes.SHA384())
+        _write(folder / name, signed.public_bytes(serialization.Encoding.PEM))
+    _write(folder / "server.key", _pem(server))
+
+
+def make_node_key(file: Path) -> None:
+    """Writes a node's private key into the file, and its public key beside it as ``.pub``, as OpenSSH does."""
+    key = ec.generate_private_key(ec.SECP384R1())
+    encoding, form = serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH
+    _write(file, key.private_bytes(encoding, form, serialization.NoEncryption()))
+    public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    _write(file.with_suffix(".pub"), public + b"\n")

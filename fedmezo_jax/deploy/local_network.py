@@ -1,0 +1,206 @@
+"""Flower's processes of a run on this machine, as they would be on several: TLS, and nodes with registered keys."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from fedmezo_jax.deploy.credentials import make_certificates, make_node_key
+from fedmezo_jax.deploy.flower import APP
+from fedmezo_jax.errors import UserError
+
+_START = 60.0
+"""Seconds for a process to listen."""
+_GRACE = 10.0
+"""Seconds for a process to end by itself."""
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Processes:
+    """Processes with a log each, which end with the block."""
+
+    def __init__(self, logs: Path, environment: Mapping[str, str]):
+        """Starts none yet.
+
+        Args:
+            logs: folder of their logs.
+            environment: what they have in their environment beside what this process has.
+        """
+        self._logs, self._environment = logs, {**os.environ, **environment}
+        self._running: dict[str, subprocess.Popen[bytes]] = {}
+
+    def start(self, name: str, command: Sequence[object]) -> None:
+        """Starts one in a process group of its own."""
+        with (self._logs / f"{name}.log").open("ab") as log:
+            self._running[name] = subprocess.Popen(
+                [str(part) for part in command],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self._environment,
+                start_new_session=True,
+            )
+
+    def call(self, command: Sequence[object]) -> str:
+        """Runs one to its end, and returns what it prints.
+
+        Raises:
+            UserError: it fails.
+        """
+        done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=self._environment)
+        if done.returncode:
+            said = " ".join((done.stdout + done.stderr).split())[-300:]
+            raise UserError(f"{command[0]} has failed: {said}")
+        return done.stdout
+
+    def check(self) -> None:
+        """Checks that all are running.
+
+        Raises:
+            UserError: one has ended; names its log.
+        """
+        for name, process in self._running.items():
+            if process.poll() is not None:
+                log = self._logs / f"{name}.log"
+                last = log.read_text(errors="replace").strip().splitlines()[-1:]
+                raise UserError(f"{name} has ended with code {process.returncode}: see {log} ({' '.join(last)[:200]})")
+
+    def kill(self, name: str, number: int = signal.SIGKILL) -> None:
+        """Sends a signal to a process and all that it has started, and waits until it has ended."""
+        process = self._running.pop(name)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        process.wait()
+
+    def __enter__(self) -> Processes:
+        """Begins the block."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Ends them, the last one first."""
+        for process in reversed(self._running.values()):
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+        until = time.monotonic() + _GRACE
+        for process in reversed(self._running.values()):
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, until - time.monotonic()))
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+class LocalNetwork:
+    """A SuperLink and SuperNodes on this machine.
+
+    Attributes:
+        nodes: for each client the id of its SuperNode.
+        processes: all that is running.
+    """
+
+    def __init__(self, folder: Path, clients: int, processes: Processes):
+        """Makes certificates and keys; starts nothing yet.
+
+        Args:
+            folder: for certificates, keys and Flower's state.
+            clients: N.
+            processes: where they are started, with ``FLWR_HOME`` as :func:`environment` gives it.
+        """
+        self._folder, self._clients, self.processes = folder, clients, processes
+        self.nodes: list[str] = []
+        make_certificates(folder, ["localhost"], ["127.0.0.1"])
+        self._port = free_port()
+        home = folder / "flower"
+        home.mkdir(exist_ok=True)
+        (home / "config.toml").write_text(
+            f'[superlink]\ndefault = "local"\n\n[superlink.local]\naddress = "127.0.0.1:{self._port}"\n'
+            f"root-certificates = {json.dumps(str(folder / 'ca.crt'))}\n"
+        )
+
+    def start_link(self) -> None:
+        """Starts the SuperLink, and registers a key for each client.
+
+        Raises:
+            UserError: it does not listen.
+        """
+        folder = self._folder
+        tls = ["--ssl-ca-certfile", folder / "ca.crt", "--ssl-certfile", folder / "server.crt"]
+        tls += ["--ssl-keyfile", folder / "server.key"]
+        where = ["--host", "127.0.0.1", "--port", self._port, "--database", folder / "state.db"]
+        switches = ["--enable-supernode-auth", "--disable-runtime-dependency-installation"]
+        self.processes.start("superlink", [_program("flower-superlink"), *tls, *where, *switches])
+        until = time.monotonic() + _START
+        while not _listens(self._port):
+            self.processes.check()
+            if time.monotonic() > until:
+                raise UserError(f"the SuperLink does not listen at port {self._port} after {_START:g} s")
+            time.sleep(0.2)
+        for client in range(self._clients):
+            make_node_key(folder / f"node-{client}")
+            options = ["--name", f"client-{client}", "--format", "json"]
+            said = self.processes.call(
+                [_program("flwr"), "supernode", "register", folder / f"node-{client}.pub", "local", *options]
+            )
+            self.nodes.append(str(json.loads(said)["node-id"]))
+
+    def start_node(self, client: int, worker_socket: Path) -> None:
+        """Starts a client's SuperNode."""
+        folder = self._folder
+        self.processes.start(
+            f"supernode-{client}",
+            [
+                *(_program("flower-supernode"), "--superlink", f"127.0.0.1:{self._port}"),
+                *("--root-certificates", folder / "ca.crt"),
+                *("--auth-supernode-private-key", folder / f"node-{client}"),
+                *("--node-config", f'socket="{worker_socket}"', "--port", free_port()),
+            ],
+        )
+
+    def run(self, settings: Path) -> None:
+        """Has the SuperLink start the run of these settings."""
+        setting = f"settings={json.dumps(str(settings))}"
+        self.processes.call([_program("flwr"), "run", APP, "local", "--run-config", setting, "--format", "json"])
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """What Flower's processes need in their environment."""
+    packages = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
+    quiet = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+    return quiet | {"FLWR_HOME": str(folder / "flower"), "PYTHONPATH": packages, "PATH": _path()}
+
+
+def _path() -> str:
+    """Flower's programs start one another by name."""
+    return os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
+
+
+def _program(name: str) -> Path:
+    """A program of Flower, beside the interpreter that is running.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    program = Path(sys.executable).parent / name
+    if not program.exists():
+        raise UserError(f"{name} is not installed: pip install 'fedmezo_jax[flower]'")
+    return program
+
+
+def _listens(port: int) -> bool:
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        return True
+    return False

@@ -1,0 +1,73 @@
+"""A deployed run leaves what the simulation of its configuration leaves, bit for bit."""
+
+import pytest
+import small_run
+from loopback import check_same, deployed, quiet
+
+from fedmezo_jax.deploy.examples import deal_out
+from fedmezo_jax.run import divergence
+from fedmezo_jax.run.config import RunConfig
+from fedmezo_jax.run.job import fine_tune
+from fedmezo_jax.run.replay import largest_difference
+
+RUNS = {
+    "three clients": {},
+    "signed": {"signed": True},
+    "private": {"dp_epsilon": 8.0},
+    "private mean": {"dp_epsilon": 8.0, "directions_shared": True},
+    "half of eight": {"clients": 8, "participation": 0.5, "weighting": "samples", "server_optimizer": "momentum"},
+    "shared directions": {"clients": 8, "directions_shared": True, "directions": 2, "personalize": "random"},
+    "bounded norms": {"personalize": "round-wise", "aggregation": "norm-clip", "rounds": 3},
+    "clipped": {"personalize": "model-diff", "on_divergence": "clip", "weight_decay": 0.1, "rounds": 3},
+    "rolled back": {"on_divergence": "rollback", "learning_rate": 3.0},
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    with small_run.place(tmp_path_factory, "deployed") as folder:
+        yield folder
+
+
+def check(config, folder):
+    """Runs both, and compares all that they leave and the adapter that each client has."""
+    expected = fine_tune(config, folder / "simulated", check_rate=False, notify=quiet)
+    deal_out(config, folder / "data")
+    result, transport = deployed(config, folder / "data", folder / "deployed")
+    check_same(result, expected, folder / "deployed", folder / "simulated")
+    for client in transport.clients:
+        assert client.rounds == config.rounds
+        assert largest_difference(client.lora, expected.lora) is None
+    return result
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_it_is_the_simulation_bit_for_bit(name, place, tmp_path, monkeypatch):
+    if name == "clipped":
+        monkeypatch.setattr(divergence, "CLIP", 0.5)  # so that a few steps are
+    if name == "rolled back":
+        monkeypatch.setattr(divergence, "DIVERGED_ABOVE", 1.0)
+    result = check(small_run.configuration(place, **RUNS[name]), tmp_path)
+    if name == "rolled back":
+        assert any(record["rolled_back"] for record in result.metrics)
+    if name == "clipped":
+        assert any(record["clipped"] for record in result.metrics)
+
+
+def test_the_default_recipe_is_too(place, tmp_path):
+    """Its first rate comes from the clients' slopes, its validation loss from examples of the server's own."""
+    config = RunConfig(
+        model=str(place / "model"),
+        data="bundled",
+        clients=3,
+        participation=0.7,
+        partition="length",
+        rounds=4,
+        local_steps=3,
+        max_length=64,
+        test_examples=10,
+        lora_rank=2,
+        layers="last:1",
+    )
+    result = check(config, tmp_path)
+    assert {record["server_step"] for record in result.metrics} != {0.0}

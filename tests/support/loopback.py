@@ -1,0 +1,88 @@
+"""Deployed runs in this process, over a transport that can lose, delay, repeat and reorder messages."""
+
+import heapq
+import itertools
+from collections import Counter
+
+from fedmezo_jax.deploy.client import Client
+from fedmezo_jax.deploy.examples import OwnExamples
+from fedmezo_jax.deploy.server import Patience, serve
+from fedmezo_jax.deploy.transport import Reply
+from fedmezo_jax.run import signatures
+
+PATIENCE = Patience(enrolment=100.0, round=10.0)
+
+
+class Loopback:
+    """A :class:`~fedmezo_jax.deploy.transport.Transport` to objects with a method ``handle``, on a clock of its own.
+
+    ``fault(client, request)`` says what becomes of a request: None lets it be answered promptly. Otherwise it is a list
+    with a pair of delays in seconds, there and back, for each copy of the request; a delay of None loses it there.
+    """
+
+    def __init__(self, clients, fault=lambda client, request: None):
+        self.clients, self.fault = clients, fault
+        self.handled, self._now = Counter(), 0.0
+        self._order, self._queue = itertools.count(), []
+
+    def _put(self, delay, event):
+        if delay is not None:
+            heapq.heappush(self._queue, (self._now + delay, next(self._order), event))
+
+    def send(self, client, request):
+        for there, back in self.fault(client, request) or [(0.0, 0.0)]:
+            self._put(there, lambda back=back: self._deliver(client, request, back))
+
+    def _deliver(self, client, request, back):
+        self.handled[client] += 1
+        reply = Reply(client, request, self.clients[client].handle(request))
+        self._put(back, lambda: reply)
+
+    def poll(self, seconds):
+        until = self._now + seconds
+        while self._queue and self._queue[0][0] <= until:
+            due, _, event = heapq.heappop(self._queue)
+            self._now = max(self._now, due)
+            if reply := event():
+                return [reply]
+        self._now = until
+        return []
+
+    def clock(self):
+        return self._now
+
+
+def private_key(config, client):
+    return signatures.simulated_keys(config).clients[client] if config.signed else None
+
+
+def client_of(config, data, client, **options):
+    """A client with its own file of those that were dealt out."""
+    own = OwnExamples(config, [data / f"client-{client}.jsonl"])
+    return Client(client, own, private_key(config, client), **{"seeded_noise": True} | options)
+
+
+def quiet(line):
+    pass
+
+
+def deployed(config, data, out, transport=None, **options):
+    """A whole run; by default with clients that are made here. Returns the result and the transport."""
+    if transport is None:
+        transport = Loopback([client_of(config, data, client) for client in range(config.clients)])
+    files = [file for name in ("test", "validation") if (file := data / f"{name}.jsonl").exists()]
+    keys = signatures.server_keys(signatures.simulated_keys(config)) if config.signed else None
+    settings = {"exact": True, "seeded_noise": True, "patience": PATIENCE, "notify": quiet, "keys": keys}
+    return serve(config, out, transport, files, **settings | options), transport
+
+
+def without_seconds(records):
+    return [{key: value for key, value in record.items() if "seconds" not in key} for record in records]
+
+
+def check_same(one, other, folder, other_folder):
+    """Two runs left the same, bit for bit."""
+    for name in ("run.ledger", "config.json", "adapter/adapter_model.safetensors"):
+        assert (folder / name).read_bytes() == (other_folder / name).read_bytes(), name
+    assert without_seconds(one.metrics) == without_seconds(other.metrics)
+    assert (one.loss_before, one.loss_after) == (other.loss_before, other.loss_after)
