@@ -45,13 +45,11 @@ class Preset(NamedTuple):
 
     Attributes:
         run: configuration of all its runs.
-        settings: (clients, ε); None for ε is a run without privacy.
-        num_seeds: number of seeds.
+        settings: (clients, ε, number of seeds); None for ε is a run without privacy.
     """
 
     run: RunConfig
-    settings: Sequence[tuple[int, float | None]]
-    num_seeds: int
+    settings: Sequence[tuple[int, float | None, int]]
 
 
 _SMALL = RunConfig(
@@ -67,12 +65,12 @@ _SMALL = RunConfig(
 PRESETS: Mapping[runner.PresetName, Preset] = MappingProxyType(
     {
         "small": Preset(
-            _SMALL, (*((100, epsilon) for epsilon in (None, 8.0, 4.0, 2.0, 1.0)), (1000, None), (1000, 8.0)), 3
+            _SMALL, (*((100, epsilon, 3) for epsilon in (None, 8.0, 4.0, 2.0, 1.0)), (1000, None, 1), (1000, 8.0, 1))
         ),
         "paper": Preset(
-            replace(runner.PAPER, directions_shared=True, clients=100), ((100, None), (100, 8.0), (100, 1.0)), 3
+            replace(runner.PAPER, directions_shared=True, clients=100), ((100, None, 3), (100, 8.0, 3), (100, 1.0, 3))
         ),
-        "smoke": Preset(replace(_SMALL, rounds=2, test_examples=8, lora_rank=2), ((4, None), (4, 8.0)), 2),
+        "smoke": Preset(replace(_SMALL, rounds=2, test_examples=8, lora_rank=2), ((4, None, 2), (4, 8.0, 2))),
     }
 )
 
@@ -90,8 +88,8 @@ def main(config: Config) -> None:
     out = config.out or Path("runs") / f"privacy_utility-{config.preset}"
     points = [
         {"run": asdict(replace(base, clients=clients, dp_epsilon=epsilon, seed=seed))}
-        for clients, epsilon in preset.settings
-        for seed in range(config.seed, config.seed + (config.num_seeds or preset.num_seeds))
+        for clients, epsilon, seeds in preset.settings
+        for seed in range(config.seed, config.seed + (config.num_seeds or seeds))
     ]
     found, seconds = result_cache.measure(out / "points", points, lambda point: _measure(RunConfig(**point["run"])))
     table = conclude(points, found)

@@ -124,6 +124,7 @@ def test_work_for_a_run_that_a_client_does_not_know(place):
         ({"dropout": 0.1}, "real ones fail by themselves"),
         ({"deadline": 2.0}, "real ones fail by themselves"),
         ({"dp_epsilon": 8.0}, "protects nobody"),
+        ({"secure_sum": True, "directions_shared": True}, "in the clear"),
         ({"signed": True}, "private key"),
     ],
 )
