@@ -164,7 +164,7 @@ def _rows(result: RunResult) -> list[dict[str, Any]]:
     }
     forms = {"coefficients" if sends_coefficients else "lora": largest}
     if sends_coefficients:
-        forms["lora"] = dict.fromkeys(largest, len(lora_message(result.context.lora)))
+        forms["lora"] = dict.fromkeys(largest, len(lora_message(result.context.params)))
     return [
         {
             "messages": form,
@@ -184,7 +184,7 @@ def describe(setup: RunContext) -> None:
     config, llama = setup.config, setup.task.model.config
     print(
         f"{config.algorithm}: {config.model} ({llama.num_hidden_layers} layers of {llama.hidden_size}), "
-        f"{divergence.count(setup.lora):,} LoRA parameters at rank {config.lora_rank} on {config.targets} "
+        f"{divergence.count(setup.params):,} LoRA parameters at rank {config.lora_rank} on {config.targets} "
         f"of {len(setup.task.model.trained_layers)} layers"
     )
     if config.algorithm == "fedmezo":

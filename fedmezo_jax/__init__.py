@@ -6,7 +6,7 @@ The whole run, as ``python -m experiments.fedmezo`` does it, and its adapter mad
 
     result = fmz.fine_tune(fmz.RunConfig(model="tiny", rounds=5), out="runs/mine")
     print(result.loss_before, result.loss_after)
-    adapter = fmz.replay("runs/mine/run.ledger").lora
+    adapter = fmz.replay("runs/mine/run.ledger").params
 
 The algorithm alone, which trains any pytree of parameters on any loss:
 

@@ -200,9 +200,9 @@ def test_replay_makes_any_round_again(config, finished):
     folder, result, _ = finished
     whole = fmz.replay(folder / "run.ledger")
     assert (whole.rounds, whole.ledger.config, whole.ledger.rounds) == (3, config, 3)
-    jax.tree.map(np.testing.assert_array_equal, whole.lora, result.lora)
+    jax.tree.map(np.testing.assert_array_equal, whole.params, result.params)
     start = fmz.replay(str(folder / "run.ledger"), config.model, until=0)
-    jax.tree.map(np.testing.assert_array_equal, start.lora, jax.device_get(result.context.lora))
+    jax.tree.map(np.testing.assert_array_equal, start.params, jax.device_get(result.context.params))
     for until, reason in ((4, "ends after round 3"), (-1, "must be 0 or more, not -1")):
         with pytest.raises(fmz.UserError, match=reason):
             fmz.replay(folder / "run.ledger", until=until)

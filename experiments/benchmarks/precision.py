@@ -81,17 +81,17 @@ def measure(setup: RunContext, scales: list[float], count: int, probes: int) -> 
     rows = jax.tree.map(lambda leaf: jnp.asarray(leaf[:count]), setup.task.train)
     keys = jax.random.split(jax.random.fold_in(run_key(setup.config.seed), random.PRECISION), probes)
     distribution: mezo.Distribution = setup.config.distribution
-    zeros = jax.tree.map(jnp.zeros_like, setup.lora)
+    zeros = jax.tree.map(jnp.zeros_like, setup.params)
     exact_loss = loss_of(setup.task.model.clone(precision="float32"), base)
 
     @jax.jit
     def slope(loss, key):
         z = mezo.shift(zeros, mezo.Perturbation(key, 1.0, distribution))
-        return jax.jvp(lambda lora: loss(lora, rows), (setup.lora,), (z,))[1]
+        return jax.jvp(lambda lora: loss(lora, rows), (setup.params,), (z,))[1]
 
     @jax.jit
     def projected(pair_loss, key, scale):
-        plus, minus = pair_loss(setup.lora, rows, mezo.Perturbation(key, scale, distribution))
+        plus, minus = pair_loss(setup.params, rows, mezo.Perturbation(key, scale, distribution))
         return (plus - minus) / (2 * scale)
 
     exact = np.array([slope(exact_loss, key) for key in keys])

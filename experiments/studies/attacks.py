@@ -170,8 +170,8 @@ def _final_losses(attack: str, liars: int, run: Mapping[str, Any]) -> list[float
     task, key = context.task, random.run_key(config.seed)
     sizes = np.array([len(part) for part in task.parts], np.float32)
     draw = generator(config.seed, "attacks", config.clients)
-    before = task.loss_before(context.lora)
-    progress, recent = rounds.begin(init(context.lora, config.clients), config, 1.0), []
+    before = task.loss_before(context.params)
+    progress, recent = rounds.begin(init(context.params, config.clients), config, 1.0), []
     lying = np.arange(config.clients) >= config.clients - liars
     nobody = np.zeros(config.clients, np.int64)  # counts for privacy alone
 
@@ -190,7 +190,7 @@ def _final_losses(attack: str, liars: int, run: Mapping[str, Any]) -> list[float
             batches = batches._replace(labels=_flipped(batches.labels, lying, task.model.config.vocab_size))
         typical = divergence.typical(before, recent[-divergence.MEMORY :])
         work_now = work_of(progress, federated.Cohort(ids, sizes[ids], batches))
-        entry, _ = rounds.run_round(config, t, sizes, typical, work_now, context.lora, nobody)
+        entry, _ = rounds.run_round(config, t, sizes, typical, work_now, context.params, nobody)
         moved = rounds.move(config, round, progress, entry, None, key)
         progress = rounds.advance(config, progress, entry, moved)
         report = rounds.report_of(entry, config.local_steps, config.sent_directions)

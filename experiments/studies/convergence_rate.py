@@ -137,7 +137,7 @@ def _over_a_run(point: dict[str, Any]) -> dict[str, float]:
     setup = prepare(config)
     (init, round), loss = build(setup)
     everyone, ones = np.arange(config.clients, dtype=np.int32), np.ones(config.clients, np.float32)
-    state, single_loss = init(setup.lora, config.clients), loss_of(unpaired(setup.task.model), setup.task.base)
+    state, single_loss = init(setup.params, config.clients), loss_of(unpaired(setup.task.model), setup.task.base)
     picked = np.random.default_rng(0).permutation(len(setup.task.train.labels))[: 64 - 64 % (2 * config.batch_size)]
     halves = jax.tree.map(lambda leaf: jnp.asarray(leaf[picked].reshape(2, -1, *leaf.shape[1:])), setup.task.train)
     gradients_of, squared_norms = jax.jit(gradients), []
@@ -154,7 +154,7 @@ def _over_a_run(point: dict[str, Any]) -> dict[str, float]:
             first, second = np.asarray(gradients_of(single_loss, state.params, halves), np.float64)
             squared_norms.append(float(first @ second))
     test_loss = setup.task.evaluate
-    return {"gradient": float(np.mean(squared_norms)), "loss_drop": test_loss(setup.lora) - test_loss(state.params)}
+    return {"gradient": float(np.mean(squared_norms)), "loss_drop": test_loss(setup.params) - test_loss(state.params)}
 
 
 def plot(file: Path, rows: list[dict[str, Any]], slopes: list[dict[str, Any]]) -> None:

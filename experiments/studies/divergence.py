@@ -86,7 +86,7 @@ def _outcome(point: dict[str, Any]) -> dict[str, Any]:
             check_rate=False,
             notify=lambda line: None,
         )
-    trained = divergence.count(result.lora)
+    trained = divergence.count(result.params)
     diverged_rounds = [record["round"] for record in result.metrics if record["diverged"]]
     warned_rounds = [
         record["round"] for record in result.metrics if (record["gradient_growth"] or 0) > divergence.GROWTH

@@ -123,7 +123,7 @@ def _probe(data_dir: str | None, point: dict[str, Any]) -> list[list[dict[str, f
     """The probes of one H for each batch, ``[batches][probes]``."""
     names = ("model", "data", "max_length", "rank", "seed")
     setup, loss, trained = _trained(*(point[name] for name in names), data_dir, _train_rows(point))
-    params = setup.lora if point["state"] == "start" else trained
+    params = setup.params if point["state"] == "start" else trained
     mask = spectrum.layer_mask(params, point["layer"])
     key, probes_by_batch = jax.random.fold_in(run_key(point["seed"]), random.EFFECTIVE_RANK), []
     for batch in range(point["batches"]):
@@ -164,7 +164,7 @@ def _trained(
         return optax.apply_updates(params, updates), state
 
     first, size, steps = train
-    params, state, loss = setup.lora, optimizer.init(setup.lora), loss_of(setup.task.model, setup.task.base)
+    params, state, loss = setup.params, optimizer.init(setup.params), loss_of(setup.task.model, setup.task.base)
     for i in range(steps):
         params, state = step(loss, params, state, _rows(setup, first + i * size, size))
     return setup, loss, params

@@ -100,7 +100,7 @@ def adapters(context: RunContext) -> tuple[dict[str, Params], dict[str, float]]:
         return federated.Cohort(ids, np.ones(len(ids), np.float32), take(context.task.train, picks))
 
     def run(weight: float) -> tuple[federated.FederatedState, list[tuple[np.ndarray, federated.RoundReport]]]:
-        state, reports = init(context.lora, config.clients), []
+        state, reports = init(context.params, config.clients), []
         for t in range(config.rounds):
             clients = cohort(t)
             ids = np.asarray(clients.ids)
@@ -111,7 +111,7 @@ def adapters(context: RunContext) -> tuple[dict[str, Params], dict[str, float]]:
 
     whole, reports = run(1.0)
     begun = time.perf_counter()
-    left_out = init(context.lora, config.clients)
+    left_out = init(context.params, config.clients)
     for ids, report in reports:
         left_out = round.apply(left_out, ids, np.where(ids == FORGOTTEN, 0.0, 1.0), report, key)
     jax.block_until_ready(left_out)
@@ -124,7 +124,7 @@ def adapters(context: RunContext) -> tuple[dict[str, Params], dict[str, float]]:
 
 def _measure(config: RunConfig) -> dict[str, dict[str, float]]:
     context = prepare(config)
-    task, start = context.task, context.lora
+    task, start = context.task, context.params
     made, seconds = adapters(context)
     mine = task.parts[FORGOTTEN]
     others = np.concatenate([part for i, part in enumerate(task.parts) if i != FORGOTTEN])

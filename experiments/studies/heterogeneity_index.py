@@ -153,7 +153,7 @@ def _trajectory(point: dict[str, Any]) -> dict[str, Any]:
     shared, _ = build(setup._replace(config=replace(config, directions_shared=True)))
     single_loss, key = loss_of(unpaired(setup.task.model), setup.task.base), run_key(config.seed)
     everyone, ones = np.arange(config.clients, dtype=np.int32), np.ones(config.clients, np.float32)
-    state = init(setup.lora, config.clients)
+    state = init(setup.params, config.clients)
     indices: dict[str, list[list[float]]] = {name: [] for name in INDICES}
     truths, halves = [], []
     samples = _samples(setup.task.train, setup.task.parts, point["truth_rows"], config.seed)

@@ -106,7 +106,7 @@ def _measure(config: RunConfig) -> dict[str, float]:
         return {
             "loss_before": result.loss_before,
             "loss_after": result.loss_after,
-            "auc_adapter": _attack_adapter(result.context, result.lora),
+            "auc_adapter": _attack_adapter(result.context, result.params),
             "auc_ledger": _attack_ledger(result.context, folder / "run.ledger"),
         }
 
@@ -120,7 +120,7 @@ def _attack_adapter(context: RunContext, params: Params) -> float:
     task = context.task
     used = np.unique(np.concatenate([_first_examples(context, t) for t in range(context.config.rounds)]))
     lowered = [
-        example_losses(task, context.lora, rows) - example_losses(task, params, rows)
+        example_losses(task, context.params, rows) - example_losses(task, params, rows)
         for rows in (take(task.train, used), task.test)
     ]
     return auc(*lowered)
@@ -135,7 +135,7 @@ def _attack_ledger(context: RunContext, file: Path) -> float:
     _, loss = build(context)
     scores = []
     for t, entry in zip(attacked, ledger.entries(file), strict=False):
-        theta, _ = reconstruct(file, config, context.lora, t)
+        theta, _ = reconstruct(file, config, context.params, t)
         step_key = jax.random.fold_in(random.shared_key(key, t), 0)
         slopes = np.asarray(_slopes(estimator_of(config), loss, theta, candidates, step_key))
         scores.append(_scores(slopes, entry, config))

@@ -79,7 +79,7 @@ def estimators(config: runner.Config) -> list[dict[str, Any]]:
 
     # A start with a non-zero adapter: B = 0 makes half of the gradient vanish.
     start_key = jax.random.fold_in(run_key(config.seed), random.ESTIMATORS_START)
-    moved = mezo.shift(setup.lora, mezo.Perturbation(start_key, 0.02))
+    moved = mezo.shift(setup.params, mezo.Perturbation(start_key, 0.02))
     keys = jax.random.split(jax.random.fold_in(run_key(config.seed), random.ESTIMATORS), PROBES)
     measured = [jax.device_get(measure(loss, moved, key)) for key in keys]
     exact = np.array([values[0] for values in measured])

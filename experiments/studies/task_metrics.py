@@ -98,8 +98,8 @@ def main(config: Config) -> None:
             "questions": score.count,
         }
         for rounds, loss, score in (
-            (0, result.loss_before, answer(setup.lora)),
-            (run.rounds, result.loss_after, answer(result.lora)),
+            (0, result.loss_before, answer(setup.params)),
+            (run.rounds, result.loss_after, answer(result.params)),
         )
     ]
     _cli.write_folder(config, rows, time.perf_counter() - start, run=asdict(setup.config))

@@ -145,7 +145,7 @@ def _path(
         updates, state = optimizer.update(jax.grad(loss)(params, batches), state)
         return optax.apply_updates(params, updates), state
 
-    path, params, state = [setup.lora], setup.lora, optimizer.init(setup.lora)
+    path, params, state = [setup.params], setup.params, optimizer.init(setup.params)
     for _ in range(checkpoints - 1):
         for _ in range(between):
             rows = rng.choice(len(setup.task.train.labels), (4, run.batch_size))

@@ -38,7 +38,7 @@ class Client:
 
     Attributes:
         rounds: how many rounds its θ has seen.
-        lora: θ, on the host.
+        params: θ, on the host.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Client:
         return int(self._progress.state.round) if self._plan else 0
 
     @property
-    def lora(self) -> federated.Params:
+    def params(self) -> federated.Params:
         """θ as far as it has followed, on the host."""
         return jax.device_get(self._progress.state.params)
 
@@ -124,14 +124,14 @@ class Client:
         """Makes its task by the plan, and θ at the start."""
         config = self._own.config
         task = examples.client_task(self._own, self._id, plan, self._notify)
-        lora = task.init_params(init_key(config.seed))
+        params = task.init_params(init_key(config.seed))
         # The server says the learning rate: the program multiplies 1 by it.
         given = replace(config, learning_rate=1.0, personalize="frozen")
         init, self._round = algorithm(given, plan.at_once, None, plan.at_once)
         self._task: LlamaTask = task
-        self._loss = build(RunContext(config, task, lora, None, []))[1]
-        self._start, self._plan = lora, plan
-        self._progress = rounds.begin(init(lora, config.clients), config, 1.0)
+        self._loss = build(RunContext(config, task, params, None, []))[1]
+        self._start, self._plan = params, plan
+        self._progress = rounds.begin(init(params, config.clients), config, 1.0)
         self._notify(f"client {self._id} joins the run with {len(task.parts[self._id])} examples")
 
     def _end(self, end: End) -> Position:

@@ -33,7 +33,7 @@ class RunContext(NamedTuple, Generic[AnyTask]):
     Attributes:
         config: the run's, settled.
         task: model and data.
-        lora: θ at the start.
+        params: θ at the start.
         mesh: the devices it is spread over; None for one.
         categories: category of each training example, or what stands for it where the partition goes by something else.
         skipped: examples left out because they are longer than ``max_length``.
@@ -42,7 +42,7 @@ class RunContext(NamedTuple, Generic[AnyTask]):
 
     config: RunConfig
     task: AnyTask
-    lora: mezo.Params
+    params: mezo.Params
     mesh: Mesh | None
     categories: list[str]
     skipped: int = 0
@@ -76,8 +76,8 @@ def context_of(task: Task, config: RunConfig, mesh: Mesh | None = None) -> RunCo
         raise UserError(f"clients={config.clients}: the task has parts for {len(task.parts)}")
     if empty := [i for i, part in enumerate(task.parts) if not len(part)]:
         raise UserError(f"client {empty[0]} has no examples: leave it out of the task's parts")
-    lora = sharding.replicate(mesh, task.init_params(init_key(config.seed)))
-    return RunContext(config, task, lora, mesh, [""] * sum(map(len, task.parts)))
+    params = sharding.replicate(mesh, task.init_params(init_key(config.seed)))
+    return RunContext(config, task, params, mesh, [""] * sum(map(len, task.parts)))
 
 
 def build(setup: RunContext) -> tuple[federated.Federated, Any]:

@@ -187,7 +187,7 @@ def _open(
     multihost.all_or_none(check)
 
     context = multihost.all_or_none(load)
-    loss_before = context.task.loss_before(context.lora)
+    loss_before = context.task.loss_before(context.params)
     multihost.all_or_none(make if first else lambda: None)
     multihost.all_or_none(lambda: run_folder.check_shared(folder))
     return context, loss_before
@@ -203,4 +203,4 @@ def warnings(context: RunContext, check_rate: bool) -> Iterator[str]:
         return
     yield from precision_warnings(config)
     if check_rate and config.learning_rate != "auto" and config.precision != "bfloat16":
-        yield from divergence.warnings(probe_start(context), config, divergence.count(context.lora))
+        yield from divergence.warnings(probe_start(context), config, divergence.count(context.params))

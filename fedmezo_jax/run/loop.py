@@ -51,14 +51,14 @@ class RunResult(NamedTuple):
 
     Attributes:
         context: what it worked with, θ at its start among it.
-        lora: θ at the end.
+        params: θ at the end.
         loss_before: test loss of the base model, in nats.
         loss_after: test loss at the end; NaN where it is not finite.
         metrics: one record a round, as in ``metrics.jsonl``.
     """
 
     context: RunContext
-    lora: mezo.Params
+    params: mezo.Params
     loss_before: float
     loss_after: float
     metrics: list[dict[str, Any]]
@@ -124,9 +124,9 @@ def train(
 
         return automatic_rate.choose_step(validation_loss, validation_loss(0.0))
 
-    loss_before = task.loss_before(setup.lora) if loss_before is None else loss_before
+    loss_before = task.loss_before(setup.params) if loss_before is None else loss_before
     with run_checkpoints.manager(folder) as manager:
-        state = init(setup.lora, config.clients)
+        state = init(setup.params, config.clients)
         first_rate = _recorded_rate(folder) if automatic else float(config.learning_rate)
         if first_rate is None:  # the first round's work, at rate 0
             first_rate = _first_rate(setup, lambda: clients.first_report(state))
@@ -148,7 +148,9 @@ def train(
             is_new = entry is None
             if entry is None:
                 work = work_of(progress, t, signing)
-                entry, uploads = rounds.run_round(config, t, sizes, typical, work, setup.lora, participations, signing)
+                entry, uploads = rounds.run_round(
+                    config, t, sizes, typical, work, setup.params, participations, signing
+                )
             participations[entry.ids] += 1
             with clock:
                 moved = rounds.move(config, round, progress, entry, uploads, key)
@@ -182,21 +184,21 @@ def train(
             recent.extend([record] if divergence.kept(record) else [])
             if last or (t + 1) % checkpoint_every == 0:
                 run_checkpoints.save(manager, folder, progress, chain)
-            for notice in round_metrics.notices(config, record, divergence.count(setup.lora)):
+            for notice in round_metrics.notices(config, record, divergence.count(setup.params)):
                 notify(notice)
             on_round(record)
 
-    lora = jax.device_get(progress.state.params)
+    params = jax.device_get(progress.state.params)
     if multihost.is_coordinator():
-        task.save(folder, lora)
+        task.save(folder, params)
     metrics = multihost.all_or_none(lambda: run_folder.read_metrics(folder))
     loss_after = metrics[-1]["test_loss"]
-    return RunResult(setup, lora, loss_before, math.nan if loss_after is None else loss_after, metrics)
+    return RunResult(setup, params, loss_before, math.nan if loss_after is None else loss_after, metrics)
 
 
 def _first_rate(setup: RunContext, work_at_rate_0: Callable[[], federated.RoundReport]) -> float:
     """The first round's learning rate; in a private run from the bound on gradients and not from clients' numbers."""
-    config, trained = setup.config, divergence.count(setup.lora)
+    config, trained = setup.config, divergence.count(setup.params)
     if config.private:
         return automatic_rate.rate_for(config.dp_clip**2 / config.directions)
     report = work_at_rate_0() if config.algorithm == "fedmezo" else None
@@ -245,4 +247,4 @@ def probe_start(setup: RunContext) -> divergence.Probe:
     some = np.linspace(0, len(picks) - 1, PROBE_BATCHES).astype(int)
     batches = sharding.replicate(setup.mesh, take(setup.task.train, picks[some]))
     key = jax.random.fold_in(run_key(setup.config.seed), random.PROBE)
-    return divergence.probe(setup.task.pair_loss, setup.lora, batches, key, PROBE_SCALE, PROBE_DIRECTIONS)
+    return divergence.probe(setup.task.pair_loss, setup.params, batches, key, PROBE_SCALE, PROBE_DIRECTIONS)

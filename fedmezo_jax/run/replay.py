@@ -51,12 +51,12 @@ class Replay(NamedTuple):
 
     Attributes:
         ledger: what it was made from.
-        lora: θ after the last of these rounds.
+        params: θ after the last of these rounds.
         rounds: how many rounds were made.
     """
 
     ledger: VerifiedLedger
-    lora: mezo.Params
+    params: mezo.Params
     rounds: int
 
 
@@ -143,7 +143,7 @@ def _check_task(file: Path, config: ModelConfig, task: Task | None) -> None:
 def reconstruct(
     file: Path,
     config: RunConfig,
-    lora: mezo.Params,
+    start: mezo.Params,
     until: int | None,
     on_round: Callable[[int], None] = lambda done: None,
     without: int | None = None,
@@ -160,7 +160,7 @@ def reconstruct(
     Args:
         file: the ledger; every record on the way is verified, and checked against the configuration.
         config: the run's.
-        lora: θ at the start.
+        start: θ at the start.
         until: rounds to make; None means all.
         on_round: called with the number of rounds made.
         without: a client that is left out of every round; None for none.
@@ -179,8 +179,8 @@ def reconstruct(
             raise UserError(
                 f"--without {without}: the ledger holds the clients' mean alone, and not this one's numbers"
             )
-    params, done = lora, 0
-    for progress in islice(follow_ledger(file, config, lora, without), None if until is None else until + 1):
+    params, done = start, 0
+    for progress in islice(follow_ledger(file, config, start, without), None if until is None else until + 1):
         params, done = progress.state.params, int(progress.state.round)
         if done:
             on_round(done)
@@ -190,12 +190,12 @@ def reconstruct(
 
 
 def follow_ledger(
-    file: Path, config: RunConfig, lora: mezo.Params, without: int | None = None
+    file: Path, config: RunConfig, start: mezo.Params, without: int | None = None
 ) -> Iterator[rounds.Progress]:
     """A run's progress before its first round and after each round of its ledger, as :func:`reconstruct` makes it."""
     # The rates are in the ledger: what they came from need not be measured again.
     init, round = algorithm(replace(config, personalize="frozen"))
-    progress, key = rounds.begin(init(lora, config.clients), config, 1.0), run_key(config.seed)
+    progress, key = rounds.begin(init(start, config.clients), config, 1.0), run_key(config.seed)
     yield progress
     for entry in ledger_checks.entries(file, config):
         if without is not None:

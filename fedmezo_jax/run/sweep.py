@@ -110,7 +110,7 @@ def sweep(
     _, loss = build(setups[0])
     axes = SweepAxes(*(jnp.array([getattr(run, name) for run in configs], jnp.float32) for name in SweepAxes._fields))
     start = [personalization.init_signals(config.clients) for _ in setups]
-    params = _stack([setup.lora for setup in setups])
+    params = _stack([setup.params for setup in setups])
     optimizer = jax.vmap(_optimizer(config).init)(params)
     states = federated.FederatedState(params, optimizer, _stack(start), jnp.zeros(count, jnp.int32))
     keys = jnp.stack([run_key(run.seed) for run in configs])
@@ -135,7 +135,7 @@ def sweep(
             _stack(cohort._replace(batches=batches) for cohort, batches in zip(cohorts, padded, strict=True))
         )
 
-    rounds, test_losses, train_losses = [0], [[setup.task.loss_before(setup.lora) for setup in setups]], []
+    rounds, test_losses, train_losses = [0], [[setup.task.loss_before(setup.params) for setup in setups]], []
     seconds = []
     for t in range(config.rounds):
         begun = time.perf_counter()

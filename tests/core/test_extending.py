@@ -65,6 +65,6 @@ def test_the_task_is_trained_both_ways_and_replayed(tmp_path, monkeypatch):
     result = names["result"]
     assert names["task"].evaluate(names["state"].params) < 0.1 > result.loss_after
     assert result.loss_before > 1
-    jax.tree.map(np.testing.assert_array_equal, names["replayed"].lora, result.lora)
+    jax.tree.map(np.testing.assert_array_equal, names["replayed"].params, result.params)
     saved = np.load("runs/regression/params.npz")
-    jax.tree.map(np.testing.assert_array_equal, dict(saved), result.lora)
+    jax.tree.map(np.testing.assert_array_equal, dict(saved), result.params)

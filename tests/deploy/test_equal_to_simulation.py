@@ -37,7 +37,7 @@ def check(config, folder):
     check_same(result, expected, folder / "deployed", folder / "simulated")
     for client in transport.clients:
         assert client.rounds == config.rounds
-        assert largest_difference(client.lora, expected.lora) is None
+        assert largest_difference(client.params, expected.params) is None
     return result
 
 

@@ -89,7 +89,7 @@ def test_lost_late_repeated_and_reordered_messages(how, seed, place, tmp_path, m
     check_same(result, expected, tmp_path / "deployed", tmp_path / "simulated")
     assert any(record["failed"] for record in result.metrics)
     for client in transport.clients:
-        assert largest_difference(client.lora, result.lora) is None
+        assert largest_difference(client.params, result.params) is None
 
 
 def test_a_client_works_once_for_each_attempt(place, undisturbed, tmp_path, monkeypatch):
@@ -119,7 +119,7 @@ def test_a_client_that_is_restarted_catches_up_from_the_ledger(at, place, undist
     result, _ = deployed(config, place / "dealt", tmp_path / "deployed", transport, on_round=restart)
     check_same(result, undisturbed, tmp_path / "deployed", place / "undisturbed")
     assert f"client 1 has caught up with round {at} from the ledger" in lines
-    assert largest_difference(transport.clients[1].lora, result.lora) is None
+    assert largest_difference(transport.clients[1].params, result.params) is None
 
 
 def test_a_client_that_joins_late_was_dropped_until_then(place, tmp_path, monkeypatch):
@@ -158,7 +158,7 @@ def test_a_server_that_is_stopped_goes_on(stop, restarted, place, undisturbed, t
     result, _ = deployed(config, data, tmp_path / "run", transport, resume=True, checkpoint_every=3)
     check_same(result, undisturbed, tmp_path / "run", place / "undisturbed")
     for client in transport.clients:
-        assert largest_difference(client.lora, result.lora) is None
+        assert largest_difference(client.params, result.params) is None
 
 
 def test_a_server_that_is_stopped_between_ledger_and_clients_loses_no_round(place, undisturbed, tmp_path, monkeypatch):
@@ -223,7 +223,7 @@ def test_a_client_that_sends_something_else_is_left_out_alone(name, place, tmp_p
     failed = [(record["round"], event["client"]) for record in result.metrics for event in record["failed"]]
     assert failed == [(2, 1), (3, 1)]
     assert line is None or sum(line in said and "client 1" in said for said in lines) == 2
-    assert largest_difference(replay(tmp_path / "run" / "run.ledger").lora, result.lora) is None
+    assert largest_difference(replay(tmp_path / "run" / "run.ledger").params, result.params) is None
     assert [update is None for update in list(ledger.entries(tmp_path / "run" / "run.ledger"))[2].updates] == [
         *(False, True, False)
     ]
@@ -245,12 +245,12 @@ def test_a_server_whose_results_do_not_fit_is_refused_and_moves_nothing(place, t
         hello = Hello(bytes(8), client._facts, clients[0]._plan)
         client.handle(envelopes.pack(hello))
         client.handle(starts[0])
-        before = client.lora
+        before = client.params
         progressed = start.progressed._replace(results=[envelopes.Result(attempt, changed)])
         response = envelopes.unpack_response(client.handle(envelopes.pack(start._replace(progressed=progressed))))
         assert isinstance(response, envelopes.Refusal)
         assert client.rounds == 0
-        assert largest_difference(client.lora, before) is None
+        assert largest_difference(client.params, before) is None
         assert isinstance(envelopes.unpack_response(client.handle(starts[1])), envelopes.Refusal)  # the same ticket
         again = start._replace(ticket=b"another!")
         assert isinstance(envelopes.unpack_response(client.handle(envelopes.pack(again))), Answer)

@@ -23,9 +23,9 @@ def test_auc_is_the_probability_that_a_member_scores_higher():
 def test_the_mean_of_an_example_s_losses_weighted_by_labels_is_the_test_loss(smoke):
     context = prepare(RunConfig(clients=2, precision="float32", **smoke))
     task = context.task
-    losses = example_losses(task, context.lora, task.test)
+    losses = example_losses(task, context.params, task.test)
     labels = task.test.label_weights.sum(axis=1)
-    assert np.average(losses, weights=labels) == pytest.approx(task.evaluate(context.lora), rel=1e-5)
+    assert np.average(losses, weights=labels) == pytest.approx(task.evaluate(context.params), rel=1e-5)
 
 
 def test_a_ledger_in_clear_gives_its_examples_away_and_much_noise_hides_them(smoke):

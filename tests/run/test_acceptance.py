@@ -174,10 +174,10 @@ def test_a_round_goes_on_without_the_liar_as_if_it_had_not_been_there(name, conf
     absent = {2: client_failures.DROPPED}
     monkeypatch.setattr(client_failures, "absent", lambda seed, t, *_: absent if t == 1 else {})
     expected, *_ = start(tmp_path / "without", config)
-    assert largest_difference(result.lora, expected.lora) is None
+    assert largest_difference(result.params, expected.params) is None
     if config.algorithm == "fedmezo":
-        reconstructed, _ = reconstruct(tmp_path / "run" / "run.ledger", config, setup.lora, None)
-        assert largest_difference(result.lora, reconstructed) is None
+        reconstructed, _ = reconstruct(tmp_path / "run" / "run.ledger", config, setup.params, None)
+        assert largest_difference(result.params, reconstructed) is None
 
 
 def test_a_liar_is_bounded_where_steps_are_clipped_and_a_replay_agrees(config, tmp_path, monkeypatch):
@@ -194,8 +194,8 @@ def test_a_liar_is_bounded_where_steps_are_clipped_and_a_replay_agrees(config, t
     applied = [messages.unpack_update(message).projected_gradients for message in entry.updates]
     np.testing.assert_array_equal(np.abs(applied[2]), np.float32(limit))
     assert [m for i, m in enumerate(entry.updates) if i != 2] == [m for i, m in enumerate(plain.updates) if i != 2]
-    reconstructed, _ = reconstruct(tmp_path / "run" / "run.ledger", config, setup.lora, None)
-    assert largest_difference(result.lora, reconstructed) is None
+    reconstructed, _ = reconstruct(tmp_path / "run" / "run.ledger", config, setup.params, None)
+    assert largest_difference(result.params, reconstructed) is None
 
 
 @pytest.mark.parametrize("lie", [1e6, np.nan, 3e38])

@@ -128,7 +128,7 @@ def test_a_client_that_returns_nan_is_left_out_and_named(config, tmp_path, monke
     assert result.metrics[1]["failed"] == [{"attempt": 1, "client": 2, "why": client_failures.NOT_FINITE}]
     assert [record["failed"] for record in result.metrics[::2]] == [[], []]
     assert said == [f"round 2: client 2 {client_failures.NOT_FINITE}: left out"]
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(result.lora))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(result.params))
     _, entry, *_ = ledger.entries(tmp_path / "run.ledger")
     np.testing.assert_array_equal(entry.weights, [1, 1, 0, 1])
 
@@ -163,7 +163,7 @@ def test_divergence_is_reported_and_the_run_goes_on(config, tmp_path, monkeypatc
     (notice,) = said
     assert notice.startswith("round 3: the loss has exploded")
     assert nothing == []
-    jax.tree.map(np.testing.assert_array_equal, result.lora, plain.lora)
+    jax.tree.map(np.testing.assert_array_equal, result.params, plain.params)
 
 
 def test_unusual_projected_gradients_are_clipped(config, tmp_path, monkeypatch):
@@ -190,7 +190,7 @@ def test_a_diverged_round_is_rolled_back_at_half_the_rates(config, tmp_path, mon
     for record, rate in zip(result.metrics, [1e-3, 1e-3, 1e-3, 5e-4, 2.5e-4, 2.5e-4], strict=True):
         np.testing.assert_allclose(record["learning_rates"], rate, rtol=1e-6)
     undone, _ = start(tmp_path / "undone", config, rounds=4, on_divergence="rollback")
-    jax.tree.map(np.testing.assert_array_equal, undone.lora, after_one.lora)
+    jax.tree.map(np.testing.assert_array_equal, undone.params, after_one.params)
 
 
 def test_a_run_stopped_after_a_roll_back_knows_where_to_go_back_to(config, tmp_path, monkeypatch):
@@ -217,7 +217,7 @@ def test_when_all_diverge_the_round_is_rolled_back_too(config, tmp_path, monkeyp
     assert said[-1].startswith("round 2: the loss has exploded")
     assert [record["rolled_back"] for record in result.metrics] == [False, True, False, False]
     assert result.metrics[1]["train_loss"] is None
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(result.lora))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(result.params))
 
 
 # The process and the disk

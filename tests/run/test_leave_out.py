@@ -36,7 +36,7 @@ def test_it_is_the_run_in_which_the_client_fails_up_to_where_that_client_would_h
         lambda m, f, progress, chain: (seen.append(jax.device_get(progress.state.params)), save(m, f, progress, chain)),
     )
     fine_tune(config, tmp_path / "failing", checkpoint_every=1, notify=lambda line: None)
-    start = result.context.lora
+    start = result.context.params
     first, second = (reconstruct(file, config, start, t, without=1)[0] for t in (1, 2))
     assert largest_difference(seen[0], first) is None
     whole = reconstruct(file, config, start, 2)[0]
@@ -50,7 +50,7 @@ def test_a_round_that_only_this_client_answered_leaves_theta_where_it_was(place,
         client_failures, "absent", lambda seed, t, *rest: {1: client_failures.DROPPED} if t == 0 else {}
     )
     result = fine_tune(config, tmp_path / "run", notify=lambda line: None)
-    file, start = tmp_path / "run" / "run.ledger", jax.device_get(result.context.lora)
+    file, start = tmp_path / "run" / "run.ledger", jax.device_get(result.context.params)
     assert largest_difference(reconstruct(file, config, start, 1, without=0)[0], start) is None
     assert largest_difference(reconstruct(file, config, start, 2, without=0)[0], start) > 0
 

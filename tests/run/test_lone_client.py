@@ -58,7 +58,7 @@ def test_a_client_alone_gives_the_numbers_that_it_gives_among_eight(recipe, prec
         (init, round), loss = build(setup._replace(config=some, task=replace(setup.task, group_size=len(ids))))
         cohort = federated.Cohort(ids, np.ones(len(ids), np.float32), jax.tree.map(lambda leaf: leaf[ids], batches))
         rate = jnp.float32(2e-3) if config.learning_rate == "auto" else None
-        return round.work(init(setup.lora, CLIENTS), loss, cohort, run_key(config.seed), None, rate)
+        return round.work(init(setup.params, CLIENTS), loss, cohort, run_key(config.seed), None, rate)
 
     check_fewer_clients_give_the_same(report, everyone)
 
@@ -72,7 +72,7 @@ def test_block_of_one_changes_no_bit():
     ids = np.arange(4, dtype=np.int32)
     batches = round_batches(setup.task.train, setup.task.parts, ids, 0, seed=0, local_steps=2, batch_size=1)
     cohort = federated.Cohort(ids, np.ones(4, np.float32), batches)
-    state, key = init(setup.lora, 4), run_key(0)
+    state, key = init(setup.params, 4), run_key(0)
     whole = round.work(state, loss, cohort, key)
     single = build(setup._replace(task=replace(setup.task, group_size=1)))[1]
     blocked = algorithm(config, 1, None, least_width=2).round.work(state, single, cohort, key)
@@ -103,7 +103,7 @@ def test_at_the_width_of_the_round_a_client_alone_gives_the_same_numbers_on_any_
     sizes = {"seed": config.seed, "local_steps": STEPS, "batch_size": config.batch_size}
     batches = round_batches(setup.task.train, setup.task.parts, everyone, 0, **sizes)
     init, round = algorithm(config, CLIENTS, None, least_width=CLIENTS)
-    loss, state = build(setup)[1], init(setup.lora, CLIENTS)
+    loss, state = build(setup)[1], init(setup.params, CLIENTS)
 
     def report(ids):
         cohort = federated.Cohort(ids, np.ones(len(ids), np.float32), jax.tree.map(lambda leaf: leaf[ids], batches))

@@ -141,7 +141,7 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(stop, config, undisturbed, tmp
     assert seen == result.metrics == run_folder.read_metrics(tmp_path)
     assert without_seconds(result.metrics) == without_seconds(expected.metrics)
     assert (result.loss_before, result.loss_after) == (expected.loss_before, expected.loss_after)
-    jax.tree.map(np.testing.assert_array_equal, result.lora, expected.lora)
+    jax.tree.map(np.testing.assert_array_equal, result.params, expected.params)
     for file in (folder / "adapter").iterdir():
         assert (tmp_path / "adapter" / file.name).read_bytes() == file.read_bytes()
 
@@ -172,8 +172,8 @@ def test_the_finished_run_is_in_its_folder(config, undisturbed):
     assert {file.name for file in folder.iterdir()} == names
     adapter = load_adapter(folder / "adapter", setup.task.model.config)
     assert (adapter.rank, adapter.alpha, adapter.targets) == (4, 16.0, ("down_proj",))
-    jax.tree.map(np.testing.assert_array_equal, adapter.lora, result.lora)
-    assert all(np.any(halves["B"]) for halves in result.lora.values())
+    jax.tree.map(np.testing.assert_array_equal, adapter.lora, result.params)
+    assert all(np.any(halves["B"]) for halves in result.params.values())
 
 
 @pytest.mark.torch
@@ -185,7 +185,7 @@ def test_peft_s_logits_are_ours(config, undisturbed):
 
     folder, setup, result = undisturbed
     tokens = setup.task.test.tokens
-    ours, plain = (setup.task.model.apply({"params": setup.task.base}, tokens, lora) for lora in (result.lora, {}))
+    ours, plain = (setup.task.model.apply({"params": setup.task.base}, tokens, lora) for lora in (result.params, {}))
     model = peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(config.model), folder / "adapter")
     with torch.no_grad():
         theirs = model(torch.from_numpy(tokens).long()).logits.numpy()
@@ -196,7 +196,7 @@ def test_peft_s_logits_are_ours(config, undisturbed):
 def test_another_seed_is_another_run(config, undisturbed):
     setup = prepare(replace(config, seed=1))
     _, first, _ = undisturbed
-    assert not np.array_equal(setup.lora["down_proj"]["A"], first.lora["down_proj"]["A"])
+    assert not np.array_equal(setup.params["down_proj"]["A"], first.params["down_proj"]["A"])
     assert not np.array_equal(setup.task.test.tokens, first.task.test.tokens)
 
 
@@ -244,7 +244,7 @@ def test_test_loss_is_the_mean_over_all_labels_of_the_test_examples(tokens_at_on
     monkeypatch.setattr("fedmezo_jax.llama.task.TOKENS_AT_ONCE", tokens_at_once)  # the first leaves a batch to fill up
     _, setup, result = undisturbed
     task = replace(setup.task)  # which has not been evaluated yet
-    logits = np.asarray(task.model.apply({"params": task.base}, task.test.tokens, result.lora), np.float64)
+    logits = np.asarray(task.model.apply({"params": task.base}, task.test.tokens, result.params), np.float64)
     losses = [
         np.log(np.exp(logits[row, position]).sum()) - logits[row, position, label]
         for row, (_, *columns) in enumerate(zip(*task.test, strict=True))
@@ -252,7 +252,7 @@ def test_test_loss_is_the_mean_over_all_labels_of_the_test_examples(tokens_at_on
         if weight
     ]
     assert len(losses) == task.test.label_weights.sum() > 20
-    np.testing.assert_allclose(task.evaluate(result.lora), np.mean(losses), rtol=1e-6)
+    np.testing.assert_allclose(task.evaluate(result.params), np.mean(losses), rtol=1e-6)
 
 
 def test_a_round_is_done_once_it_is_in_the_ledger(config, undisturbed, tmp_path, monkeypatch):
@@ -273,14 +273,14 @@ def test_a_round_is_done_once_it_is_in_the_ledger(config, undisturbed, tmp_path,
     _, result = start(tmp_path, config)
     assert worked == [1, 2, 3, 4]
     assert without_seconds(result.metrics) == without_seconds(expected.metrics)
-    jax.tree.map(np.testing.assert_array_equal, result.lora, expected.lora)
+    jax.tree.map(np.testing.assert_array_equal, result.params, expected.params)
     assert (tmp_path / "run.ledger").read_bytes() == (folder / "run.ledger").read_bytes()
 
 
 def test_both_uplinks_give_the_same_bits(config, undisturbed, tmp_path):
     folder, _, expected = undisturbed
     _, result = start(tmp_path, replace(config, uplink="coefficients"))
-    jax.tree.map(np.testing.assert_array_equal, result.lora, expected.lora)
+    jax.tree.map(np.testing.assert_array_equal, result.params, expected.params)
     bytes_of = [name for name in result.metrics[0] if name.endswith("_bytes")]
     for record, other in zip(result.metrics, expected.metrics, strict=True):
         assert all(max(np.ravel(record[name])) * 10 < max(np.ravel(other[name])) for name in bytes_of)
@@ -295,8 +295,8 @@ def test_clients_in_blocks_end_as_all_at_once(config, undisturbed, tmp_path, mon
     at_once = 2 * setup.task.train.tokens[0].size * config.batch_size
     monkeypatch.setattr("fedmezo_jax.llama.task.TOKENS_AT_ONCE", at_once)
     _, blocked = start(tmp_path, config)  # two of the three clients and then one
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=2e-6), blocked.lora, whole.lora)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=2e-6), blocked.params, whole.params)
     for record, expected in zip(blocked.metrics, whole.metrics, strict=True):
         np.testing.assert_allclose(record["train_loss"], expected["train_loss"], rtol=1e-6)
         np.testing.assert_allclose(record["learning_rates"], expected["learning_rates"], rtol=1e-4)
-    assert np.abs(whole.lora["down_proj"]["B"]).max() > 0.01
+    assert np.abs(whole.params["down_proj"]["B"]).max() > 0.01

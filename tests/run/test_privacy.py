@@ -69,7 +69,7 @@ def test_what_is_spent_grows_with_the_participations_and_ends_at_epsilon(run):
 
 def test_a_private_run_is_replayed_bit_for_bit(run):
     _, folder, result, _ = run
-    assert largest_difference(replay(folder / "run.ledger").lora, result.lora) is None
+    assert largest_difference(replay(folder / "run.ledger").params, result.params) is None
 
 
 def test_a_client_s_numbers_move_the_record_by_no_more_than_its_norm(place, monkeypatch):

@@ -106,7 +106,7 @@ def resumed(folder, run):
 def newest(folder, setup):
     """The progress that a resumed run starts from, and why it is no later one."""
     (init, _), _ = build(setup)
-    like = rounds.begin(init(setup.lora, setup.config.clients), setup.config, 1.0)
+    like = rounds.begin(init(setup.params, setup.config.clients), setup.config, 1.0)
     with run_checkpoints.manager(folder) as manager:
         found, reasons = run_checkpoints.newest(manager, like, lambda step, seal: None)
     return found and jax.device_get(found.progress), reasons

@@ -70,8 +70,8 @@ def run(request, place):
 
 def test_any_round_is_rebuilt_bit_for_bit(run):
     folder, config, setup, seen = run
-    for t, expected in enumerate([setup.lora, *seen]):
-        reconstructed, done = reconstruct(folder / "run.ledger", config, setup.lora, t)
+    for t, expected in enumerate([setup.params, *seen]):
+        reconstructed, done = reconstruct(folder / "run.ledger", config, setup.params, t)
         assert done == t
         assert largest_difference(jax.device_get(expected), reconstructed) is None
     assert largest_difference(seen[0], seen[-1]) > 1e-5

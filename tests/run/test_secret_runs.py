@@ -70,7 +70,7 @@ def test_the_bytes_are_those_of_the_protocol_s_messages(run):
 def test_it_learns_is_replayed_bit_for_bit_and_says_what_it_is(run):
     _, folder, result, lines = run
     assert result.loss_after < result.loss_before
-    assert largest_difference(replay(folder / "run.ledger").lora, result.lora) is None
+    assert largest_difference(replay(folder / "run.ledger").params, result.params) is None
     assert all(record["train_loss"] is None for record in result.metrics)
     assert any("no single client's numbers, where at least 4 of 5 stay" in line for line in lines)
     assert "makes the same sum in the clear" in ledger.read_header(folder / "run.ledger")["privacy"]

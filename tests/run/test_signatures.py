@@ -39,12 +39,12 @@ def run(place):
 def test_a_signed_run_is_the_unsigned_one_and_is_replayed(run, place):
     config, folder, result = run
     plain = fine_tune(replace(config, signed=False), place / "plain", notify=quiet)
-    assert largest_difference(plain.lora, result.lora) is None
+    assert largest_difference(plain.params, result.params) is None
     lines = []
-    assert largest_difference(replay(folder / "run.ledger", notify=lines.append).lora, result.lora) is None
+    assert largest_difference(replay(folder / "run.ledger", notify=lines.append).params, result.params) is None
     assert "every signature holds, with the keys in its own header" in lines
     trusted = replay(folder / "run.ledger", identities=folder / "identities.json", notify=lines.append)
-    assert largest_difference(trusted.lora, result.lora) is None
+    assert largest_difference(trusted.params, result.params) is None
     assert "every signature holds, with the keys given" in lines
     signed, unsigned = result.metrics[0], plain.metrics[0]
     more = np.array(signed["client_uplink_bytes"]) - np.array(unsigned["client_uplink_bytes"])
@@ -167,7 +167,7 @@ def test_a_message_with_a_forged_signature_is_its_client_s_failure_alone(run, pl
     failed = [(event["client"], event["why"]) for event in result.metrics[1]["failed"]]
     assert failed == [(0, client_failures.UNSIGNED), (1, client_failures.UNSIGNED)]
     signatures.verify(place / "forgers" / "run.ledger")
-    assert largest_difference(replay(place / "forgers" / "run.ledger").lora, result.lora) is None
+    assert largest_difference(replay(place / "forgers" / "run.ledger").params, result.params) is None
 
 
 @pytest.mark.parametrize(

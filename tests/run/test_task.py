@@ -165,7 +165,7 @@ def finished(tmp_path_factory):
 def test_a_run_trains_and_leaves_what_every_run_leaves(finished):
     folder, result = finished
     assert result.loss_after < 0.9 * result.loss_before
-    assert result.loss_after == Network().evaluate(result.lora)
+    assert result.loss_after == Network().evaluate(result.params)
     assert [record["round"] for record in result.metrics] == [1, 2, 3, 4, 5, 6]
     assert [record["test_loss"] is None for record in result.metrics] == [True, True, False] * 2
     assert {record["tokens"] for record in result.metrics} == {(1 + 10) * 3 * STEPS * BATCH}  # a loss and ten tangents
@@ -184,7 +184,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(finished, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "run", on_round=stop)
     result = run(tmp_path / "run", resume=True)
-    assert largest_difference(result.lora, expected.lora) is None
+    assert largest_difference(result.params, expected.params) is None
     again, once = (list(ledger.entries(place / "run.ledger")) for place in (tmp_path / "run", folder))
     assert list(map(ledger.pack_entry, again)) == list(map(ledger.pack_entry, once))
 
@@ -193,9 +193,9 @@ def test_replay_rebuilds_it_bit_for_bit(finished):
     folder, result = finished
     replayed = fmz.replay(folder / "run.ledger", task=Network())
     assert replayed.rounds == 6
-    assert largest_difference(replayed.lora, result.lora) is None
+    assert largest_difference(replayed.params, result.params) is None
     start = fmz.replay(folder / "run.ledger", until=0, task=Network())
-    assert largest_difference(start.lora, jax.device_get(result.context.lora)) is None
+    assert largest_difference(start.params, jax.device_get(result.context.params)) is None
 
 
 class Stranger(Network):

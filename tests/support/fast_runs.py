@@ -50,7 +50,7 @@ class Run(NamedTuple):
     @property
     def states(self):
         """θ before each round and after the last."""
-        return [jax.device_get(self.setup.lora), *self.thetas]
+        return [jax.device_get(self.setup.params), *self.thetas]
 
 
 @contextmanager

@@ -38,7 +38,7 @@ def measure(wanted: Sequence[str], card: Any, folder: str, precision: Precision,
     first, again = (_run(Path(folder) / f"{name}-{precision}", precision, rounds) for name in ("card", "again"))
     seconds = time.perf_counter() - start
     _save_rounds(first, rounds)
-    replayed = largest_difference(_adapter(first), replay(first / "run.ledger").lora)
+    replayed = largest_difference(_adapter(first), replay(first / "run.ledger").params)
     repeated = largest_difference(_adapter(first), _adapter(again))
     yield {
         "row": wanted[0],
@@ -93,7 +93,7 @@ def _run(folder: Path, precision: Precision, rounds: int) -> Path:
 
 def _save_rounds(folder: Path, rounds: int) -> None:
     """Keeps θ after each round, as the ledger gives it on this device."""
-    thetas = [jax.tree.leaves(replay(folder / "run.ledger", until=t + 1).lora) for t in range(rounds)]
+    thetas = [jax.tree.leaves(replay(folder / "run.ledger", until=t + 1).params) for t in range(rounds)]
     np.save(folder / "theta.npy", [np.concatenate([np.ravel(leaf) for leaf in theta]) for theta in thetas])
 
 

@@ -35,13 +35,13 @@ def test_from_hidden_states_or_from_tokens_it_is_the_same_run_up_to_rounding(con
             np.testing.assert_allclose(one.projected_gradients, other.projected_gradients, rtol=0, atol=1e-4 * size)
             np.testing.assert_allclose(one.losses, other.losses, rtol=1e-5)
     assert run.result.loss_after == pytest.approx(steady.result.loss_after, rel=1e-5)
-    assert (largest_difference(run.result.lora, steady.result.lora) or 0) < 1e-4
+    assert (largest_difference(run.result.params, steady.result.params) or 0) < 1e-4
 
 
 def test_the_device_holds_the_layers_from_the_first_trained_one_on_alone(setup):
     assert {leaf.shape[0] for leaf in jax.tree.leaves(setup.task.base["layers"])} == {1}
     assert set(setup.task.base) == {"layers", "norm", "lm_head"}
-    assert {leaf.shape[0] for leaf in jax.tree.leaves(setup.lora)} == {1}
+    assert {leaf.shape[0] for leaf in jax.tree.leaves(setup.params)} == {1}
 
 
 def test_other_commands_take_an_adapter_of_some_layers(config, steady, tmp_path, monkeypatch, capsys):

@@ -86,7 +86,7 @@ def test_a_run_of_the_task_itself_replays_with_the_task(setup, steady, tmp_path)
         header["config_hash"] = ledger.config_hash(header["config"])
 
     file = changed(of_the_task, steady.folder, tmp_path / "run.ledger")
-    assert largest_difference(replay(file, task=setup.task).lora, steady.result.lora) is None
+    assert largest_difference(replay(file, task=setup.task).params, steady.result.params) is None
     other = replace(setup.task, base_hash="cd" * 32)
     with pytest.raises(UserError, match="weights are not those"):
         replay(file, task=other)

@@ -20,7 +20,7 @@ def test_a_client_that_reads_the_outcomes_follows_the_server(setup, scripted):
     """From the bytes of the outcomes alone, and its own projected gradients; a round that is not taken has none."""
     config, me = setup.config, 1
     init, round = algorithm(config)
-    state, key = init(setup.lora, 3), run_key(config.seed)
+    state, key = init(setup.params, 3), run_key(config.seed)
     for entry, record, theirs in zip(scripted.entries, scripted.result.metrics, scripted.thetas, strict=True):
         start_size = len(messages.pack_start(entry.round, 1.0))
         if not entry.step:
@@ -45,7 +45,7 @@ def test_a_client_that_reads_the_means_follows_the_server(setup, scripted):
     """The scripted run's numbers and steps, along shared directions."""
     config = replace(setup.config, directions_shared=True)
     init, round = algorithm(config)
-    progress = rounds.begin(init(setup.lora, 3), config, 1e-3)
+    progress = rounds.begin(init(setup.params, 3), config, 1e-3)
     state, key = progress.state, run_key(config.seed)
     for entry in scripted.entries:
         whole = rounds.move(config, round, progress, entry, None, key)
@@ -56,7 +56,7 @@ def test_a_client_that_reads_the_means_follows_the_server(setup, scripted):
         assert (number, step) == (entry.round, entry.step)
         state = rounds.take_step(state, round.apply_combined(state, mean.reshape(2, 4), key) if step else None, step)
         assert largest_difference(*jax.device_get((state.params, progress.state.params))) is None
-    assert largest_difference(*jax.device_get((state.params, setup.lora))) > 1e-3
+    assert largest_difference(*jax.device_get((state.params, setup.params))) > 1e-3
 
 
 @pytest.mark.parametrize("step", [None, 1, True, b"", "2", []])

@@ -20,7 +20,7 @@ from fedmezo_jax.run.replay import largest_difference, replay
 def test_the_ledger_replays_bit_for_bit_after_every_round(run):
     with recorded() as thetas:
         again = replay(run.folder / "run.ledger")
-    assert largest_difference(again.lora, run.result.lora) is None
+    assert largest_difference(again.params, run.result.params) is None
     assert len(thetas) == len(run.thetas) == ROUNDS
     for ours, theirs in zip(run.thetas, thetas, strict=True):
         assert largest_difference(ours, theirs) is None
@@ -131,9 +131,9 @@ def test_a_first_rate_beyond_all_reason_ends_no_run(setup, steady, tmp_path, mon
     monkeypatch.setattr(automatic_rate, "FIRST_MOVE", 1e36)
     run = start(tmp_path / "run", setup)
     assert {entry.step for entry in run.entries} == {0.0}
-    assert largest_difference(run.result.lora, jax.device_get(setup.lora)) is None
+    assert largest_difference(run.result.params, jax.device_get(setup.params)) is None
     assert run.result.loss_after == run.result.loss_before
-    assert largest_difference(replay(run.folder / "run.ledger").lora, run.result.lora) is None
+    assert largest_difference(replay(run.folder / "run.ledger").params, run.result.params) is None
 
 
 @pytest.mark.parametrize("step", FACTORS)

@@ -90,15 +90,15 @@ def test_momentum_and_the_clients_own_rates_are_rebuilt_too(setup, tmp_path, mon
         shutil.rmtree(resumed.folder / name)
     start(resumed.folder, ours)
     assert content(resumed.folder) == content(whole.folder)
-    assert largest_difference(replay(whole.folder / "run.ledger").lora, whole.result.lora) is None
+    assert largest_difference(replay(whole.folder / "run.ledger").params, whole.result.params) is None
 
 
 def test_a_run_that_sends_its_lora_is_the_same_run(setup, steady, tmp_path, monkeypatch):
     """The server reconstructs with the program that the clients use, so it is the same adapter bit for bit."""
     ours = setup._replace(config=replace(setup.config, uplink="lora"))
     whole = start(tmp_path / "whole", ours)
-    assert largest_difference(whole.result.lora, steady.result.lora) is None
-    assert largest_difference(replay(whole.folder / "run.ledger").lora, whole.result.lora) is None
+    assert largest_difference(whole.result.params, steady.result.params) is None
+    assert largest_difference(replay(whole.folder / "run.ledger").params, whole.result.params) is None
     resumed = stopped_and_resumed(ours, tmp_path / "cut", SETTINGS["steady"], 3, monkeypatch)
     assert content(resumed.folder) == content(whole.folder)
 
