@@ -7,13 +7,12 @@ entry alone: so a resumed run, which reads it, and a replay end where the run di
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedmezo_jax.core import federated, mezo
 from fedmezo_jax.core.mezo import Params
@@ -25,6 +24,9 @@ from fedmezo_jax.run.automatic_rate import next_rate
 from fedmezo_jax.run.config import RunConfig
 from fedmezo_jax.run.ledger import Entry
 from fedmezo_jax.run.privacy_plan import PrivacyPlan, check_budget, plan_of
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey  # only signed runs need it
 
 
 class Progress(NamedTuple):

@@ -271,6 +271,25 @@ def test_what_attacks_leave_is_that_of_the_results():
     assert f"{lost:.1f} ± {100 * bands['sign flip', 'multi-krum']:.1f} %" in section
 
 
+def test_what_privacy_costs_is_that_of_the_results():
+    section = STUDIES.split("\n## What privacy costs\n")[1].split("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("| ")][1:]
+    rows = read("privacy_utility")
+
+    def with_band(row, name, form, unit=""):
+        scale = 100 if unit else 1
+        band = row[f"{name}_band_90"]
+        return f"{scale * row[name]:{form}}{'' if band is None else f' ± {scale * band:{form}}'}{unit}"
+
+    for line, row in zip(lines, rows, strict=True):
+        lost = "–" if row["epsilon"] is None else with_band(row, "drop_lost", ".1f", " %")
+        aucs = " | ".join(with_band(row, name, ".2f") for name in ("auc_adapter", "auc_ledger"))
+        epsilon = "∞" if row["epsilon"] is None else f"{row['epsilon']:g}"
+        expected = f"| {row['clients']:,} | {epsilon} | {row['seeds']} | {row['loss_after']:.3f} | {lost} | {aucs} |"
+        assert line == expected
+        assert row["auc_ledger"] == 1 if row["epsilon"] is None else row["auc_ledger"] <= 0.52
+
+
 def test_what_forgetting_leaves_is_that_of_the_results():
     section = STUDIES.split("\n## Forgetting a client\n")[1].split("\n## ")[0]
     lines = [line for line in section.splitlines() if line.startswith("| ")][1:]
