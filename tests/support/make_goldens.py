@@ -7,6 +7,7 @@ writes ``llama.safetensors``, with every case of :data:`CASES` at every level fr
 Weights and inputs are not stored: they are drawn from ``numpy.random.RandomState``, whose streams are frozen for good.
 """
 
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -96,14 +97,14 @@ NEW_TOKENS = 12
 
 
 def raw_config(case: str) -> dict:
-    """``config.json`` of a case, without what transformers fills in."""
+    """``config.json`` of a case, without what transformers fills in, which it does in objects that it is given."""
     if case in CASES:
-        return {"model_type": "llama", **SIZES, **CASES[case]}
+        return deepcopy({"model_type": "llama", **SIZES, **CASES[case]})
     raw = SIZES | {"eos_token_id": None, "bos_token_id": None, "pad_token_id": 0} | FAMILY_CASES[case]
     flags = {"llama": 2, "smollm3": 2, "qwen3": 1}.get(raw["model_type"], 0)
     for flag in ("attention_bias", "mlp_bias")[flags:]:
         del raw[flag]
-    return raw
+    return deepcopy(raw)
 
 
 def has_bias(raw: dict, projection: str) -> bool:
