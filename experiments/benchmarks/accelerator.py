@@ -114,13 +114,24 @@ def main(config: Config) -> None:
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
-    """Returns the rows in a file, without a last one that was cut off; none where there is no file."""
+    """Returns the rows in a file, without a last one that was cut off; none where there is no file.
+
+    Raises:
+        UserError: another line is no row.
+    """
+    if not file.exists():
+        return []
     rows = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+    *lines, _ = file.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
+            row = json.loads(line)
+            known = {"row", "kind", "device_kind", "jax"} <= row.keys()
+        except (ValueError, AttributeError):
+            known = False
+        if not known:
+            raise UserError(f"{file}: line {number} is no row of this benchmark: give another folder")
+        rows.append(row)
     return rows
 
 

@@ -6,8 +6,7 @@ It holds the base model, and test and validation examples of its own. Of the cli
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,15 +23,13 @@ from fedmezo_jax.deploy.envelopes import (
     End,
     Enrolment,
     Facts,
-    Hello,
-    Plan,
     Position,
     Progressed,
-    Refusal,
     Result,
     Start,
 )
 from fedmezo_jax.deploy.examples import OwnExamples
+from fedmezo_jax.deploy.post import Post, is_a, ticket
 from fedmezo_jax.deploy.transport import Transport
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.task import LlamaTask
@@ -46,10 +43,6 @@ from fedmezo_jax.run.ledger import Entry
 from fedmezo_jax.run.loop import RunResult
 
 ENROLMENTS = "enrolments.json"
-_AGAIN = 30.0
-"""Seconds after which a client that has not enrolled is greeted again."""
-_TRIES = 4
-"""How often a client is sent a request again that it could not answer yet."""
 
 
 class Patience(NamedTuple):
@@ -150,135 +143,6 @@ def serve(
     return result
 
 
-class Post:
-    """Asks clients and collects their answers, each once.
-
-    Attributes:
-        facts: the run's.
-        plan: the run's; None until all clients are known.
-        enrolments: what clients enrolled with; empty until all are known.
-    """
-
-    def __init__(self, transport: Transport, facts: Facts, notify: Callable[[str], None]):
-        """Sends nothing yet."""
-        self.facts = facts
-        self.plan: Plan | None = None
-        self.enrolments: Sequence[Enrolment] = ()
-        self.run = agreement.run_name(facts)
-        self._transport, self._notify = transport, notify
-
-    def ask(
-        self,
-        requests: Mapping[int, Callable[[int | None], Hello | Start | End]],
-        seconds: float,
-        wanted: Callable[[envelopes.Response], bool],
-        on_refusal: Callable[[str], None] | None = None,
-    ) -> dict[int, Any]:
-        """Sends each client its request and waits until all have answered, at most so many seconds.
-
-        A client that does not know the run is greeted first, and one that is behind is sent the request again.
-
-        Args:
-            requests: for each client what makes its request from the number of rounds that its θ has seen: None where
-                the server's own knowledge must do.
-            seconds: until answers are no longer waited for.
-            wanted: whether an answer is what was asked for.
-            on_refusal: called with what a client refuses for; by default the user is told.
-
-        Returns:
-            The answers that came in, by client.
-        """
-        until, answers, tries = self._transport.clock() + seconds, {}, dict.fromkeys(requests, 0)
-        pending: dict[bytes, int] = {}
-
-        def send(client: int, request: Hello | Start | End) -> None:
-            tries[client] += 1
-            if tries[client] <= _TRIES:
-                pending[request.ticket] = client
-                self._transport.send(client, envelopes.pack(request))
-
-        for client, make in requests.items():
-            send(client, make(None))
-        while pending and (left := until - self._transport.clock()) > 0:
-            for client, request, message in self._transport.poll(left):
-                ticket = envelopes.ticket_of(request)
-                if pending.get(ticket) != client:
-                    continue  # an answer to an earlier request, or a second one
-                del pending[ticket]
-                response = None if message is None else self._read(client, ticket, message)
-                if response and wanted(response):
-                    answers[client] = response
-                elif isinstance(response, Position):
-                    send(client, self.hello() if response.round < 0 else requests[client](response.round))
-                elif isinstance(response, Enrolment) and self._is_enrolled(client, response):
-                    send(client, requests[client](response.round))
-                elif isinstance(response, Refusal):
-                    (on_refusal or self._tell)(f"client {client} refuses: {response.reason}")
-        return answers
-
-    def hello(self) -> Hello:
-        """A greeting."""
-        return Hello(ticket(), self.facts, self.plan)
-
-    def _tell(self, line: str) -> None:
-        self._notify(f"notice: {line}")
-
-    def _read(self, client: int, ticket: bytes, message: bytes) -> envelopes.Response:
-        """A response; one that cannot be read is an answer that cannot be read."""
-        try:
-            response = envelopes.unpack_response(message)
-            if response.ticket == ticket:
-                return response
-            self._tell(f"client {client}: its message answers another request")
-        except UserError as error:
-            self._tell(f"client {client}: {error}")
-        return Answer(ticket, b"", b"")
-
-    def _is_enrolled(self, client: int, enrolment: Enrolment) -> bool:
-        """Whether a client that is greeted again is the one that it was."""
-        if wrong := self._fault(client, enrolment, self.enrolments[client]):
-            self._tell(wrong)
-        return not wrong
-
-    def _fault(self, client: int, enrolment: Enrolment, before: Enrolment) -> str | None:
-        if wrong := agreement.difference(self.facts, enrolment.facts, f"client {client}"):
-            return wrong
-        same = all(np.array_equal(*pair) for pair in zip(enrolment[2:5], before[2:5], strict=True))
-        return None if same else f"client {client} has other examples than it enrolled with"
-
-    def enrol(self, clients: int, seconds: float) -> list[Enrolment]:
-        """Greets all clients until each has said what it has.
-
-        Raises:
-            UserError: one differs from the server, refuses, or does not answer.
-        """
-        until, answers = self._transport.clock() + seconds, {}
-        while missing := [client for client in range(clients) if client not in answers]:
-            if (left := until - self._transport.clock()) <= 0:
-                names = ", ".join(map(str, missing))
-                raise UserError(f"client {names} did not enrol within {seconds:g} s: start it, and try again")
-            asked = dict.fromkeys(missing, lambda _: self.hello())
-            answers |= self.ask(asked, min(left, _AGAIN), _is(Enrolment), on_refusal=_stop)
-        for client, enrolment in sorted(answers.items()):
-            before = self.enrolments[client] if self.enrolments else enrolment
-            if wrong := self._fault(client, enrolment, before):
-                raise UserError(wrong)
-        return [answers[client] for client in range(clients)]
-
-
-def _is(kind: type) -> Callable[[envelopes.Response], bool]:
-    return lambda response: isinstance(response, kind)
-
-
-def _stop(line: str) -> None:
-    raise UserError(line)
-
-
-def ticket() -> bytes:
-    """A new one."""
-    return os.urandom(envelopes.TICKET_BYTES)
-
-
 class RemoteClients:
     """Clients behind a transport, as the loop sees them (:class:`~fedmezo_jax.run.clients.Clients`)."""
 
@@ -349,7 +213,7 @@ class RemoteClients:
             return lambda seen: Start(ticket(), *head, self._progressed(id, t, seen))
 
         requests = {id: start_of(id, float(rate)) for id, rate in zip(map(int, ids), rates, strict=True)}
-        answers = self._post.ask(requests, self._patience.round, _is(Answer))
+        answers = self._post.ask(requests, self._patience.round, is_a(Answer))
         self._known |= dict.fromkeys(answers, t)
         told = [answers.get(int(id)) for id in ids]
         return [answer and Message(answer.update, None, answer.signature or None) for answer in told]
@@ -392,11 +256,18 @@ def write_enrolments(file: Path, enrolments: Sequence[Enrolment]) -> None:
 
 
 def read_enrolments(file: Path, facts: Facts) -> list[Enrolment] | None:
-    """What :func:`write_enrolments` wrote; None where there is nothing."""
+    """What :func:`write_enrolments` wrote; None where there is nothing.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     if not file.exists():
         return None
-    rows = json.loads(file.read_text(encoding="utf-8"))["clients"]
-    return [
-        Enrolment(b"", facts, Width(*row["shape"]), np.array(row["lengths"]), np.array(row["labels"]), 0)
-        for row in rows
-    ]
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8"))["clients"]
+        return [
+            Enrolment(b"", facts, Width(*row["shape"]), np.array(row["lengths"]), np.array(row["labels"]), 0)
+            for row in rows
+        ]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{file}: is damaged: put an intact copy in its place, or start with another --out") from None

@@ -10,6 +10,7 @@ from loopback import Loopback, check_same, client_of, deployed, quiet
 from fedmezo_jax.deploy import envelopes
 from fedmezo_jax.deploy.envelopes import Answer, Hello, Position, Start
 from fedmezo_jax.deploy.examples import deal_out
+from fedmezo_jax.deploy.server import ENROLMENTS, read_enrolments
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.run import client_failures, ledger, loop, messages
 from fedmezo_jax.run.job import fine_tune
@@ -159,6 +160,14 @@ def test_a_server_that_is_stopped_goes_on(stop, restarted, place, undisturbed, t
     check_same(result, undisturbed, tmp_path / "run", place / "undisturbed")
     for client in transport.clients:
         assert largest_difference(client.params, result.params) is None
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"clients": [1]}', '{"clients": [{"shape": [8, 8]}]}'])
+def test_damaged_enrolments_are_refused_by_name(content, tmp_path):
+    file = tmp_path / ENROLMENTS
+    file.write_text(content)
+    with pytest.raises(UserError, match=r"enrolments.json: is damaged"):
+        read_enrolments(file, {})
 
 
 def test_a_server_that_is_stopped_between_ledger_and_clients_loses_no_round(place, undisturbed, tmp_path, monkeypatch):

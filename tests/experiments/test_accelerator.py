@@ -289,6 +289,17 @@ def test_it_runs_without_packages_that_only_other_commands_need(tmp_path):
     assert compared["theta_bits"] == 2 * 32 * 5 * 8 * (128 + 128 + 128 + 64)  # of two rounds
 
 
+@pytest.mark.parametrize("damage", [b"{", b"[1]", b"\xff\xfe", b'{"row": "card"}'])
+def test_a_damaged_line_is_refused_and_nothing_is_lost(damage, tmp_path, monkeypatch, capsys):
+    row = json.dumps({"row": "card", "kind": "card", "device_kind": "cpu", "jax": "0.10"}).encode()
+    content = b"\n".join([row, damage, row, b""])
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "--out", tmp_path)
+    assert "rows.jsonl: line 2 is no row of this benchmark" in capsys.readouterr().err
+    assert (tmp_path / "rows.jsonl").read_bytes() == content
+
+
 def test_a_folder_of_another_device_is_refused(tmp_path):
     rows = [{"row": "card", "device_kind": "NVIDIA H100 80GB HBM3", "jax": "0.11.2"}]
     accelerator.check_same(rows, {"device_kind": "NVIDIA H100 80GB HBM3", "jax": "0.11.2"}, tmp_path)
