@@ -106,8 +106,7 @@ def main(config: Config) -> None:
     """Runs every attack against every rule, prints the table, draws the matrix."""
     preset = PRESETS[config.preset]
     settings = preset.settings if config.settings is None else _settings(config.settings)
-    changed = {name: getattr(config, name) for name in ("rounds", "model", "data", "data_dir")}
-    base = replace(preset.run, **{name: value for name, value in changed.items() if value is not None})
+    base = runner.changed(config, preset.run)
     out = config.out or Path("runs") / f"attacks-{config.preset}"
     points = [
         {"attack": attack, "liars": liars, "run": asdict(run)}

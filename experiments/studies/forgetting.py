@@ -74,8 +74,7 @@ class Config(runner.Config):
 def main(config: Config) -> None:
     """Makes the three adapters of each partition and seed, prints the table and draws it."""
     preset = PRESETS[config.preset]
-    changed = {name: getattr(config, name) for name in ("rounds", "model", "data", "data_dir")}
-    base = replace(preset.run, **{name: value for name, value in changed.items() if value is not None})
+    base = runner.changed(config, preset.run)
     out = config.out or Path("runs") / f"forgetting-{config.preset}"
     seeds = range(config.seed, config.seed + (config.num_seeds or preset.num_seeds))
     points = [

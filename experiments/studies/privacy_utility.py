@@ -83,8 +83,7 @@ class Config(runner.Config):
 def main(config: Config) -> None:
     """Runs every ε, prints the table and draws it."""
     preset = PRESETS[config.preset]
-    changed = {name: getattr(config, name) for name in ("rounds", "model", "data", "data_dir")}
-    base = replace(preset.run, **{name: value for name, value in changed.items() if value is not None})
+    base = runner.changed(config, preset.run)
     out = config.out or Path("runs") / f"privacy_utility-{config.preset}"
     points = [
         {"run": asdict(replace(base, clients=clients, dp_epsilon=epsilon, seed=seed))}

@@ -180,6 +180,12 @@ def tuned_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     ]
 
 
+def changed(config: Config, run: RunConfig) -> RunConfig:
+    """Returns a preset's run with the options that the command line changes."""
+    options = {key: getattr(config, key) for key in ("rounds", "model", "data", "data_dir")}
+    return replace(run, **{key: value for key, value in options.items() if value is not None})
+
+
 def run(
     config: Config,
     name: str,
@@ -203,8 +209,7 @@ def run(
     start = time.perf_counter()
     preset = presets[config.preset]
     out = config.out or Path("runs") / f"{name}-{config.preset}"
-    changed = {key: getattr(config, key) for key in ("rounds", "model", "data", "data_dir")}
-    base = replace(preset.run, **{key: value for key, value in changed.items() if value is not None})
+    base = changed(config, preset.run)
     seeds = range(config.seed, config.seed + (config.num_seeds or preset.num_seeds))
     plan = {label: [replace(base, **fields, seed=seed) for seed in seeds] for label, fields in preset.variants.items()}
     curves = _finish([one for runs in plan.values() for one in runs], preset.eval_every, out / "finished")
