@@ -172,7 +172,6 @@ def _final_losses(attack: str, liars: int, run: Mapping[str, Any]) -> list[float
     before = task.loss_before(context.params)
     progress, recent = rounds.begin(init(context.params, config.clients), config, 1.0), []
     lying = np.arange(config.clients) >= config.clients - liars
-    nobody = np.zeros(config.clients, np.int64)  # counts for privacy alone
 
     def work_of(progress: rounds.Progress, cohort: federated.Cohort) -> rounds.Work:
         def answers(attempt: int, limit: float) -> rounds.Answers:
@@ -189,7 +188,7 @@ def _final_losses(attack: str, liars: int, run: Mapping[str, Any]) -> list[float
             batches = batches._replace(labels=_flipped(batches.labels, lying, task.model.config.vocab_size))
         typical = divergence.typical(before, recent[-divergence.MEMORY :])
         work_now = work_of(progress, federated.Cohort(ids, sizes[ids], batches))
-        entry, _ = rounds.run_round(config, t, sizes, typical, work_now, context.params, nobody)
+        entry, _ = rounds.run_round(config, t, sizes, typical, work_now, context.params)
         moved = rounds.move(config, round, progress, entry, None, key)
         progress = rounds.advance(config, progress, entry, moved)
         report = rounds.report_of(entry, config.local_steps, config.sent_directions)

@@ -35,6 +35,11 @@ def _take(seed: int, client: int, n: int, start: int, count: int) -> np.ndarray:
     return walk[start - blocks[0] * walk_length :][:count]
 
 
+def uses_in_round(seed: int, client: int, n: int, round_index: int, count: int) -> np.ndarray:
+    """How often a round uses each of a client's n examples, int64 [n], where it takes ``count`` of them."""
+    return np.bincount(_take(seed, client, n, round_index * count, count), minlength=n)
+
+
 def round_picks(
     rows: Any,
     parts: Sequence[np.ndarray],

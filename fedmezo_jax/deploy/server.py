@@ -35,7 +35,7 @@ from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.task import LlamaTask
 from fedmezo_jax.run import messages, results, rounds, run_folder, signatures
 from fedmezo_jax.run.acceptance import Expected, Message, receive
-from fedmezo_jax.run.clients import damping, example_counts
+from fedmezo_jax.run.clients import damping
 from fedmezo_jax.run.config import RunConfig
 from fedmezo_jax.run.context import RunContext, build, context_of, round_examples
 from fedmezo_jax.run.job import run_in_folder, to_stderr
@@ -157,7 +157,7 @@ class RemoteClients:
         """
         self._setup, self._post, self._folder, self._patience = setup, post, folder, patience
         (_, self._round), _ = build(setup)
-        self._key, self._sizes = run_key(setup.config.seed), example_counts(setup)
+        self._key, self._sizes = run_key(setup.config.seed), setup.example_counts
         self._known: dict[int, int] = {}  # the round of each client's θ, as far as this process has heard
         self._results: dict[int, tuple[int, messages.Outcome | results.Mean | None]] = {}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from fedmezo_jax.core import federated, transforms
 from fedmezo_jax.core.random import run_key
 from fedmezo_jax.data.batches import take
 from fedmezo_jax.parallel import sharding
-from fedmezo_jax.run import rounds, signatures
+from fedmezo_jax.run import example_privacy, rounds, signatures
 from fedmezo_jax.run.config import RunConfig
 from fedmezo_jax.run.context import RunContext, build, round_examples
 from fedmezo_jax.run.ledger import Entry
@@ -48,7 +48,7 @@ class SimulatedClients:
         config = setup.config
         (_, self._round), self._loss = build(setup)
         self._config, self._key = config, run_key(config.seed)
-        self._sizes = example_counts(setup)
+        self._sizes = setup.example_counts
         self._cohort = _cohorts(setup)
         self._private_keys = signatures.simulated_keys(config).clients if config.signed else ()
 
@@ -77,11 +77,6 @@ class SimulatedClients:
         """They have nothing to follow: each round starts from the server's own θ."""
 
 
-def example_counts(setup: RunContext) -> np.ndarray:
-    """``[N]`` float32, how many examples each client has."""
-    return np.array([len(part) for part in setup.task.parts], np.float32)
-
-
 def damping(config: RunConfig, progress: rounds.Progress) -> jax.Array | None:
     """What a round's learning rates are multiplied by; None where nothing can change them."""
     adapts = config.learning_rate == "auto" or config.on_divergence == "rollback"
@@ -90,12 +85,19 @@ def damping(config: RunConfig, progress: rounds.Progress) -> jax.Array | None:
 
 def _cohorts(setup: RunContext) -> Callable[[int, int], federated.Cohort]:
     """``cohort(t, attempt)``: a round's clients and their batches."""
-    sizes, task = example_counts(setup), setup.task
+    config, sizes, task = setup.config, setup.example_counts, setup.task
 
     @lru_cache(maxsize=2)
     def cohort(t: int, attempt: int) -> federated.Cohort:
-        ids, picks = round_examples(setup.config, task, t, attempt)
-        batches = sharding.shard_clients(setup.mesh, len(ids), lambda at: take(task.train, picks[at]))
+        ids, picks = round_examples(config, task, t, attempt)
+
+        def batches_of(at: Any) -> Any:
+            batches = take(task.train, picks[at])
+            if not config.protects_examples:
+                return batches
+            return example_privacy.add_noise(config, batches, ids[at], sizes[ids[at]], t, attempt)
+
+        batches = sharding.shard_clients(setup.mesh, len(ids), batches_of)
         return federated.Cohort(ids, sizes[ids], batches)
 
     return cohort

@@ -78,6 +78,8 @@ class RunConfig(
             self._require("algorithm", self.algorithm == "fedmezo", f"fedmezo with {option}, which is about scalars")
             self._require("uplink", self.sends_coefficients, f"coefficients with {option}, which is about these")
             for name, needed in PRIVATE.items():
+                if name == "aggregation" and not self.secure_sum and self.protects_examples:
+                    continue  # a client's numbers are private as they are
                 rule = f"{needed} with {option}: anything else would follow from single clients' numbers"
                 self._require(name, getattr(self, name) == needed, rule)
         if self.secure_sum and not self.directions_shared:
@@ -97,7 +99,7 @@ class RunConfig(
     @property
     def keeps_mean(self) -> bool:
         """Whether the server keeps the clients' mean alone, and no single client's numbers."""
-        return self.secure_sum or (self.private and self.directions_shared)
+        return self.secure_sum or (self.private and self.directions_shared and not self.protects_examples)
 
     @property
     def threshold(self) -> int:

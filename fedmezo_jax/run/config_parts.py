@@ -246,12 +246,16 @@ class PrivacyConfig(Options):
     """What the server, and whoever reads the ledger, may learn of a client."""
 
     dp_epsilon: float | None = None
-    """ε of each client's differential privacy after all rounds: projected gradients are clipped in norm and noise is
-    added to their mean, or with directions of their own to each client's; losses are not sent"""
+    """ε of differential privacy after all rounds: projected gradients are clipped in norm and noise is added; losses
+    are not sent"""
+    dp_unit: Literal["client", "example"] = "client"
+    """what is protected: all that a client sends, by noise on the clients' mean (or with directions of their own on
+    what each sends); or each single example of a client, by noise that the client adds in every local step"""
     dp_delta: float = 1e-5
     """δ that goes with it"""
     dp_clip: float = 1.0
-    """root mean square to which a client's projected gradients of a round are clipped together"""
+    """root mean square to which projected gradients are clipped together: those of a client in a round, or with
+    --dp-unit example those of an example in a step"""
     secure_sum: bool = False
     """the server learns the sum of a round's projected gradients and no single client's (with --directions-shared);
     with --dp-epsilon each client adds a share of the noise; losses are not sent"""
@@ -266,6 +270,11 @@ class PrivacyConfig(Options):
     def private(self) -> bool:
         """Whether clients' numbers are clipped and noised."""
         return self.dp_epsilon is not None
+
+    @property
+    def protects_examples(self) -> bool:
+        """Whether each local step is private in the examples of its batch."""
+        return self.private and self.dp_unit == "example"
 
     @property
     def sends_losses(self) -> bool:

@@ -13,12 +13,14 @@ from jax.tree_util import Partial
 
 from fedmezo_jax.core import aggregation, client, federated, mezo, personalization
 from fedmezo_jax.core.estimators import Estimator, ForwardGradient, TwoPoint
+from fedmezo_jax.core.per_example import PerExample
 from fedmezo_jax.core.random import init_key
 from fedmezo_jax.core.task import Task
 from fedmezo_jax.data.batches import round_picks
 from fedmezo_jax.data.partition import heterogeneity
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.parallel import sharding
+from fedmezo_jax.run import example_privacy
 from fedmezo_jax.run.config import RunConfig
 from fedmezo_jax.run.config_parts import LocalConfig
 
@@ -52,6 +54,11 @@ class RunContext(NamedTuple, Generic[AnyTask]):
     def heterogeneity(self) -> float:
         """Mean total-variation distance between a client's categories and all examples' categories."""
         return heterogeneity(list(self.task.parts), self.categories)
+
+    @property
+    def example_counts(self) -> np.ndarray:
+        """``[N]`` float32, how many examples each client has."""
+        return np.array([len(part) for part in self.task.parts], np.float32)
 
 
 def round_examples(config: RunConfig, task: Task, t: int, attempt: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -96,7 +103,10 @@ def algorithm(
 ) -> federated.Federated:
     """The run's ``(init, round)``; its server's half needs neither model nor data."""
     if config.algorithm == "fedmezo":
-        work = _shared(client.estimator_client, estimator_of(config))
+        estimator = estimator_of(config)
+        if config.protects_examples:
+            estimator = PerExample(estimator, example_privacy.norm_of(config))
+        work = _shared(client.estimator_client, estimator)
     else:
         work = _shared(back_propagation, config.local_optimizer, config.weight_decay)
     rate = 1.0 if config.learning_rate == "auto" else config.learning_rate

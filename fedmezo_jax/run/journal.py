@@ -84,8 +84,9 @@ def open_journal(
     header = None  # back-propagated steps are no scalars that could rebuild the run
     if config.algorithm == "fedmezo":
         public_keys = keys.public if keys else b""
+        counts = setup.example_counts if config.protects_examples else None
         header = ledger.make_header(
-            asdict(config), setup.task.hash_frozen(), versions(), first_rate, describe(config), public_keys
+            asdict(config), setup.task.hash_frozen(), versions(), first_rate, describe(config), public_keys, counts
         )
     steps, written = manager.all_steps(), run_folder.metrics_bytes(folder).count(b"\n")
 

@@ -176,6 +176,7 @@ def make_header(
     first_rate: float,
     privacy: str = "",
     identities: bytes = b"",
+    example_counts: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """The first record: all that a replay needs besides the base weights, and what it ran on.
 
@@ -186,6 +187,7 @@ def make_header(
         first_rate: base learning rate of the first round.
         privacy: what is guaranteed, and where the noise came from; empty without ``--dp-epsilon``.
         identities: public keys of the server and of each client, 32 bytes each; empty without ``--signed``.
+        example_counts: ``[N]``, how many examples each client has, where single examples are private; None elsewhere.
     """
     device = jax.devices()[0]
     return {
@@ -199,9 +201,15 @@ def make_header(
         "first_rate": float(first_rate),
         "privacy": privacy,
         "identities": identities,
+        "example_counts": b"" if example_counts is None else example_counts.astype("<u4").tobytes(),
         "versions": dict(versions),
         "backend": {"platform": device.platform, "device": device.device_kind, "devices": jax.device_count()},
     }
+
+
+def example_counts(header: Mapping[str, Any]) -> np.ndarray:
+    """``[N]`` int64 from a header; empty where single examples are not private."""
+    return np.frombuffer(header["example_counts"], "<u4").astype(np.int64)
 
 
 class Record(NamedTuple):

@@ -21,10 +21,11 @@ from fedmezo_jax.run.acceptance import LARGEST, Expected, Message, receive
 from fedmezo_jax.run.automatic_rate import STEPS, next_rate
 from fedmezo_jax.run.config import RunConfig, config_from
 from fedmezo_jax.run.ledger import Entry
-from fedmezo_jax.run.privacy_plan import PrivacyPlan, plan_of
+from fedmezo_jax.run.privacy_plan import Budget, open_budget
 
-MOST_CLIENTS, MOST_GRADIENTS = 10**7, 2**28
-"""Largest N, and P·H·n, of a ledger that is read: what a replay holds in memory grows with them."""
+MOST_CLIENTS, MOST_GRADIENTS, MOST_EXAMPLES = 10**7, 2**28, 10**8
+"""Largest N, P·H·n, and number of private examples, of a ledger that is read: what a replay holds in memory grows with
+them."""
 _ROUNDING = 1e-5
 
 
@@ -42,6 +43,10 @@ def run_config(header: Mapping[str, Any], file: Path) -> RunConfig:
         raise UserError(f"{refusal}: {config.clients} clients are more than {MOST_CLIENTS}")
     if config.participants * config.local_steps * config.directions > MOST_GRADIENTS:
         raise UserError(f"{refusal}: a round of it has more than {MOST_GRADIENTS} projected gradients")
+    if config.protects_examples:
+        counts = ledger.example_counts(header)
+        if not np.all(counts) or np.sum(counts) > MOST_EXAMPLES:
+            raise UserError(f"{refusal}: its clients cannot have {np.min(counts)} to {np.max(counts)} examples")
     return config
 
 
@@ -51,13 +56,13 @@ def entries(file: Path, config: RunConfig, first: int = 0) -> Iterator[Entry]:
     Raises:
         UserError: a record is damaged, or an entry is not one that the configuration permits; names the round.
     """
-    rate, plan = float(ledger.read_header(file)["first_rate"]), plan_of(config)
-    participations = np.zeros(config.clients, np.int64)
+    header = ledger.read_header(file)
+    rate, budget = float(header["first_rate"]), open_budget(config, ledger.example_counts(header))
     for index, entry in enumerate(ledger.entries(file)):
         wrong = _fault(entry, index, config, rate)
         if not wrong:
-            participations[entry.ids] += 1
-            wrong = _privacy_fault(entry, plan, participations)
+            budget = budget and budget.after(index, entry.ids)
+            wrong = _privacy_fault(entry, budget)
         if wrong:
             raise UserError(
                 f"{file}: the record of round {index + 1} does not fit the run: {wrong}: give the ledger as the run "
@@ -89,11 +94,11 @@ def _fault(entry: Entry, index: int, config: RunConfig, rate: float) -> str | No
     return _failed_fault(entry, config) or _number_fault(entry, config, rate)
 
 
-def _privacy_fault(entry: Entry, plan: PrivacyPlan | None, participations: np.ndarray) -> str | None:
-    """What is wrong with the ε of an entry, by the rounds that each client has taken part in."""
-    if plan and np.max(participations) > plan.participations:
-        return f"a client takes part in more than {plan.participations} rounds"
-    expected = plan.spent(participations) if plan else 0.0
+def _privacy_fault(entry: Entry, budget: Budget | None) -> str | None:
+    """What is wrong with the ε of an entry, by what is spent after it."""
+    if budget and budget.exceeded:
+        return budget.exceeded
+    expected = budget.epsilon if budget else 0.0
     if not math.isclose(entry.epsilon, expected, rel_tol=1e-6):
         return f"it says that ε = {entry.epsilon:g} is spent, and {expected:g} is"
     return None

@@ -15,9 +15,9 @@ import msgpack
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.run.reader import ERRORS
 
-FORMAT, VERSION, KEYS = "fedmezo ledger", 3, "threefry2x32"
+FORMAT, VERSION, KEYS = "fedmezo ledger", 4, "threefry2x32"
 """Version 1 held products of learning rates and projected gradients; version 2 lacked what privacy and signatures
-take."""
+take, version 3 the numbers of examples that the privacy of examples takes."""
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
@@ -50,7 +50,7 @@ def _fault(header: dict[str, Any]) -> str | None:
     """What is wrong with a header, or None."""
     texts = ("config_hash", "base_hash", "keys", "distribution", "privacy")
     groups = {"config": (str, int, float, bool, type(None)), "versions": (str,), "backend": (str, int)}
-    if odd := header.keys() ^ {"format", "version", "first_rate", "identities", *texts, *groups}:
+    if odd := header.keys() ^ {"format", "version", "first_rate", "identities", "example_counts", *texts, *groups}:
         return f"{', '.join(sorted(map(str, odd)))} is missing or unknown"
     if any(not isinstance(header[name], str) for name in texts):
         return f"one of {', '.join(texts)} is no text"
@@ -72,6 +72,10 @@ def _fault(header: dict[str, Any]) -> str | None:
     keys, config = header["identities"], header["config"]
     if type(keys) is not bytes or len(keys) != (32 * (config.get("clients", 0) + 1) if config.get("signed") else 0):
         return "identities are not a public key for the server and each client"
+    counts = header["example_counts"]
+    private = config.get("dp_epsilon") is not None and config.get("dp_unit") == "example"
+    if type(counts) is not bytes or len(counts) != (4 * config.get("clients", 0) if private else 0):
+        return "example_counts are not a number for each client"
     if "jax" not in header["versions"] or header["backend"].keys() != {"platform", "device", "devices"}:
         return "versions or backend lacks an entry"
     return None

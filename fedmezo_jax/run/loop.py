@@ -27,10 +27,11 @@ from fedmezo_jax.run import (
     run_folder,
     signatures,
 )
-from fedmezo_jax.run.clients import Clients, SimulatedClients, example_counts
+from fedmezo_jax.run.clients import Clients, SimulatedClients
 from fedmezo_jax.run.config import RunConfig
 from fedmezo_jax.run.context import RunContext, build, round_examples
 from fedmezo_jax.run.journal import open_journal
+from fedmezo_jax.run.privacy_plan import open_budget
 from fedmezo_jax.run.traffic import traffic_of
 
 
@@ -101,7 +102,7 @@ def train(
     config, task, mesh = setup.config, setup.task, setup.mesh
     (init, round), _ = build(setup)
     key = run_key(config.seed)
-    sizes = example_counts(setup)
+    sizes = setup.example_counts
     passes = forward_passes(config)
     automatic = config.learning_rate == "auto"
     clients = clients or SimulatedClients(setup)
@@ -134,9 +135,9 @@ def train(
         journal = open_journal(setup, folder, manager, fresh, first_rate, keys, notify)
         progress, signing = journal.progress, journal.signing
         first = int(progress.state.round)
-        participations = np.zeros(config.clients, np.int64)
+        budget = open_budget(config, sizes)
         for record in journal.metrics:
-            participations[record["participants"]] += 1
+            budget = budget and budget.after(record["round"] - 1, np.array(record["participants"]))
             on_round(record)
         recent = deque(filter(divergence.kept, journal.metrics), divergence.MEMORY)
         journal.metrics.clear()  # a long run's records are on the disk and not in memory
@@ -148,10 +149,8 @@ def train(
             is_new = entry is None
             if entry is None:
                 work = work_of(progress, t, signing)
-                entry, uploads = rounds.run_round(
-                    config, t, sizes, typical, work, setup.params, participations, signing
-                )
-            participations[entry.ids] += 1
+                entry, uploads = rounds.run_round(config, t, sizes, typical, work, setup.params, budget, signing)
+            budget = budget and budget.after(t, entry.ids)
             with clock:
                 moved = rounds.move(config, round, progress, entry, uploads, key)
                 if is_new and automatic and moved is not None:

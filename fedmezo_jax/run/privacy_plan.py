@@ -1,16 +1,36 @@
-"""What ``--dp-epsilon`` means for a run: norm, noise, who adds it, and how often a client may take part."""
+"""What ``--dp-epsilon`` means for a run that protects clients: norm, noise, who adds it, and how often a client may
+take part. :mod:`example_privacy` has the same for single examples.
+"""
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from fedmezo_jax.core.aggregation import sample_participants
-from fedmezo_jax.errors import UserError
 from fedmezo_jax.privacy import accountant
+from fedmezo_jax.run import example_privacy
 from fedmezo_jax.run.config import RunConfig
+
+
+class Budget(Protocol):
+    """What has been spent of a run's privacy, and whether that is more than was planned."""
+
+    @property
+    def epsilon(self) -> float:
+        """ε that is spent."""
+        ...
+
+    @property
+    def exceeded(self) -> str | None:
+        """Which part of the plan is exceeded, or None."""
+        ...
+
+    def after(self, t: int, ids: np.ndarray) -> Budget:
+        """The budget after clients have taken part in round ``t``, counted from 0."""
+        ...
 
 
 class PrivacyPlan(NamedTuple):
@@ -30,15 +50,40 @@ class PrivacyPlan(NamedTuple):
     delta: float
     participations: int
 
-    def spent(self, participations: np.ndarray) -> float:
-        """ε of the client that took part most often, by ``[N]`` numbers of rounds."""
-        return accountant.spent(self.noise, self.delta, int(np.max(participations)))
+
+class ClientBudget(NamedTuple):
+    """The budget of a run that protects clients.
+
+    Attributes:
+        plan: the run's.
+        participations: ``[N]`` rounds that each client has taken part in.
+    """
+
+    plan: PrivacyPlan
+    participations: np.ndarray
+
+    @property
+    def epsilon(self) -> float:
+        """ε of the client that took part most often."""
+        return accountant.spent(self.plan.noise, self.plan.delta, int(np.max(self.participations)))
+
+    @property
+    def exceeded(self) -> str | None:
+        """See :class:`Budget`; a round that is tried again with other clients can lead there."""
+        over = np.max(self.participations) > self.plan.participations
+        return f"a client takes part in more than {self.plan.participations} rounds" if over else None
+
+    def after(self, t: int, ids: np.ndarray) -> ClientBudget:
+        """See :class:`Budget`."""
+        participations = self.participations.copy()
+        participations[ids] += 1
+        return self._replace(participations=participations)
 
 
 @lru_cache(maxsize=8)
 def plan_of(config: RunConfig) -> PrivacyPlan | None:
-    """The plan of a run; None where it is not private."""
-    if config.dp_epsilon is None:
+    """The plan of a run that protects clients; None of another."""
+    if config.dp_epsilon is None or config.dp_unit != "client":
         return None
     planned = (sample_participants(config.seed, t, config.clients, config.participants) for t in range(config.rounds))
     most = accountant.most_participations(planned, config.clients)
@@ -48,6 +93,13 @@ def plan_of(config: RunConfig) -> PrivacyPlan | None:
     if config.secure_sum:
         client_noise = noise / config.threshold**0.5  # so many add up to σ, and more to more
     return PrivacyPlan(norm, noise, client_noise, config.dp_delta, most)
+
+
+def open_budget(config: RunConfig, example_counts: np.ndarray) -> Budget | None:
+    """The budget before the first round, by the ``[N]`` numbers of the clients' examples; None where none is set."""
+    if plan := plan_of(config):
+        return ClientBudget(plan, np.zeros(config.clients, np.int64))
+    return example_privacy.open_budget(config, example_counts) if config.protects_examples else None
 
 
 def describe(config: RunConfig) -> str:
@@ -65,26 +117,19 @@ def _describe_sum(config: RunConfig) -> str:
 
 
 def _describe_noise(config: RunConfig) -> str:
-    if (plan := plan_of(config)) is None:
+    if not config.private:
         return ""
-    where = "the sum of a round" if config.directions_shared else "what each client sends"
-    if config.secure_sum:
-        where += ", of which each client adds a share"
-    return (
-        f"({config.dp_epsilon:g}, {plan.delta:g})-differential privacy of each client, all of whose examples are "
-        f"replaced by none: norm {plan.norm:.3g}, noise {plan.noise:.4g} times that on {where}, at most "
-        f"{plan.participations} rounds a client. The noise is drawn from the seed: a simulation, which protects nobody"
-    )
-
-
-def check_budget(plan: PrivacyPlan | None, participations: np.ndarray, t: int) -> None:
-    """Refuses a round that would spend more than the plan.
-
-    Raises:
-        UserError: a client would take part more often than planned, because a round was tried again with others.
-    """
-    if plan and np.max(participations) > plan.participations:
-        raise UserError(
-            f"round {t + 1}: a client would take part more than {plan.participations} times, which --dp-epsilon does "
-            "not cover: the run ends here; experiments.replay makes the adapter of the rounds before from its ledger"
+    if plan := plan_of(config):
+        where = "the sum of a round" if config.directions_shared else "what each client sends"
+        if config.secure_sum:
+            where += ", of which each client adds a share"
+        protects = (
+            f"each client, all of whose examples are replaced by none: norm {plan.norm:.3g}, noise {plan.noise:.4g} "
+            f"times that on {where}, at most {plan.participations} rounds a client"
         )
+    else:
+        protects = "each example of a client, replaced by none: each client adds noise in every local step"
+    return (
+        f"({config.dp_epsilon:g}, {config.dp_delta:g})-differential privacy of {protects}. The noise is drawn from the "
+        "seed: a simulation, which protects nobody"
+    )

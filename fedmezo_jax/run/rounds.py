@@ -23,7 +23,7 @@ from fedmezo_jax.run.acceptance import Expected, Message, Received, receive
 from fedmezo_jax.run.automatic_rate import next_rate
 from fedmezo_jax.run.config import RunConfig
 from fedmezo_jax.run.ledger import Entry
-from fedmezo_jax.run.privacy_plan import PrivacyPlan, check_budget, plan_of
+from fedmezo_jax.run.privacy_plan import Budget, PrivacyPlan, plan_of
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey  # only signed runs need it
@@ -168,7 +168,7 @@ def run_round(
     typical: divergence.Typical,
     work: Work,
     like: Params,
-    participations: np.ndarray,
+    budget: Budget | None = None,
     signing: signatures.Signing | None = None,
 ) -> tuple[Entry, list[Params | None]]:
     """Asks the clients for their work until some of them return usable numbers.
@@ -180,7 +180,7 @@ def run_round(
         typical: what earlier rounds measured.
         work: the clients' half of the round.
         like: a tree with the structure and shapes of θ.
-        participations: ``[N]`` rounds that each client has taken part in.
+        budget: what has been spent of the run's privacy; None where nothing is private.
         signing: what its signatures take; None where nothing is signed.
 
     Returns:
@@ -197,9 +197,12 @@ def run_round(
         clip = config.on_divergence == "clip"
         limit = typical.limit if clip else np.inf
         ids, rates, arrived = work(attempt, limit)
-        after = participations.copy()
-        after[ids] += 1
-        check_budget(plan, after, t)
+        spent = budget and budget.after(t, ids)
+        if spent and spent.exceeded:
+            raise UserError(
+                f"round {t + 1}: {spent.exceeded}, which --dp-epsilon does not cover: the run ends here; "
+                "experiments.replay makes the adapter of the rounds before from its ledger"
+            )
         received, sent_signatures = [], []
         for message, id, rate in zip(arrived, map(int, ids), rates, strict=True):
             shape = config.local_steps, config.sent_directions
@@ -221,8 +224,8 @@ def run_round(
         entry = Entry(t, attempt, ids, weights, rates, updates, failed)
         if signing:
             entry = entry._replace(signatures=tuple(sent_signatures))
-        if plan:
-            entry = entry._replace(epsilon=plan.spent(after))
+        if spent:
+            entry = entry._replace(epsilon=spent.epsilon)
         if config.keeps_mean:
             entry = _mean_alone(config, plan, entry, [answer.update for answer in received])
         report = report_of(entry, config.local_steps, config.sent_directions)

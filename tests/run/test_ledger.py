@@ -127,7 +127,7 @@ def test_a_ledger_of_version_1_is_refused_by_name(tmp_path):
         with pytest.raises(UserError) as caught:
             read(file)
         assert str(caught.value) == (
-            f"{file}: is a ledger of format version 1, and this release reads version 3: read it with the release that "
+            f"{file}: is a ledger of format version 1, and this release reads version 4: read it with the release that "
             "wrote it, or start the run again with another --out"
         )
     assert file.read_bytes() == before
