@@ -53,7 +53,7 @@ class Config:
     """local: have each client compute beside copies of itself, so that its numbers are the simulation's on every model;
     without, a client does a fraction of the work"""
     seeded_noise: bool = False
-    """take noise from the seed, which protects nobody"""
+    """take the noise of --dp-epsilon from the seed, which protects nobody, and not from the operating system"""
     round_seconds: float = 600.0
     """local: when the server stops waiting for a round's clients"""
     client: int = 0

@@ -51,7 +51,7 @@ def run_name(facts: Facts) -> bytes:
     return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).digest()
 
 
-def check_deployable(config: RunConfig, seeded_noise: bool) -> None:
+def check_deployable(config: RunConfig) -> None:
     """Refuses what a run over a network cannot have.
 
     Raises:
@@ -63,13 +63,6 @@ def check_deployable(config: RunConfig, seeded_noise: bool) -> None:
         raise UserError("--dropout and --deadline simulate failing clients, and real ones fail by themselves")
     if config.secure_sum:
         raise UserError("--secure-sum: deployed clients would send their numbers in the clear: it is simulated only")
-    if config.protects_examples:
-        raise UserError("--dp-unit example: deployed clients do not add this noise yet: it is simulated only")
-    if config.private and not seeded_noise:
-        raise UserError(
-            "--dp-epsilon draws its noise from the seed, which every client knows: this protects nobody; to try it all "
-            "the same, give --seeded-noise"
-        )
 
 
 def blank_examples(enrolments: Sequence[Enrolment], shape: Width) -> tuple[TokenBatch, list[np.ndarray]]:

@@ -23,6 +23,7 @@ from fedmezo_jax.core.tree_hash import tree_hash
 from fedmezo_jax.data.batches import round_picks, take
 from fedmezo_jax.data.buckets import lengths
 from fedmezo_jax.deploy import agreement, envelopes, examples
+from fedmezo_jax.deploy.client_budget import budget_before
 from fedmezo_jax.deploy.envelopes import Answer, End, Enrolment, Hello, Plan, Position, Progressed, Refusal, Start
 from fedmezo_jax.deploy.examples import OwnExamples
 from fedmezo_jax.errors import UserError
@@ -30,6 +31,8 @@ from fedmezo_jax.llama.task import LlamaTask
 from fedmezo_jax.run import ledger, messages, results, rounds, signatures
 from fedmezo_jax.run.acceptance import Message
 from fedmezo_jax.run.context import RunContext, algorithm, build
+from fedmezo_jax.run.example_privacy import add_noise
+from fedmezo_jax.run.privacy_plan import Budget
 from fedmezo_jax.run.replay import follow_ledger
 
 
@@ -56,14 +59,15 @@ class Client:
             client: its id.
             own: its model and examples.
             key: its private key, where the run is signed.
-            seeded_noise: whether noise from the seed will do, see :func:`agreement.check_deployable`.
+            seeded_noise: whether the noise that it adds comes from the seed, which every party knows, and so protects
+                nobody; by default it comes from the operating system.
             notify: called with a line about what it does.
 
         Raises:
             UserError: the configuration is not one of a deployed run, or has no such client, or the key is missing.
         """
         config = own.config
-        agreement.check_deployable(config, seeded_noise)
+        agreement.check_deployable(config)
         if not 0 <= client < config.clients:
             raise UserError(f"client {client}: the run has clients 0 to {config.clients - 1}")
         if config.signed and key is None:
@@ -71,6 +75,8 @@ class Client:
         self._id, self._own, self._signing_key, self._notify = client, own, key, notify
         self._facts = agreement.facts_of(config, tree_hash(own.base))
         self._run, self._key = agreement.run_name(self._facts), run_key(config.seed)
+        self._noise, self._seeded_noise = rounds.noise_of(config, seeded_noise), seeded_noise
+        self._budget: Budget | None = None  # until it is first asked for work
         self._plan: Plan | None = None
         self._sent: dict[tuple[int, int], np.ndarray] = {}  # by round and attempt
         self._answered: tuple[bytes, bytes] = b"", b""
@@ -168,8 +174,10 @@ class Client:
         self._catch_up(start.progressed)
         if t != self.rounds:
             return Position(start.ticket, self.rounds)
+        if not self._seeded_noise:
+            self._spend(t)
         update = self._update(t, rate, start)
-        update = rounds.private_update(self._own.config, update, start.attempt)
+        update = rounds.private_update(self._own.config, update, start.attempt, self._noise)
         if rate:  # at rate 0 the server only asks for the slopes at the start
             self._sent[t, start.attempt] = update.projected_gradients
         message = Message(messages.pack_update(update))
@@ -180,6 +188,19 @@ class Client:
             message = rounds.signed(message, self._signing_key, signatures.Context(start.chain, chain), t, self._id)
         return Answer(start.ticket, message.update, message.signature or b"")
 
+    def _spend(self, t: int) -> None:
+        """Counts an answer in round ``t``, where it has noise of the client's own.
+
+        Raises:
+            UserError: it would be one too many.
+        """
+        examples = len(self._task.parts[self._id])
+        if budget := self._budget or budget_before(self._own.config, self._id, examples, t):
+            budget = budget.after(t, np.array([self._id]))
+            if budget.exceeded:
+                raise UserError(f"round {t + 1}: {budget.exceeded}, which --dp-epsilon does not cover: no answer")
+            self._budget = budget
+
     def _update(self, t: int, rate: float, start: Start) -> messages.Update:
         """Its H local steps from θ."""
         config, task = self._own.config, self._task
@@ -189,6 +210,9 @@ class Client:
         batches = take(task.train, picks)
         if start.step_widths and self._plan and self._plan.at_once > 1:
             batches, ids = self._beside_others(batches, start.step_widths), np.repeat(ids, 2)
+        if config.protects_examples:
+            counts = np.full(len(ids), len(task.parts[self._id]))
+            batches = add_noise(config, batches, ids, counts, t, start.attempt, self._noise)
         cohort = federated.Cohort(ids, np.ones(len(ids), np.float32), batches)
         transform = transforms.clip(np.float32(start.limit)) if config.on_divergence == "clip" else None
         report = self._round.work(self._progress.state, self._loss, cohort, self._key, transform, jnp.float32(rate))

@@ -89,7 +89,8 @@ def serve(
         checkpoint_every: rounds between checkpoints.
         eval_every: rounds between measurements of the test loss.
         exact: see :func:`agreement.plan_of`.
-        seeded_noise: see :func:`agreement.check_deployable`.
+        seeded_noise: whether the noise of a private run comes from its seed, which every client knows, and so protects
+            nobody; by default it comes from the operating system.
         patience: how long to wait for clients.
         on_start: called when all clients are known.
         on_round: called with each round's record.
@@ -98,7 +99,7 @@ def serve(
     Raises:
         UserError: as :func:`job.fine_tune`; or a client did not enrol, or differs from the server.
     """
-    agreement.check_deployable(config, seeded_noise)
+    agreement.check_deployable(config)
     if config.signed and keys is None:
         raise UserError("--signed: give the server's private key and everyone's public keys")
     own = OwnExamples(config, files, model)
@@ -115,7 +116,7 @@ def serve(
         post.plan = agreement.plan_of(config, task, exact)
         if not known:
             post.enrol(config.clients, patience.enrolment)  # now all make ready by the plan
-        return context_of(task, config)
+        return context_of(task, config)._replace(seeded_noise=seeded_noise)
 
     remote: list[RemoteClients] = []
 

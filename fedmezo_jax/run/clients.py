@@ -95,7 +95,8 @@ def _cohorts(setup: RunContext) -> Callable[[int, int], federated.Cohort]:
             batches = take(task.train, picks[at])
             if not config.protects_examples:
                 return batches
-            return example_privacy.add_noise(config, batches, ids[at], sizes[ids[at]], t, attempt)
+            noise = rounds.noise_of(config, seeded=True)
+            return example_privacy.add_noise(config, batches, ids[at], sizes[ids[at]], t, attempt, noise)
 
         batches = sharding.shard_clients(setup.mesh, len(ids), batches_of)
         return federated.Cohort(ids, sizes[ids], batches)

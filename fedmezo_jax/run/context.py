@@ -40,6 +40,8 @@ class RunContext(NamedTuple, Generic[AnyTask]):
         categories: category of each training example, or what stands for it where the partition goes by something else.
         skipped: examples left out because they are longer than ``max_length``.
         truncated: examples that lost their end for it.
+        seeded_noise: whether the noise of a private run comes from its seed, as in every simulation, or from the
+            operating system.
     """
 
     config: RunConfig
@@ -49,6 +51,7 @@ class RunContext(NamedTuple, Generic[AnyTask]):
     categories: list[str]
     skipped: int = 0
     truncated: int = 0
+    seeded_noise: bool = True
 
     @property
     def heterogeneity(self) -> float:

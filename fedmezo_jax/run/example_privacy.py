@@ -47,7 +47,8 @@ class ExampleBudget(NamedTuple):
     def exceeded(self) -> str | None:
         """See :class:`privacy_plan.Budget`; a round that is tried again with other clients can lead there."""
         for i, count in enumerate(self.example_counts):
-            if np.max(self.uses[i]) > _planned(self.config, i, count):
+            most = int(np.max(self.uses[i]))
+            if most and most > _planned(self.config, i, count):
                 return f"an example of client {i} is used more often than planned"
         return None
 
@@ -66,9 +67,15 @@ def open_budget(config: RunConfig, example_counts: np.ndarray) -> ExampleBudget:
 
 
 def add_noise(
-    config: RunConfig, batches: Any, ids: np.ndarray, example_counts: np.ndarray, t: int, attempt: int
+    config: RunConfig,
+    batches: Any,
+    ids: np.ndarray,
+    example_counts: np.ndarray,
+    t: int,
+    attempt: int,
+    noise: mechanism.Noise,
 ) -> NoisyBatch:
-    """The batches of a round's clients with the noise of their steps, from the seed.
+    """The batches of a round's clients with the noise of their steps.
 
     Args:
         config: the run's.
@@ -77,16 +84,14 @@ def add_noise(
         example_counts: ``[P]``, how many examples each of these clients has.
         t: number of the round.
         attempt: of the attempt at it.
+        noise: where it comes from.
     """
-    noise = [_noise(config, int(i), int(n), t, attempt) for i, n in zip(ids, example_counts, strict=True)]
-    return NoisyBatch(batches, np.stack(noise))
-
-
-def _noise(config: RunConfig, client: int, count: int, t: int, attempt: int) -> np.ndarray:
-    sigma = noise_multiplier(config, client, count)
-    draw = mechanism.simulated_noise(config.seed, t, attempt, client)
-    noise = sigma * norm_of(config) * draw.standard_normal((config.local_steps, config.directions))
-    return noise.astype(np.float32)
+    shape, norm = (config.local_steps, config.directions), norm_of(config)
+    drawn = [
+        noise_multiplier(config, i, int(count)) * norm * noise(t, attempt, i).standard_normal(shape)
+        for i, count in zip(map(int, ids), example_counts, strict=True)
+    ]
+    return NoisyBatch(batches, np.stack(drawn).astype(np.float32))
 
 
 def noise_multiplier(config: RunConfig, client: int, count: int) -> float:

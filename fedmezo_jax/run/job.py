@@ -140,7 +140,7 @@ def run_in_folder(
         context, loss_before = _open(config, folder, load, resume, stack, notify)
         begun = multihost.all_or_none((folder / "metrics.jsonl").exists)
         on_start(context)
-        if guarantee := describe(config):
+        if guarantee := describe(config, context.seeded_noise):
             notify(f"privacy: {guarantee}")
         for warning in warnings(context, check_rate and not begun and config.sends_losses):
             notify(f"warning: {warning}")

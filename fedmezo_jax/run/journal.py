@@ -85,8 +85,9 @@ def open_journal(
     if config.algorithm == "fedmezo":
         public_keys = keys.public if keys else b""
         counts = setup.example_counts if config.protects_examples else None
+        guarantee = describe(config, setup.seeded_noise)
         header = ledger.make_header(
-            asdict(config), setup.task.hash_frozen(), versions(), first_rate, describe(config), public_keys, counts
+            asdict(config), setup.task.hash_frozen(), versions(), first_rate, guarantee, public_keys, counts
         )
     steps, written = manager.all_steps(), run_folder.metrics_bytes(folder).count(b"\n")
 

@@ -149,7 +149,9 @@ def train(
             is_new = entry is None
             if entry is None:
                 work = work_of(progress, t, signing)
-                entry, uploads = rounds.run_round(config, t, sizes, typical, work, setup.params, budget, signing)
+                entry, uploads = rounds.run_round(
+                    config, t, sizes, typical, work, setup.params, budget, signing, setup.seeded_noise
+                )
             budget = budget and budget.after(t, entry.ids)
             with clock:
                 moved = rounds.move(config, round, progress, entry, uploads, key)

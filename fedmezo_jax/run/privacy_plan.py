@@ -102,9 +102,9 @@ def open_budget(config: RunConfig, example_counts: np.ndarray) -> Budget | None:
     return example_privacy.open_budget(config, example_counts) if config.protects_examples else None
 
 
-def describe(config: RunConfig) -> str:
+def describe(config: RunConfig, seeded_noise: bool) -> str:
     """What is guaranteed, for the start of a run and the header of its ledger; empty where nothing is."""
-    return ". ".join(filter(None, (_describe_sum(config), _describe_noise(config))))
+    return ". ".join(filter(None, (_describe_sum(config), _describe_noise(config, seeded_noise))))
 
 
 def _describe_sum(config: RunConfig) -> str:
@@ -116,7 +116,7 @@ def _describe_sum(config: RunConfig) -> str:
     )
 
 
-def _describe_noise(config: RunConfig) -> str:
+def _describe_noise(config: RunConfig, seeded: bool) -> str:
     if not config.private:
         return ""
     if plan := plan_of(config):
@@ -129,7 +129,8 @@ def _describe_noise(config: RunConfig) -> str:
         )
     else:
         protects = "each example of a client, replaced by none: each client adds noise in every local step"
+    source = "the seed: a simulation, which protects nobody" if seeded else "the operating system"
     return (
-        f"({config.dp_epsilon:g}, {config.dp_delta:g})-differential privacy of {protects}. The noise is drawn from the "
-        "seed: a simulation, which protects nobody"
+        f"({config.dp_epsilon:g}, {config.dp_delta:g})-differential privacy of {protects}. The noise is drawn from "
+        f"{source}"
     )

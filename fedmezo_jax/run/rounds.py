@@ -7,6 +7,7 @@ entry alone: so a resumed run, which reads it, and a replay end where the run di
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import jax
@@ -132,7 +133,8 @@ def simulated_answers(
     def packed(t: int) -> Iterator[Message]:
         for i, id in enumerate(map(int, ids)):
             gradients, losses = np.asarray(report.projected_gradients[i]), np.asarray(report.losses[i])
-            update = private_update(config, messages.Update(t, id, int(sizes[id]), gradients, losses), attempt)
+            update = messages.Update(t, id, int(sizes[id]), gradients, losses)
+            update = private_update(config, update, attempt, noise_of(config, seeded=True))
             lora = None
             if not config.sends_coefficients:
                 lora = messages.pack_lora_update(update, jax.device_get(round.upload(state, id, report, i, key)))
@@ -142,14 +144,19 @@ def simulated_answers(
     return Answers(ids, np.asarray(report.learning_rates), packed(int(state.round)))
 
 
-def private_update(config: RunConfig, update: messages.Update, attempt: int) -> messages.Update:
+def noise_of(config: RunConfig, seeded: bool) -> mechanism.Noise:
+    """Where a run's noise comes from: its seed, or the operating system."""
+    return partial(mechanism.simulated_noise, config.seed) if seeded else mechanism.system_noise
+
+
+def private_update(config: RunConfig, update: messages.Update, attempt: int, noise: mechanism.Noise) -> messages.Update:
     """What a client tells of its update: no losses where they are not sent, and with the noise that it adds itself."""
     if not config.sends_losses:
         update = update._replace(losses=np.zeros_like(update.losses))
     plan = plan_of(config)
     if plan is None or not plan.client_noise:
         return update
-    draw = mechanism.simulated_noise(config.seed, update.round, attempt, update.client)
+    draw = noise(update.round, attempt, update.client)
     gradients = mechanism.noisy(update.projected_gradients, plan.norm, plan.client_noise, draw)
     return update._replace(projected_gradients=gradients)
 
@@ -170,6 +177,7 @@ def run_round(
     like: Params,
     budget: Budget | None = None,
     signing: signatures.Signing | None = None,
+    seeded_noise: bool = True,
 ) -> tuple[Entry, list[Params | None]]:
     """Asks the clients for their work until some of them return usable numbers.
 
@@ -182,6 +190,7 @@ def run_round(
         like: a tree with the structure and shapes of θ.
         budget: what has been spent of the run's privacy; None where nothing is private.
         signing: what its signatures take; None where nothing is signed.
+        seeded_noise: whether the server's noise comes from the seed.
 
     Returns:
         The round's entry, and for each participant the θ_i that it sent, if it sent one.
@@ -227,7 +236,9 @@ def run_round(
         if spent:
             entry = entry._replace(epsilon=spent.epsilon)
         if config.keeps_mean:
-            entry = _mean_alone(config, plan, entry, [answer.update for answer in received])
+            entry = _mean_alone(
+                config, plan, entry, [answer.update for answer in received], noise_of(config, seeded_noise)
+            )
         report = report_of(entry, config.local_steps, config.sent_directions)
         if clip:
             here = np.array([update is not None for update in updates])
@@ -262,7 +273,11 @@ def _refusal(
 
 
 def _mean_alone(
-    config: RunConfig, plan: PrivacyPlan | None, entry: Entry, updates: list[messages.Update | None]
+    config: RunConfig,
+    plan: PrivacyPlan | None,
+    entry: Entry,
+    updates: list[messages.Update | None],
+    noise: mechanism.Noise,
 ) -> Entry:
     """What is kept of a private round with shared directions, or of a secure sum: no single client's numbers."""
     vectors = [
@@ -276,7 +291,7 @@ def _mean_alone(
         mean = (total / (len(updates) if plan else max(len(vectors), 1))).astype(np.float32)
     else:
         assert plan is not None  # as RunConfig.keeps_mean says
-        draw = mechanism.simulated_noise(config.seed, entry.round, entry.attempt)
+        draw = noise(entry.round, entry.attempt, mechanism.SERVER)
         mean = mechanism.noisy_mean(vectors, len(updates), plan.norm, plan.noise, draw, size)
     nobody = [None] * len(updates)
     return entry._replace(updates=nobody, signatures=tuple(nobody) if entry.signatures else (), mean=mean)

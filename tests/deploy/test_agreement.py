@@ -123,7 +123,6 @@ def test_work_for_a_run_that_a_client_does_not_know(place):
         ({"uplink": "lora"}, "send coefficients"),
         ({"dropout": 0.1}, "real ones fail by themselves"),
         ({"deadline": 2.0}, "real ones fail by themselves"),
-        ({"dp_epsilon": 8.0}, "protects nobody"),
         ({"secure_sum": True, "directions_shared": True}, "in the clear"),
         ({"signed": True}, "private key"),
     ],
@@ -133,7 +132,7 @@ def test_what_cannot_be_deployed(changed, line, place, tmp_path):
     with pytest.raises(UserError, match=line):
         Client(0, OwnExamples(config, [place / "dealt" / "client-0.jsonl"]))
     with pytest.raises(UserError, match=line):
-        deployed(config, place / "dealt", tmp_path / "run", Loopback([]), seeded_noise=False, keys=None)
+        deployed(config, place / "dealt", tmp_path / "run", Loopback([]), keys=None)
 
 
 def test_the_server_knows_of_the_clients_examples_their_lengths_alone(place, tmp_path):

@@ -14,6 +14,7 @@ RUNS = {
     "three clients": {},
     "signed": {"signed": True},
     "private": {"dp_epsilon": 8.0},
+    "private examples": {"dp_epsilon": 8.0, "dp_unit": "example", "batch_size": 3, "directions_shared": True},
     "private mean": {"dp_epsilon": 8.0, "directions_shared": True},
     "half of eight": {"clients": 8, "participation": 0.5, "weighting": "samples", "server_optimizer": "momentum"},
     "shared directions": {"clients": 8, "directions_shared": True, "directions": 2, "personalize": "random"},

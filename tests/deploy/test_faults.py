@@ -97,7 +97,8 @@ def test_a_client_works_once_for_each_attempt(place, undisturbed, tmp_path, monk
     """However often a request is repeated. It follows each round once, too, or its θ would be another."""
     config, worked = configuration(place), []
     monkeypatch.setattr(
-        "fedmezo_jax.run.rounds.private_update", lambda config, update, attempt: worked.append(update[:2]) or update
+        "fedmezo_jax.run.rounds.private_update",
+        lambda config, update, attempt, noise: worked.append(update[:2]) or update,
     )
     transport = Loopback(
         [client_of(config, place / "dealt", client) for client in range(3)], lambda client, request: [(0.0, 0.0)] * 4

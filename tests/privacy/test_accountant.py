@@ -66,3 +66,10 @@ def test_every_round_attempt_and_client_has_noise_of_its_own():
     drawn = {mechanism.simulated_noise(3, *source).standard_normal() for source in sources}
     assert len(drawn) == len(sources)
     assert mechanism.simulated_noise(3, 0, 0).standard_normal() in drawn
+
+
+def test_a_deployed_run_draws_normal_noise_that_does_not_come_again():
+    one, other = (mechanism.system_noise(0, 0).standard_normal((200, 50)) for _ in range(2))
+    assert one.shape == (200, 50)
+    assert stats.kstest(one.ravel(), "norm").pvalue > 1e-4
+    assert not np.any(one == other)
