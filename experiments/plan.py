@@ -38,7 +38,7 @@ class Config:
     """llama-3b, qwen3-0.6b, smollm3-3b, mistral-7b or another of the shapes in docs/models.md, or the path of a
     config.json"""
     topology: str = "v5e:2x4"
-    """devices: v5e:2x4, v5p:2x2x1, v6e:2x2, a100-40gb:4, a100-80gb:8, h100:8"""
+    """devices: v5e:2x4, v5p:2x2x1, v6e:2x2, a100-40gb:4, a100-80gb:8, rtx-4090, h100:8"""
     mesh: str | None = None
     """the only mesh to consider, e.g. clients=4,model=2"""
     clients: int = 64

@@ -53,6 +53,9 @@ CHIPS = {
     "v6e": Chip(918e12, 1640e9, 448e9, "https://cloud.google.com/tpu/docs/v6e"),
     "a100-40gb": Chip(312e12, GPUS["a100-40gb"].bandwidth, 600e9, "https://www.nvidia.com/en-us/data-center/a100/"),
     "a100-80gb": Chip(312e12, GPUS["a100-80gb"].bandwidth, 600e9, "https://www.nvidia.com/en-us/data-center/a100/"),
+    "rtx-4090": Chip(
+        165e12, GPUS["rtx-4090"].bandwidth, 64e9, "https://www.nvidia.com/en-us/geforce/ada-lovelace-architecture/"
+    ),
     "h100": Chip(989e12, GPUS["h100"].bandwidth, 900e9, "https://www.nvidia.com/en-us/data-center/h100/"),
     "h200": Chip(989e12, 4800e9, 900e9, "https://www.nvidia.com/en-us/data-center/h200/"),
 }
@@ -62,6 +65,7 @@ DEVICE_KINDS = {
     "TPU v6 lite": "v6e",
     "NVIDIA A100-SXM4-40GB": "a100-40gb",
     "NVIDIA A100-SXM4-80GB": "a100-80gb",
+    "NVIDIA GeForce RTX 4090": "rtx-4090",
     "NVIDIA H100 80GB HBM3": "h100",
     "NVIDIA H200": "h200",
 }
