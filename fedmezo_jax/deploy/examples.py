@@ -112,7 +112,7 @@ class OwnExamples:
     def task(self, examples: Examples, group_size: int, used: np.ndarray, notify: Callable[[str], None]) -> LlamaTask:
         """The task on these examples, of which some are trained on here, by so many clients at once."""
         task = replace(task_of(self.config, self.model, self.base, self.base_hash, examples), group_size=group_size)
-        return from_hidden_states(task, self.model, lambda: used, notify)
+        return from_hidden_states(self.config, task, self.model, lambda: used, notify)
 
     def widened(self, rows: TokenBatch, shape: Width) -> TokenBatch:
         """Rows of its own in the table that was agreed on."""

@@ -160,10 +160,10 @@ class HiddenStates:
 
     Attributes:
         shape: (N, S, D).
-        dtype: float32.
+        dtype: that of the stored states.
     """
 
-    def __init__(self, prefix: Prefix, tokens: np.ndarray, expected: int, folder: Path):
+    def __init__(self, prefix: Prefix, tokens: np.ndarray, expected: int, folder: Path, dtype: Any = "float32"):
         """Nothing is computed yet.
 
         Args:
@@ -172,18 +172,19 @@ class HiddenStates:
             expected: how many of the examples are likely to be used.
             folder: where a file goes if their states are more than :data:`IN_MEMORY` bytes. It is named after all that
                 decides its content, and shared by all runs with the same.
+            dtype: float32 or bfloat16, to which they are rounded.
         """
         self._prefix, self._tokens = prefix, np.ascontiguousarray(tokens, np.int32)
         self.shape = (*tokens.shape, prefix.model.config.hidden_size)
-        self.dtype = np.dtype(np.float32)
-        if 4 * expected * math.prod(self.shape[1:]) <= IN_MEMORY:
+        self.dtype = jax.numpy.dtype(dtype)
+        if self.dtype.itemsize * expected * math.prod(self.shape[1:]) <= IN_MEMORY:
             self._store: _Store = _Memory()
         else:
             model = prefix.model
             cut = f"{prefix.base_hash} {model.config} {model.trained_layers[0]} {model.precision} {self.shape}"
-            cut += f" {jax.default_backend()} {jax.__version__}"
+            cut += f" {self.dtype} {jax.default_backend()} {jax.__version__}"
             name = hashlib.sha256(cut.encode() + self._tokens.tobytes()).hexdigest()
-            self._store = _File(folder / f"{name}.states", self.shape[1:])
+            self._store = _File(folder / f"{name}.states", self.shape[1:], self.dtype)
 
     def compute(self, examples: np.ndarray, notify: Callable[[str], None] = lambda line: None) -> None:
         """Computes those of the examples that are not there yet.
@@ -198,20 +199,20 @@ class HiddenStates:
         missing = np.array([i for i in np.unique(examples) if self._store.read(int(i)) is None], int)
         if len(missing):
             for i, states in zip(missing, self._prefix(self._tokens[missing], notify), strict=True):
-                self._store.write(int(i), states)
+                self._store.write(int(i), states.astype(self.dtype))
 
     def __len__(self) -> int:
         """N."""
         return self.shape[0]
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        """The states of the examples that an index of the first axis picks, float32 ``[…, S, D]``."""
+        """The states of the examples that an index of the first axis picks, ``[…, S, D]``."""
         index = np.arange(len(self))[index]
         states = [self._store.read(int(i)) for i in index.ravel()]
         if any(row is None for row in states):
             self.compute(index)
             states = [self._store.read(int(i)) for i in index.ravel()]
-        return np.array(states, np.float32).reshape(*index.shape, *self.shape[1:])
+        return np.array(states, self.dtype).reshape(*index.shape, *self.shape[1:])
 
 
 class _Store(Protocol):
@@ -241,8 +242,9 @@ class _File:
     Runs that share the file write the same bytes into it.
     """
 
-    def __init__(self, path: Path, shape: tuple[int, ...]):
-        self._path, self._shape, self._bytes = path, shape, 4 * math.prod(shape)
+    def __init__(self, path: Path, shape: tuple[int, ...], dtype: np.dtype):
+        self._path, self._shape, self._dtype = path, shape, dtype
+        self._bytes = dtype.itemsize * math.prod(shape)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -255,10 +257,10 @@ class _File:
         digest, content = record[:_DIGEST], record[_DIGEST:]
         if len(content) < self._bytes or digest != self._digest(i, content):
             return None
-        return np.frombuffer(content, np.float32).reshape(self._shape)
+        return np.frombuffer(content, self._dtype).reshape(self._shape)
 
     def write(self, i: int, states: np.ndarray) -> None:
-        content = np.ascontiguousarray(states, np.float32).tobytes()
+        content = states.tobytes()
         record = memoryview(self._digest(i, content) + content)
         start = i * len(record)
         try:

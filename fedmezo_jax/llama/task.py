@@ -78,6 +78,7 @@ class LlamaTask(Task):
         stored: StoredBase,
         folder: Path,
         used: np.ndarray,
+        dtype: str = "float32",
         notify: Callable[[str], None] = lambda line: None,
     ) -> LlamaTask:
         """The same task from the hidden states below the first trained layer on.
@@ -86,6 +87,7 @@ class LlamaTask(Task):
             stored: the model's files, from which the layers below are read a few at a time.
             folder: for hidden states that are too large for memory.
             used: the training examples whose states are computed here; those of others are when they are asked for.
+            dtype: of the stored states.
             notify: called with a line about the progress of long work.
 
         Raises:
@@ -94,7 +96,7 @@ class LlamaTask(Task):
         prefix = Prefix(unpaired(self.model), stored, self.base_hash, folder)
 
         def states(rows: TokenBatch, examples: np.ndarray) -> HiddenStates:
-            hidden = HiddenStates(prefix, np.asarray(rows.tokens), len(examples), folder)
+            hidden = HiddenStates(prefix, np.asarray(rows.tokens), len(examples), folder, dtype)
             hidden.compute(examples, notify)
             return hidden
 

@@ -68,7 +68,7 @@ def prepare(
 
     examples = Examples(train, validation, test, parts, widths(train, config.length_buckets))
     task = task_of(config, model, *model.load(), examples, mesh)
-    task = from_hidden_states(task, model, lambda: used_examples(config, task, mesh), notify)
+    task = from_hidden_states(config, task, model, lambda: used_examples(config, task, mesh), notify)
     lora = sharding.replicate(mesh, task.init_params(init_key(config.seed)))
     return RunContext(config, task, lora, mesh, categories, table.skipped, table.truncated)
 
@@ -157,6 +157,7 @@ def task_of(
 
 
 def from_hidden_states(
+    config: LoraConfig,
     task: LlamaTask,
     model: OpenModel,
     used: Callable[[], np.ndarray],
@@ -168,7 +169,7 @@ def from_hidden_states(
     """
     if not model.first:
         return task
-    return task.from_hidden_states(model.stored, cache_folder() / "hidden", used(), notify)
+    return task.from_hidden_states(model.stored, cache_folder() / "hidden", used(), config.hidden_states, notify)
 
 
 def resolve_defaults(config: RunConfig, notify: Callable[[str], None] = lambda notice: None) -> RunConfig:

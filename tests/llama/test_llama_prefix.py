@@ -205,6 +205,21 @@ def test_other_weights_tokens_cuts_precisions_and_configs_have_files_of_their_ow
     assert len(list(in_file.folder.iterdir())) == 6
 
 
+@pytest.mark.parametrize("in_memory", [0, 1 << 30])
+def test_states_in_bfloat16_are_rounded_once_and_have_a_file_of_their_own(setting, monkeypatch, in_memory):
+    monkeypatch.setattr(prefix, "IN_MEMORY", in_memory)
+    exact, every = setting.states()[everyone(setting)], everyone(setting)
+    below = setting.below(setting.model)
+    for _ in range(2):
+        states = prefix.HiddenStates(below, setting.rows.tokens, 1, setting.folder, "bfloat16")[every]
+        np.testing.assert_array_equal(states, exact.astype(jax.numpy.bfloat16))
+        assert states.itemsize == 2
+    assert not in_memory or not setting.folder.exists()
+    if not in_memory:
+        small, large = sorted(file.stat().st_size for file in setting.folder.iterdir())
+        assert small - 32 * len(every) == (large - 32 * len(every)) / 2
+
+
 @pytest.mark.parametrize("damage", ["a flipped bit", "cut short", "another file", "records swapped"])
 def test_a_damaged_record_is_computed_anew(in_file, damage):
     expected = in_file.states()[everyone(in_file)]
