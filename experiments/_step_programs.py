@@ -68,7 +68,7 @@ def programs(config: StepConfig, device: Any) -> list[tuple[str, Precision, Call
         return jax.tree.map(partial(abstract, dtype), shapes, is_leaf=lambda leaf: isinstance(leaf, tuple))
 
     clients, labels = config.clients_per_device, max(1, config.length // 2)
-    base = tree(jnp.float32 if config.precision == "float32" else jnp.bfloat16, base_shapes(llama))
+    weights = partial(tree, jnp.float32 if config.precision == "float32" else jnp.bfloat16)
     trained = trained_layers(config.layers, llama)
     shapes = lora_shapes(llama, config.rank, config.targets.split(","), trained)
     lora = tree(
@@ -84,17 +84,11 @@ def programs(config: StepConfig, device: Any) -> list[tuple[str, Precision, Call
     single = Llama(llama, 2.0, unpaired, trained=trained)
     checkpointed = single.clone(checkpointed=True)
 
-    part, inputs = base, rows
-    if first := single.trained_layers[0]:
+    first, inputs = single.trained_layers[0], rows
+    base, part = weights(base_shapes(llama)), weights(base_shapes(llama, first))
+    if first:
         hidden = abstract(jnp.float32, (*tokens.shape, llama.hidden_size))
         inputs = HiddenBatch(hidden, *rows[1:])  # pyright: ignore
-
-        def above(leaf):
-            return abstract(leaf.dtype, (leaf.shape[0] - first, *leaf.shape[1:]))
-
-        part = base | {"layers": jax.tree.map(above, base["layers"])}
-        if not llama.tie_word_embeddings:
-            del part["embed_tokens"]
 
     def forward(base, lora, rows):
         return jax.vmap(loss_of(single, base))(lora, jax.tree.map(lambda leaf: leaf[:, 0], rows))

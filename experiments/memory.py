@@ -37,7 +37,7 @@ class Config(StepConfig):
     """What to compile, and what for."""
 
     topology: str | None = None
-    """device to compile for: v5e:2x2, v5p:2x2x1, v6e:2x2, a100-40gb, a100-80gb, h100, h100:8; one chip of it is used"""
+    """device to compile for: v5e:2x2, v5p:2x2x1, v6e:2x2, a100-40gb, a100-80gb, rtx-4090, h100; one chip is used"""
     device: Literal["cpu"] | None = None
     """compile for this machine instead"""
     sweep: Literal["model", "length", "clients"] | None = None

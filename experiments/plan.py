@@ -20,7 +20,7 @@ from rich.progress import track
 
 from experiments import _cli
 from fedmezo_jax.errors import UserError
-from fedmezo_jax.llama.lora import check_targets
+from fedmezo_jax.llama.lora import check_targets, trained_layers
 from fedmezo_jax.llama.precision import Precision
 from fedmezo_jax.llama.shapes import named_shape
 from fedmezo_jax.parallel.sharding import parse_mesh
@@ -38,7 +38,7 @@ class Config:
     """llama-3b, qwen3-0.6b, smollm3-3b, mistral-7b or another of the shapes in docs/models.md, or the path of a
     config.json"""
     topology: str = "v5e:2x4"
-    """devices: v5e:2x4, v5p:2x2x1, v6e:2x2, a100-40gb:4, a100-80gb:8, h100:8"""
+    """devices: v5e:2x4, v5p:2x2x1, v6e:2x2, a100-40gb:4, a100-80gb:8, rtx-4090, h100:8"""
     mesh: str | None = None
     """the only mesh to consider, e.g. clients=4,model=2"""
     clients: int = 64
@@ -53,6 +53,8 @@ class Config:
     """LoRA rank"""
     targets: str = "q_proj,v_proj"
     """projections with an adapter"""
+    layers: str = "all"
+    """layers with an adapter, as in experiments.fedmezo; steps start from the hidden states below the first of them"""
     precision: Precision = "paired"
     """of the products with frozen weights"""
     directions_shared: bool = False
@@ -75,7 +77,8 @@ def main(config: Config) -> None:
     llama = named_shape(config.model)
     targets = tuple(name.strip() for name in config.targets.split(","))
     sizes = (config.clients, config.local_steps, config.batch_size, config.length, config.rank)
-    planned = cost_model.RoundSpec(llama, *sizes, targets, config.precision, config.directions_shared)
+    trained = trained_layers(config.layers, llama)
+    planned = cost_model.RoundSpec(llama, *sizes, targets, config.precision, config.directions_shared, trained)
     shapes = cost_model.meshes(len(target.devices), llama)
     if config.mesh:
         mesh = parse_mesh(config.mesh, target.devices)

@@ -22,6 +22,7 @@ import numpy as np
 from experiments import _cli, _plots
 from fedmezo_jax.core import mezo, random
 from fedmezo_jax.core.random import run_key
+from fedmezo_jax.data.examples import HiddenBatch
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.loss import loss_of, pair_loss_of
 from fedmezo_jax.llama.precision import WARN_ABOVE, Precision
@@ -67,8 +68,12 @@ def main(config: Config) -> None:
     for row in measure(setup, scales, config.rows, config.probes):
         rows.append(row)
         print(f"{row['precision']} at {row['perturbation_scale']:g}: {row['error']:.2%}", flush=True)
-    _cli.write_folder(config, rows, time.perf_counter() - start)
     plot(config.out / "precision.png", rows, f"{config.run.model} on {config.run.data}")
+    if isinstance(setup.task.train, HiddenBatch):
+        rows.append({"precision": "bfloat16 hidden states", "perturbation_scale": None, "probes": config.probes})
+        rows[-1]["error"] = rounded_states(setup, config.rows, config.probes)
+        print(f"hidden states in bfloat16: {rows[-1]['error']:.2%}")
+    _cli.write_folder(config, rows, time.perf_counter() - start)
     _cli.print_table("relative error of the projected gradient", rows)
     for precision in get_args(Precision):
         best = min((row for row in rows if row["precision"] == precision), key=lambda row: row["error"])
@@ -101,6 +106,23 @@ def measure(setup: RunContext, scales: list[float], count: int, probes: int) -> 
             estimates = np.array([projected(loss, key, jnp.float32(scale)) for key in keys])
             error = np.linalg.norm(estimates - exact) / np.linalg.norm(exact)
             yield {"precision": precision, "perturbation_scale": scale, "error": float(error), "probes": probes}
+
+
+def rounded_states(setup: RunContext, count: int, probes: int) -> float:
+    """The relative error of exact float32 slopes that comes from hidden states rounded to bfloat16."""
+    rows = jax.tree.map(lambda leaf: jnp.asarray(leaf[:count]), setup.task.train)
+    rounded = rows._replace(hidden=rows.hidden.astype(jnp.bfloat16))
+    keys = jax.random.split(jax.random.fold_in(run_key(setup.config.seed), random.PRECISION), probes)
+    loss = loss_of(setup.task.model.clone(precision="float32"), setup.task.base)
+    zeros = jax.tree.map(jnp.zeros_like, setup.params)
+
+    @jax.jit
+    def slope(loss, rows, key):
+        z = mezo.shift(zeros, mezo.Perturbation(key, 1.0, setup.config.distribution))
+        return jax.jvp(lambda lora: loss(lora, rows), (setup.params,), (z,))[1]
+
+    exact, found = (np.array([slope(loss, each, key) for key in keys]) for each in (rows, rounded))
+    return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
 
 
 def plot(file: Path, rows: list[dict[str, Any]], title: str) -> None:

@@ -23,6 +23,7 @@ from rich.progress import track
 
 from experiments import _cli, _plots
 from fedmezo_jax.errors import UserError
+from fedmezo_jax.llama.lora import trained_layers
 from fedmezo_jax.llama.precision import Precision
 from fedmezo_jax.llama.shapes import named_shape
 from fedmezo_jax.planning import cost_model, hardware
@@ -50,6 +51,8 @@ class Config:
     """tokens per example, half of them labels"""
     rank: int = 128
     """LoRA rank"""
+    layers: str = "all"
+    """layers with an adapter, as in experiments.fedmezo; steps start from the hidden states below the first of them"""
     directions_shared: bool = False
     """whether all clients share their directions"""
     out: Path = Path("runs/weak_scaling")
@@ -77,7 +80,8 @@ def main(config: Config) -> None:
         clients = count * config.clients_per_device
         sizes = (clients, config.local_steps, 1, config.length, config.rank)
         for precision in PRECISIONS:
-            planned = cost_model.RoundSpec(llama, *sizes, ("q_proj", "v_proj"), precision, config.directions_shared)
+            how = (("q_proj", "v_proj"), precision, config.directions_shared, trained_layers(config.layers, llama))
+            planned = cost_model.RoundSpec(llama, *sizes, *how)
             compiled = cost_model.compile_round(planned, target, (count, 1), config.clients_per_device)
             rows.append(
                 {

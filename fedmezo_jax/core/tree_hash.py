@@ -15,12 +15,32 @@ from fedmezo_jax.core.mezo import Params
 
 def tree_hash(tree: Params) -> str:
     """SHA-256 of a tree of arrays on the host: names, shapes, dtypes and bytes of its leaves."""
-    digest = hashlib.sha256()
+    digest = TreeDigest()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}\n".encode())
+        digest.begin(path, leaf.dtype, leaf.shape)
         for part in _on_host(leaf):
-            digest.update(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
+            digest.add(part)
+    return digest.hex()
+
+
+class TreeDigest:
+    """The :func:`tree_hash` of a tree whose leaves come one after the other, in the order of the tree and in parts."""
+
+    def __init__(self):
+        """Of no leaf yet."""
+        self._digest = hashlib.sha256()
+
+    def begin(self, path: tuple[Any, ...], dtype: Any, shape: tuple[int, ...]) -> None:
+        """The next leaf, of which nothing has come yet; ``path`` is JAX's."""
+        self._digest.update(f"{jax.tree_util.keystr(path)} {dtype} {shape}\n".encode())
+
+    def add(self, part: np.ndarray) -> None:
+        """The leaf's next entries, in their order."""
+        self._digest.update(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
+
+    def hex(self) -> str:
+        """The hash of all that has come."""
+        return self._digest.hexdigest()
 
 
 def _on_host(leaf: Any) -> Iterator[np.ndarray]:

@@ -19,7 +19,6 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedmezo_jax.core import federated, transforms
 from fedmezo_jax.core.random import init_key, run_key
-from fedmezo_jax.core.tree_hash import tree_hash
 from fedmezo_jax.data.batches import round_picks, take
 from fedmezo_jax.data.buckets import lengths
 from fedmezo_jax.deploy import agreement, envelopes, examples
@@ -73,7 +72,7 @@ class Client:
         if config.signed and key is None:
             raise UserError(f"client {client}: the run is signed: give its private key")
         self._id, self._own, self._signing_key, self._notify = client, own, key, notify
-        self._facts = agreement.facts_of(config, tree_hash(own.base))
+        self._facts = agreement.facts_of(config, own.base_hash)
         self._run, self._key = agreement.run_name(self._facts), run_key(config.seed)
         self._noise, self._seeded_noise = rounds.noise_of(config, seeded_noise), seeded_noise
         self._budget: Budget | None = None  # until it is first asked for work

@@ -18,7 +18,6 @@ from fedmezo_jax.data.table import data_named, deal, tabulate
 from fedmezo_jax.deploy.agreement import blank_examples, table_widths
 from fedmezo_jax.deploy.envelopes import Enrolment, Plan
 from fedmezo_jax.errors import UserError
-from fedmezo_jax.llama.model import Base
 from fedmezo_jax.llama.registry import cache_folder
 from fedmezo_jax.llama.task import LlamaTask
 from fedmezo_jax.run.automatic_rate import VALIDATION
@@ -88,7 +87,8 @@ class OwnExamples:
     Attributes:
         config: the run's, settled.
         model: the model.
-        base: its weights.
+        base: its weights from the first trained layer on.
+        base_hash: names all its weights.
         tables: the rows of each of its files; none of a file that it does not have.
     """
 
@@ -107,12 +107,12 @@ class OwnExamples:
         self.config = replace(here, model=config.model)
         self.model = open_model(here)
         self.tables = [read_rows(self.config, self.model, file) for file in files]
-        self.base: Base = self.model.load()
+        self.base, self.base_hash = self.model.load()
 
     def task(self, examples: Examples, group_size: int, used: np.ndarray, notify: Callable[[str], None]) -> LlamaTask:
         """The task on these examples, of which some are trained on here, by so many clients at once."""
-        whole = task_of(self.config, self.model, self.base, examples)
-        return from_hidden_states(replace(whole, group_size=group_size), self.model, lambda: used, notify)
+        task = replace(task_of(self.config, self.model, self.base, self.base_hash, examples), group_size=group_size)
+        return from_hidden_states(self.config, task, self.model, lambda: used, notify)
 
     def widened(self, rows: TokenBatch, shape: Width) -> TokenBatch:
         """Rows of its own in the table that was agreed on."""

@@ -15,7 +15,6 @@ import numpy as np
 
 from fedmezo_jax.core import federated
 from fedmezo_jax.core.random import run_key
-from fedmezo_jax.core.tree_hash import tree_hash
 from fedmezo_jax.data.buckets import Width
 from fedmezo_jax.deploy import agreement, envelopes, examples
 from fedmezo_jax.deploy.envelopes import (
@@ -106,7 +105,7 @@ def serve(
     if len(own.tables) != (2 if config.learning_rate == "auto" else 1):
         raise UserError("give the server's test examples, and with --learning-rate auto its validation examples too")
     config, folder = own.config, Path(out)
-    facts = agreement.facts_of(config, tree_hash(own.base))
+    facts = agreement.facts_of(config, own.base_hash)
     post = Post(transport, facts, notify)
 
     def load() -> RunContext:

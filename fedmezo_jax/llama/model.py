@@ -214,6 +214,23 @@ class Llama(nn.Module):
         """Residual stream below the first trained layer, ``[B, S, D]`` float32: the same whatever the LoRA is."""
         return self._run(self.embed_tokens(tokens).astype(jnp.float32), 0, self.trained_layers[0])
 
+    def frozen(self, x: jax.Array, start: jax.Array, count: jax.Array) -> jax.Array:
+        """Residual stream after the layers ``start`` to ``start + count − 1``, from that before them.
+
+        They have no adapter, and are the first ``count`` of those in the base: so the same program runs any of them.
+        Both numbers are traced. A loop whose length the compiler knew to be 1 would be fused otherwise, and round
+        otherwise, than that of :meth:`prefix`.
+        """
+        rope, stacked = rotary_table(self.config, x.shape[1]), self.variables["params"]["layers"]
+        block = Block(self.config, self.lora_scale, self.precision, self.least_rows, parent=None)
+
+        def run_layer(i, x):
+            own_rope = layer_rope(self.config, rope, start + i)
+            window = layer_window(self.config, start + i, x.shape[1])
+            return block.apply({"params": _sliced(stacked, i)}, x, {}, start + i, own_rope, None, window)[0]
+
+        return jax.lax.fori_loop(0, count, run_layer, x)
+
     def suffix(self, x: jax.Array, lora: Lora, perturbation: Perturbation | None = None) -> jax.Array:
         """Residual stream after the last layer, from that of :meth:`prefix`.
 
@@ -253,10 +270,7 @@ class Llama(nn.Module):
 
         def run_layer(x, layer_and_lora):
             layer, lora = layer_and_lora
-            slices = jax.tree.map(
-                lambda leaf: jax.lax.dynamic_index_in_dim(*keep_in_loop(leaf, layer - missing), 0, False), stacked
-            )
-            weights = jax.tree.map(lambda leaf: checkpoint_name(leaf, "weights"), slices)
+            weights = jax.tree.map(lambda leaf: checkpoint_name(leaf, "weights"), _sliced(stacked, layer - missing))
             own_rope, window = layer_rope(self.config, rope, layer), layer_window(self.config, layer, x.shape[1])
             return block.apply({"params": weights}, x, lora, layer - start + row, own_rope, perturbation, window)
 
@@ -308,6 +322,11 @@ class Llama(nn.Module):
     def __call__(self, tokens: jax.Array, lora: Lora) -> jax.Array:
         """Logits ``[B, S, V]`` float32 of every position."""
         return self.logits(self.hidden(tokens, lora))
+
+
+def _sliced(stacked: Base, index: jax.Array) -> Base:
+    """A layer's weights, sliced in the loop."""
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(*keep_in_loop(leaf, index), 0, False), stacked)
 
 
 class Embedding(nn.Module):

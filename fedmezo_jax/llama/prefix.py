@@ -7,25 +7,30 @@ local step that starts from it runs the layers from there on alone, and the devi
 from __future__ import annotations
 
 import hashlib
+import io
+import itertools
 import math
 import os
+import tempfile
 import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol, cast
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from fedmezo_jax.errors import UserError
+from fedmezo_jax.llama.checkpoints.stored_base import StoredBase
 from fedmezo_jax.llama.model import Base, Llama
 
 IN_MEMORY = 1 << 30
 """Bytes of hidden states up to which they stay in memory; more of them lie in a file."""
+LAYERS_AT_ONCE = 1 << 30
+"""Bytes of frozen layers that are on a device at a time; one that is larger alone."""
 _EXAMPLES = 16
-"""Examples of one call of the compiled prefix."""
+"""Examples of one call of the compiled layers."""
 _DIGEST = 32
 _SECONDS = 10  # between two lines about a long computation
 
@@ -39,41 +44,115 @@ def trained_part(model: Llama, base: Base) -> Base:
 
 
 class Prefix:
-    """The frozen layers below the first trained one.
+    """The frozen layers below the first trained one, which are never in memory as a whole.
 
-    An example's hidden states do not depend on which others are computed with it: the program runs them one by one.
+    A few layers at a time are read from the model's files, run on all examples, and let go. An example's hidden states
+    depend neither on which others are computed with it nor on how many layers are read at a time: the program runs the
+    examples one by one, and the layers in a loop of any length.
     """
 
-    def __init__(self, model: Llama, base: Base, base_hash: str, load: Callable[[], Base]):
+    def __init__(self, model: Llama, stored: StoredBase, base_hash: str, folder: Path):
         """Nothing is computed yet.
 
         Args:
             model: the decoder, with a precision for one point (not ``paired``).
-            base: its weights.
+            stored: its weights.
             base_hash: names them.
-            load: reads them again.
+            folder: where a temporary file goes if the states between two layers are more than :data:`IN_MEMORY` bytes.
         """
-        self.model, self.base_hash = model, base_hash
-        self._base: Base | None = base
-        self._load = load
-        placed = jax.tree.leaves(base)[0].sharding
-        everywhere = NamedSharding(placed.mesh, PartitionSpec()) if isinstance(placed, NamedSharding) else None
+        self.model, self.base_hash, self._stored, self._folder = model, base_hash, stored, folder
 
-        def run(base: Base, tokens: jax.Array) -> jax.Array:
-            return jax.lax.map(lambda row: model.apply({"params": base}, row[None], method="prefix")[0], tokens)
+        def run(layers: Base, x: jax.Array, start: jax.Array, count: jax.Array) -> jax.Array:
+            variables = {"params": {"layers": layers}}
+            return jax.lax.map(lambda row: model.apply(variables, row[None], start, count, method="frozen")[0], x)
 
-        self._compiled = jax.jit(run, out_shardings=everywhere)
+        self._compiled = jax.jit(run)
 
-    def release(self) -> None:
-        """Lets the weights go. They are loaded again if more hidden states are asked for."""
-        self._base = None
+    def __call__(self, tokens: np.ndarray, notify: Callable[[str], None] = lambda line: None) -> Iterator[np.ndarray]:
+        """Yields the hidden states of each row of tokens, float32 ``[S, D]``.
 
-    def __call__(self, tokens: np.ndarray) -> Iterator[np.ndarray]:
-        """The hidden states of each row of tokens ``[N, S]``, float32 ``[S, D]``."""
-        base = self._load() if self._base is None else self._base
+        Args:
+            tokens: int32 ``[N, S]``.
+            notify: called with a line about the progress, every ten seconds.
+
+        Raises:
+            UserError: the weights cannot be read, or the folder cannot hold the states between two layers.
+        """
+        first, shape = self.model.trained_layers[0], (*tokens.shape, self.model.config.hidden_size)
+        at_once = max(1, LAYERS_AT_ONCE // self._stored.layer_bytes)
+        devices = jax.local_devices()[: -(-len(tokens) // _EXAMPLES)]
+        told = time.monotonic()
+        batches = self._embedded(tokens)
+        with _temporary(shape, self._folder) as between:
+            for start, stacked in self._stored.layers(first, at_once):
+                layers, count, done = jax.device_put([stacked] * len(devices), devices), min(at_once, first - start), 0
+                for states in self._outputs(layers, batches, start, count):
+                    if start + count == first:
+                        yield from states
+                    else:
+                        _write(between, done, states, self._folder)
+                    done += len(states)
+                    if time.monotonic() - told > _SECONDS:
+                        share = (start + count * done / len(tokens)) / first
+                        notify(f"hidden states below layer {first}: {share:.0%}")
+                        told = time.monotonic()
+                del layers  # before the next are read
+                batches = _read(between, shape)
+
+    def _embedded(self, tokens: np.ndarray) -> Iterator[np.ndarray]:
+        """The states below the first layer, by batches."""
+        table = self._stored.embedding()
         for start in range(0, len(tokens), _EXAMPLES):
-            picked = np.minimum(np.arange(start, start + _EXAMPLES), len(tokens) - 1)  # copies fill the last call up
-            yield from np.asarray(self._compiled(base, tokens[picked]))[: len(tokens) - start]
+            yield table[tokens[start : start + _EXAMPLES]].astype(np.float32)
+
+    def _outputs(
+        self, layers: list[Base], batches: Iterator[np.ndarray], start: int, count: int
+    ) -> Iterator[np.ndarray]:
+        """The states after ``count`` layers from ``start`` on, by the same batches; ``layers`` are on each device.
+
+        Copies of its last example fill a batch up to the program's size.
+        """
+        while group := list(itertools.islice(batches, len(layers))):
+            filled = (np.pad(x, [(0, _EXAMPLES - len(x)), (0, 0), (0, 0)], "edge") for x in group)
+            outputs = [self._compiled(on, x, start, count) for on, x in zip(layers, filled, strict=False)]
+            yield from (np.asarray(output)[: len(x)] for output, x in zip(outputs, group, strict=True))
+
+
+def _temporary(shape: tuple[int, ...], folder: Path) -> BinaryIO:
+    """A place for the states of all examples between two layers."""
+    if 4 * math.prod(shape) <= IN_MEMORY:
+        return io.BytesIO()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return cast(BinaryIO, tempfile.TemporaryFile(dir=folder))
+    except OSError as error:
+        raise _no_room(folder, error) from None
+
+
+def _read(file: BinaryIO, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+    """The states of all examples by batches. Those that were read may be overwritten."""
+    size = 4 * math.prod(shape[1:])
+    for start in range(0, shape[0], _EXAMPLES):
+        file.seek(start * size)
+        content = file.read(min(_EXAMPLES, shape[0] - start) * size)
+        yield np.frombuffer(content, np.float32).reshape(-1, *shape[1:])
+
+
+def _write(file: BinaryIO, start: int, states: np.ndarray, folder: Path) -> None:
+    """Writes the states of the examples from ``start`` on."""
+    try:
+        file.seek(start * states[0].nbytes)
+        file.write(np.ascontiguousarray(states).data)
+        file.flush()
+    except OSError as error:
+        raise _no_room(folder, error) from None
+
+
+def _no_room(folder: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{folder}: cannot hold the hidden states of the frozen layers ({error.strerror}): set FEDMEZO_CACHE to a "
+        "folder with room for them, or give --layers all"
+    )
 
 
 class HiddenStates:
@@ -81,10 +160,10 @@ class HiddenStates:
 
     Attributes:
         shape: (N, S, D).
-        dtype: float32.
+        dtype: that of the stored states.
     """
 
-    def __init__(self, prefix: Prefix, tokens: np.ndarray, expected: int, folder: Path):
+    def __init__(self, prefix: Prefix, tokens: np.ndarray, expected: int, folder: Path, dtype: Any = "float32"):
         """Nothing is computed yet.
 
         Args:
@@ -93,18 +172,19 @@ class HiddenStates:
             expected: how many of the examples are likely to be used.
             folder: where a file goes if their states are more than :data:`IN_MEMORY` bytes. It is named after all that
                 decides its content, and shared by all runs with the same.
+            dtype: float32 or bfloat16, to which they are rounded.
         """
         self._prefix, self._tokens = prefix, np.ascontiguousarray(tokens, np.int32)
         self.shape = (*tokens.shape, prefix.model.config.hidden_size)
-        self.dtype = np.dtype(np.float32)
-        if 4 * expected * math.prod(self.shape[1:]) <= IN_MEMORY:
+        self.dtype = jax.numpy.dtype(dtype)
+        if self.dtype.itemsize * expected * math.prod(self.shape[1:]) <= IN_MEMORY:
             self._store: _Store = _Memory()
         else:
             model = prefix.model
             cut = f"{prefix.base_hash} {model.config} {model.trained_layers[0]} {model.precision} {self.shape}"
-            cut += f" {jax.default_backend()} {jax.__version__}"
+            cut += f" {self.dtype} {jax.default_backend()} {jax.__version__}"
             name = hashlib.sha256(cut.encode() + self._tokens.tobytes()).hexdigest()
-            self._store = _File(folder / f"{name}.states", self.shape[1:])
+            self._store = _File(folder / f"{name}.states", self.shape[1:], self.dtype)
 
     def compute(self, examples: np.ndarray, notify: Callable[[str], None] = lambda line: None) -> None:
         """Computes those of the examples that are not there yet.
@@ -114,32 +194,25 @@ class HiddenStates:
             notify: called with a line about the progress, every ten seconds.
 
         Raises:
-            UserError: the file cannot be written.
+            UserError: the weights cannot be read, or a file cannot be written.
         """
         missing = np.array([i for i in np.unique(examples) if self._store.read(int(i)) is None], int)
-        if not len(missing):
-            return
-        last_notice = time.monotonic()
-        for done, (i, states) in enumerate(zip(missing, self._prefix(self._tokens[missing]), strict=True)):
-            self._store.write(int(i), states)
-            if time.monotonic() - last_notice > _SECONDS:
-                notify(
-                    f"hidden states below layer {self._prefix.model.trained_layers[0]}: {done:,} of {len(missing):,}"
-                )
-                last_notice = time.monotonic()
+        if len(missing):
+            for i, states in zip(missing, self._prefix(self._tokens[missing], notify), strict=True):
+                self._store.write(int(i), states.astype(self.dtype))
 
     def __len__(self) -> int:
         """N."""
         return self.shape[0]
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        """The states of the examples that an index of the first axis picks, float32 ``[…, S, D]``."""
+        """The states of the examples that an index of the first axis picks, ``[…, S, D]``."""
         index = np.arange(len(self))[index]
         states = [self._store.read(int(i)) for i in index.ravel()]
         if any(row is None for row in states):
             self.compute(index)
             states = [self._store.read(int(i)) for i in index.ravel()]
-        return np.array(states, np.float32).reshape(*index.shape, *self.shape[1:])
+        return np.array(states, self.dtype).reshape(*index.shape, *self.shape[1:])
 
 
 class _Store(Protocol):
@@ -169,13 +242,14 @@ class _File:
     Runs that share the file write the same bytes into it.
     """
 
-    def __init__(self, path: Path, shape: tuple[int, ...]):
-        self._path, self._shape, self._bytes = path, shape, 4 * math.prod(shape)
+    def __init__(self, path: Path, shape: tuple[int, ...], dtype: np.dtype):
+        self._path, self._shape, self._dtype = path, shape, dtype
+        self._bytes = dtype.itemsize * math.prod(shape)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            raise self._refusal(error) from None
+            raise _no_room(path.parent, error) from None
         weakref.finalize(self, os.close, self._file)
 
     def read(self, i: int) -> np.ndarray | None:
@@ -183,10 +257,10 @@ class _File:
         digest, content = record[:_DIGEST], record[_DIGEST:]
         if len(content) < self._bytes or digest != self._digest(i, content):
             return None
-        return np.frombuffer(content, np.float32).reshape(self._shape)
+        return np.frombuffer(content, self._dtype).reshape(self._shape)
 
     def write(self, i: int, states: np.ndarray) -> None:
-        content = np.ascontiguousarray(states, np.float32).tobytes()
+        content = states.tobytes()
         record = memoryview(self._digest(i, content) + content)
         start = i * len(record)
         try:
@@ -194,13 +268,7 @@ class _File:
                 written = os.pwrite(self._file, record, start)
                 record, start = record[written:], start + written
         except OSError as error:
-            raise self._refusal(error) from None
+            raise _no_room(self._path.parent, error) from None
 
     def _digest(self, i: int, content: bytes) -> bytes:
         return hashlib.blake2b(content, digest_size=_DIGEST, salt=i.to_bytes(8, "little")).digest()
-
-    def _refusal(self, error: OSError) -> UserError:
-        return UserError(
-            f"{self._path.parent}: cannot hold the hidden states of the frozen layers ({error.strerror}): set "
-            "FEDMEZO_CACHE to a folder with room for them, or give --layers all"
-        )

@@ -20,12 +20,13 @@ from fedmezo_jax.data.batches import TOKENS_AT_ONCE
 from fedmezo_jax.data.buckets import Widths, bucketed_loss, bucketed_point_loss, computed_tokens, lengths
 from fedmezo_jax.data.examples import HiddenBatch, Rows, TokenBatch
 from fedmezo_jax.llama.checkpoints.adapter import save_adapter
+from fedmezo_jax.llama.checkpoints.stored_base import StoredBase
 from fedmezo_jax.llama.checks import check_finite
 from fedmezo_jax.llama.lora import init_lora
 from fedmezo_jax.llama.loss import loss_of, loss_sums, pair_loss_of, point_loss_of
 from fedmezo_jax.llama.model import Base, Llama
 from fedmezo_jax.llama.precision import least_clients, least_rows
-from fedmezo_jax.llama.prefix import HiddenStates, Prefix, trained_part
+from fedmezo_jax.llama.prefix import HiddenStates, Prefix
 
 
 def unpaired(model: Llama) -> Llama:
@@ -39,8 +40,9 @@ class LlamaTask(Task):
 
     Attributes:
         model: the decoder, with the run's α/r and precision.
-        base: its frozen weights, on the device: all, or with hidden states for tokens what they are used with.
-        base_hash: names all of them.
+        base: its frozen weights, on the device: all, or those from the first trained layer on
+            (``StoredBase.load_from``), which need hidden states for tokens.
+        base_hash: names all weights.
         name: the model's, as the user gave it.
         rank: r.
         alpha: α.
@@ -73,26 +75,28 @@ class LlamaTask(Task):
 
     def from_hidden_states(
         self,
+        stored: StoredBase,
         folder: Path,
         used: np.ndarray,
-        load: Callable[[], Base],
+        dtype: str = "float32",
         notify: Callable[[str], None] = lambda line: None,
     ) -> LlamaTask:
-        """The same task from the hidden states below the first trained layer on. Those layers are let go.
+        """The same task from the hidden states below the first trained layer on.
 
         Args:
+            stored: the model's files, from which the layers below are read a few at a time.
             folder: for hidden states that are too large for memory.
             used: the training examples whose states are computed here; those of others are when they are asked for.
-            load: reads all weights of the base again, where the states of others are.
+            dtype: of the stored states.
             notify: called with a line about the progress of long work.
 
         Raises:
-            UserError: the folder cannot hold them.
+            UserError: the weights cannot be read, or the folder cannot hold the states.
         """
-        prefix = Prefix(unpaired(self.model), self.base, self.base_hash, load)
+        prefix = Prefix(unpaired(self.model), stored, self.base_hash, folder)
 
         def states(rows: TokenBatch, examples: np.ndarray) -> HiddenStates:
-            hidden = HiddenStates(prefix, np.asarray(rows.tokens), len(examples), folder)
+            hidden = HiddenStates(prefix, np.asarray(rows.tokens), len(examples), folder, dtype)
             hidden.compute(examples, notify)
             return hidden
 
@@ -103,9 +107,7 @@ class LlamaTask(Task):
         assert isinstance(self.validation, TokenBatch)
         assert isinstance(self.test, TokenBatch)
         train = HiddenBatch(states(self.train, used), *self.train[1:])  # pyright: ignore[reportArgumentType]
-        validation, test = all_states(self.validation), all_states(self.test)
-        prefix.release()
-        return replace(self, base=trained_part(self.model, self.base), train=train, validation=validation, test=test)
+        return replace(self, train=train, validation=all_states(self.validation), test=all_states(self.test))
 
     @property
     def frozen(self) -> Base:

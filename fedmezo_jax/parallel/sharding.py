@@ -148,11 +148,9 @@ def shard_clients(mesh: Mesh | None, count: int, make: Callable[[np.ndarray], An
     """
     if mesh is None:
         return jax.device_put(make(np.arange(count)))
-    positions = np.arange(pad_to_groups(mesh, count))
-    positions[count:] = 0
-    sharding = NamedSharding(mesh, P(CLIENTS))
-    first = jax.tree.map(np.asarray, make(positions[:1]))
-    leaves, structure = jax.tree.flatten(first)
+    positions, sharding = _positions(mesh, count), NamedSharding(mesh, P(CLIENTS))
+    some = jax.tree.map(np.asarray, make(own_positions(mesh, count)[:1]))
+    leaves, structure = jax.tree.flatten(some)
     made_leaves: dict[tuple[int, ...], list[Any]] = {}
 
     def shard(i: int, index: Any) -> Any:
@@ -166,6 +164,22 @@ def shard_clients(mesh: Mesh | None, count: int, make: Callable[[np.ndarray], An
         for i, leaf in enumerate(leaves)
     ]
     return jax.tree.unflatten(structure, arrays)
+
+
+def own_positions(mesh: Mesh | None, count: int) -> np.ndarray:
+    """Returns which of ``count`` clients' data :func:`shard_clients` makes in this process, sorted."""
+    if mesh is None:
+        return np.arange(count)
+    positions = _positions(mesh, count)
+    shards = NamedSharding(mesh, P(CLIENTS)).addressable_devices_indices_map(positions.shape)
+    return np.unique(np.concatenate([positions[index] for index in shards.values()]))
+
+
+def _positions(mesh: Mesh, count: int) -> np.ndarray:
+    """The client at each place of a padded array of clients."""
+    positions = np.arange(pad_to_groups(mesh, count))
+    positions[count:] = 0
+    return positions
 
 
 def pad_to_groups(mesh: Mesh | None, count: int) -> int:

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fedmezo_jax.core import client, federated, mezo, personalization
-from fedmezo_jax.data.examples import TokenBatch
+from fedmezo_jax.data.examples import HiddenBatch, TokenBatch
 from fedmezo_jax.llama.checkpoints.layout import leaves, projections
 from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.lora import lora_shapes
@@ -53,6 +53,9 @@ CHIPS = {
     "v6e": Chip(918e12, 1640e9, 448e9, "https://cloud.google.com/tpu/docs/v6e"),
     "a100-40gb": Chip(312e12, GPUS["a100-40gb"].bandwidth, 600e9, "https://www.nvidia.com/en-us/data-center/a100/"),
     "a100-80gb": Chip(312e12, GPUS["a100-80gb"].bandwidth, 600e9, "https://www.nvidia.com/en-us/data-center/a100/"),
+    "rtx-4090": Chip(
+        165e12, GPUS["rtx-4090"].bandwidth, 64e9, "https://www.nvidia.com/en-us/geforce/ada-lovelace-architecture/"
+    ),
     "h100": Chip(989e12, GPUS["h100"].bandwidth, 900e9, "https://www.nvidia.com/en-us/data-center/h100/"),
     "h200": Chip(989e12, 4800e9, 900e9, "https://www.nvidia.com/en-us/data-center/h200/"),
 }
@@ -62,6 +65,7 @@ DEVICE_KINDS = {
     "TPU v6 lite": "v6e",
     "NVIDIA A100-SXM4-40GB": "a100-40gb",
     "NVIDIA A100-SXM4-80GB": "a100-80gb",
+    "NVIDIA GeForce RTX 4090": "rtx-4090",
     "NVIDIA H100 80GB HBM3": "h100",
     "NVIDIA H200": "h200",
 }
@@ -81,6 +85,7 @@ class RoundSpec(NamedTuple):
         targets: projections with an adapter.
         precision: precision of the products with frozen weights.
         directions_shared: whether all clients draw the same directions.
+        trained: layers with an adapter; None for all. Steps start from the hidden states below the first of them.
     """
 
     config: LlamaConfig
@@ -92,6 +97,12 @@ class RoundSpec(NamedTuple):
     targets: tuple[str, ...]
     precision: Precision
     directions_shared: bool
+    trained: tuple[int, ...] | None = None
+
+    @property
+    def first(self) -> int:
+        """The first layer that the devices hold."""
+        return self.trained[0] if self.trained else 0
 
 
 class Compiled(NamedTuple):
@@ -139,10 +150,10 @@ def lower(planned: RoundSpec, mesh: Mesh, at_once: int) -> Any:
     base = traverse_util.unflatten_dict(
         {
             path: jax.ShapeDtypeStruct(s, weight_dtype, sharding=leaf_sharding(path, s))
-            for path, s in leaves(config).items()
+            for path, s in leaves(config, planned.first).items()
         }
     )
-    shapes = lora_shapes(config, planned.rank, planned.targets)
+    shapes = lora_shapes(config, planned.rank, planned.targets, planned.trained)
     replicate = partial(jax.tree.map, lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated))
     lora = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, jnp.float32), shapes, is_leaf=lambda x: isinstance(x, tuple))
     work = client.mezo_client(mezo.MezoConfig())
@@ -151,18 +162,18 @@ def lower(planned: RoundSpec, mesh: Mesh, at_once: int) -> Any:
     batch_shape = (sharding.pad_to_groups(mesh, planned.clients), planned.local_steps, planned.batch_size)
     label_shape = (*batch_shape, max(1, planned.length // 2))
     client_array = partial(jax.ShapeDtypeStruct, sharding=by_client)
-    batch: Any = (
-        client_array((*batch_shape, planned.length), jnp.int32),
-        *(client_array(label_shape, t) for t in (jnp.int32, jnp.int32, jnp.float32)),
-    )
+    tokens: Any = client_array((*batch_shape, planned.length), jnp.int32)
+    hidden: Any = client_array((*tokens.shape, config.hidden_size), jnp.float32)
+    labels: Any = [client_array(label_shape, dtype) for dtype in (jnp.int32, jnp.int32, jnp.float32)]
+    batches = HiddenBatch(hidden, *labels) if planned.first else TokenBatch(tokens, *labels)
 
     def client_vector(dtype: Any) -> Any:
         return jax.ShapeDtypeStruct((planned.clients,), dtype, sharding=replicated)
 
     key = replicate(jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32")))
-    loss = pair_loss_of(Llama(config, 2.0, planned.precision), base)
+    loss = pair_loss_of(Llama(config, 2.0, planned.precision, trained=planned.trained), base)
     round = federated.federated(*settings, mesh).round
-    cohort = federated.Cohort(client_vector(jnp.int32), client_vector(jnp.float32), TokenBatch(*batch))
+    cohort = federated.Cohort(client_vector(jnp.int32), client_vector(jnp.float32), batches)
     return jax.jit(round.work).lower(state, loss, cohort, key, None, None)
 
 
@@ -211,26 +222,35 @@ class ForwardOperations(NamedTuple):
     rest: int
 
 
-def forward_operations(config: LlamaConfig, length: int, rank: int, targets: Sequence[str]) -> ForwardOperations:
-    """Counts the operations of one forward pass over ``length`` tokens, half of them labels."""
+def forward_operations(
+    config: LlamaConfig, length: int, rank: int, targets: Sequence[str], trained: tuple[int, ...] | None = None
+) -> ForwardOperations:
+    """Counts the operations of one forward pass over ``length`` tokens, half of them labels.
+
+    Of the layers only those from the first of ``trained`` on are run; None means all, with an adapter each.
+    """
     widths = projections(config)
     dense = sum(a * b for a, b in widths.values())
     adapters = sum(rank * sum(widths[name]) for name in targets)
     attention = (length + 1) * config.num_attention_heads * config.head_dim
     head = max(1, length // 2) * config.hidden_size * config.vocab_size
-    tokens = config.num_hidden_layers * length
-    return ForwardOperations(2 * (tokens * dense + head), 2 * tokens * (adapters + attention))
+    trained = tuple(range(config.num_hidden_layers)) if trained is None else trained
+    tokens = (config.num_hidden_layers - trained[0]) * length
+    rest = tokens * attention + len(trained) * length * adapters
+    return ForwardOperations(2 * (tokens * dense + head), 2 * rest)
 
 
 def operations(planned: RoundSpec) -> int:
     """Returns the floating-point operations of all clients' 2·H forward passes."""
-    per_example = sum(forward_operations(planned.config, planned.length, planned.rank, planned.targets))
+    per_example = sum(
+        forward_operations(planned.config, planned.length, planned.rank, planned.targets, planned.trained)
+    )
     return 2 * planned.local_steps * planned.clients * planned.batch_size * per_example
 
 
 def weight_bytes(planned: RoundSpec) -> int:
-    """Returns the bytes of one copy of the frozen weights."""
-    count = sum(int(np.prod(shape)) for shape in leaves(planned.config).values())
+    """Returns the bytes of one copy of the frozen weights that the devices hold."""
+    count = sum(int(np.prod(shape)) for shape in leaves(planned.config, planned.first).values())
     return count * (4 if planned.precision == "float32" else 2)
 
 

@@ -38,10 +38,11 @@ class Gpu(NamedTuple):
 
 
 GIB = 2**30
-# NVIDIA's A100 and H100 (SXM) data sheets and white papers.
+# NVIDIA's A100, H100 (SXM) and Ada data sheets and white papers.
 GPUS = {
     "a100-40gb": Gpu((8, 0), 108, 40 * GIB, 1_555_000_000_000, 40 * 2**20, 167_936, 1.41),
     "a100-80gb": Gpu((8, 0), 108, 80 * GIB, 2_039_000_000_000, 40 * 2**20, 167_936, 1.41),
+    "rtx-4090": Gpu((8, 9), 128, 24 * GIB, 1_008_000_000_000, 72 * 2**20, 102_400, 2.52),
     "h100": Gpu((9, 0), 132, 80 * GIB, 3_350_000_000_000, 50 * 2**20, 233_472, 1.98),
 }
 # No autotuning of kernels, which needs the device, and no Triton, whose tools may be missing here.

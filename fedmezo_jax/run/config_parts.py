@@ -113,6 +113,8 @@ class LoraConfig(Options):
     layers: str = "last:40%"
     """layers with an adapter: all (paper), last:K, first:K (a number or a share in percent), every:N, a-b (counted from
     0), or several of these joined by commas; what lies below the first of them is computed once for each example"""
+    hidden_states: Literal["float32", "bfloat16"] = "float32"
+    """how the outputs of the layers below the first trained one are stored"""
 
     def __post_init__(self):
         super().__post_init__()

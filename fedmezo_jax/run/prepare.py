@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -21,13 +20,12 @@ from jax.sharding import Mesh
 from fedmezo_jax.core import federated, mezo
 from fedmezo_jax.core.random import init_key
 from fedmezo_jax.core.task import Task
-from fedmezo_jax.core.tree_hash import tree_hash
 from fedmezo_jax.data.buckets import Widths, lengths, widths
 from fedmezo_jax.data.examples import TokenBatch
 from fedmezo_jax.data.table import Table, data_named, deal, tabulate
 from fedmezo_jax.errors import UserError
-from fedmezo_jax.llama.checkpoints.base_model import load_base
 from fedmezo_jax.llama.checkpoints.layout import leaves
+from fedmezo_jax.llama.checkpoints.stored_base import StoredBase
 from fedmezo_jax.llama.checkpoints.weights import sixteen_bit
 from fedmezo_jax.llama.checks import check_ids
 from fedmezo_jax.llama.config import LlamaConfig
@@ -69,8 +67,8 @@ def prepare(
         parts, categories = deal(config.partition, [table.examples[i] for i in kept], lengths(train), *how)
 
     examples = Examples(train, validation, test, parts, widths(train, config.length_buckets))
-    task = task_of(config, model, model.load(), examples, mesh)
-    task = from_hidden_states(task, model, lambda: used_examples(config, task), notify)
+    task = task_of(config, model, *model.load(), examples, mesh)
+    task = from_hidden_states(config, task, model, lambda: used_examples(config, task, mesh), notify)
     lora = sharding.replicate(mesh, task.init_params(init_key(config.seed)))
     return RunContext(config, task, lora, mesh, categories, table.skipped, table.truncated)
 
@@ -83,14 +81,23 @@ class OpenModel(NamedTuple):
         llama: its configuration.
         trained: layers with an adapter; None means all.
         tokenizer: its own.
-        load: reads the base onto the devices.
+        stored: its weights, where they are stored.
     """
 
     folder: Path
     llama: LlamaConfig
     trained: tuple[int, ...] | None
     tokenizer: Any
-    load: Callable[[], Base]
+    stored: StoredBase
+
+    @property
+    def first(self) -> int:
+        """The first layer that the devices hold."""
+        return self.trained[0] if self.trained else 0
+
+    def load(self) -> tuple[Base, str]:
+        """The weights from the first layer on, on the devices, and the hash of all."""
+        return self.stored.load_from(self.first)
 
 
 class Examples(NamedTuple):
@@ -125,17 +132,19 @@ def open_model(config: RunConfig, mesh: Mesh | None = None) -> OpenModel:
             f"--max-length {config.max_length}: the model takes {llama.max_position_embeddings} tokens at most"
         )
     assert config.precision
-    load = partial(load_base, folder, llama, stored_type(config.precision), sharding.base_sharding(mesh))
-    return OpenModel(folder, llama, trained_layers(config.layers, llama), load_tokenizer(folder), load)
+    stored = StoredBase(folder, llama, stored_type(config.precision), sharding.base_sharding(mesh))
+    return OpenModel(folder, llama, trained_layers(config.layers, llama), load_tokenizer(folder), stored)
 
 
-def task_of(config: RunConfig, model: OpenModel, base: Base, examples: Examples, mesh: Mesh | None = None) -> LlamaTask:
-    """The task of a run on these examples, from tokens."""
+def task_of(
+    config: RunConfig, model: OpenModel, base: Base, base_hash: str, examples: Examples, mesh: Mesh | None = None
+) -> LlamaTask:
+    """The task of a run on these examples, as tokens: see :func:`from_hidden_states`."""
     assert config.precision
     return LlamaTask(
         Llama(model.llama, config.lora_alpha / config.lora_rank, config.precision, trained=model.trained),
         base,
-        tree_hash(base),
+        base_hash,
         config.model,
         config.lora_rank,
         config.lora_alpha,
@@ -148,6 +157,7 @@ def task_of(config: RunConfig, model: OpenModel, base: Base, examples: Examples,
 
 
 def from_hidden_states(
+    config: LoraConfig,
     task: LlamaTask,
     model: OpenModel,
     used: Callable[[], np.ndarray],
@@ -157,9 +167,9 @@ def from_hidden_states(
 
     See :meth:`LlamaTask.from_hidden_states`.
     """
-    if not model.trained or not model.trained[0]:
+    if not model.first:
         return task
-    return task.from_hidden_states(cache_folder() / "hidden", used(), model.load, notify)
+    return task.from_hidden_states(model.stored, cache_folder() / "hidden", used(), config.hidden_states, notify)
 
 
 def resolve_defaults(config: RunConfig, notify: Callable[[str], None] = lambda notice: None) -> RunConfig:
@@ -199,16 +209,15 @@ def stored_type(precision: Precision) -> Any:
     return jnp.float32 if precision == "float32" else jnp.bfloat16
 
 
-def used_examples(config: RunConfig, task: Task) -> np.ndarray:
-    """Indices of the training examples of all rounds, sorted.
+def used_examples(config: RunConfig, task: Task, mesh: Mesh | None = None) -> np.ndarray:
+    """Indices of the training examples that this process's clients work on, sorted.
 
-    With several processes those of further attempts at a round are among them: no process can compute hidden states of
-    its own clients' examples alone where the base is spread over all.
+    Further attempts at a round and the check of the learning rate may need a few others.
     """
-    attempts = range(config.attempts if jax.process_count() > 1 else 1)
     used = np.zeros(len(task.train.labels), bool)
-    for t, attempt in itertools.product(range(config.rounds), attempts):
-        used[round_examples(config, task, t, attempt)[1]] = True
+    for t in range(config.rounds):
+        ids, picks = round_examples(config, task, t)
+        used[picks[sharding.own_positions(mesh, len(ids))]] = True
         if used.all():
             break
     return np.flatnonzero(used)
@@ -261,7 +270,8 @@ def base_of_ledger(
     folder = _local_folder(file, config, model)
     llama = LlamaConfig.from_json(folder)
     _check_rank(config, llama, file)
-    base_hash = tree_hash(load_base(folder, llama, stored_type(config.precision or "float32")))
+    stored = StoredBase(folder, llama, stored_type(config.precision or "float32"))
+    base_hash = stored.load_from(llama.num_hidden_layers)[1]
     return llama, base_hash, partial(_init_lora, config, llama)
 
 

@@ -147,6 +147,48 @@ def test_a_copy_of_the_weights_may_lie_across_processes(place, alone):
     assert split == whole  # with the hash of all weights, of which each process holds half
 
 
+COMPUTED = """
+import json, sys
+import jax
+from fedmezo_jax.llama import prefix
+from fedmezo_jax.parallel import multihost, sharding
+from fedmezo_jax.run.config import RunConfig
+from fedmezo_jax.run.prepare import prepare
+
+at, options = sys.argv[1:]
+multihost.join(at, 60)
+seen = []
+compute = prefix.HiddenStates.compute
+def noted(self, examples, *rest):
+    seen.append(examples.tolist())
+    compute(self, examples, *rest)
+
+prefix.HiddenStates.compute = noted
+context = prepare(RunConfig(**json.loads(options)), sharding.parse_mesh(None, jax.devices()))
+print(json.dumps({"trained_on": seen[0], "parts": [part.tolist() for part in context.task.parts]}))
+"""
+
+
+def test_each_process_computes_hidden_states_of_its_own_clients_examples_alone(place):
+    """Of four clients each process has two. The states of validation and test examples come after."""
+    _, variables = given(place, place / "none")
+    options = {"model": str(place / "model"), "data": str(place / "data.jsonl"), "clients": 4, "rounds": 2}
+    options |= {"local_steps": 2, "layers": "last:1", "max_length": 64, "test_examples": 10}
+    at, pipes = f"localhost:{free_port()}", {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", COMPUTED, f"{at},2,{i}", json.dumps(options)], env=os.environ | variables, **pipes
+        )
+        for i in range(2)
+    ]
+    for i, (code, out, err) in enumerate(outcome(*running)):
+        assert code == 0, err
+        found = json.loads(out.splitlines()[-1])
+        own = [set(part) for part in found["parts"][2 * i : 2 * i + 2]]
+        assert set(found["trained_on"]) <= own[0] | own[1]
+        assert all(set(found["trained_on"]) & part for part in own)
+
+
 def test_a_process_that_dies_ends_the_run_and_it_can_be_resumed(place, alone):
     out = place / "killed"
     first, second = both(place, out, "--process-timeout", "20")

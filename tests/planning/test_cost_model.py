@@ -48,6 +48,31 @@ def test_operations_and_weights_of_a_family_with_wide_heads_norms_and_biases():
         assert cost_model.operations(planned) == 2 * 3 * 4 * (layers + 2 * 8 * 8 * 50)
 
 
+def test_layers_below_the_first_trained_one_cost_nothing():
+    """The upper layer's weights, operations and adapter, the final norm, and the untied head without its table."""
+    planned = ROUND._replace(trained=(1,))
+    weights = 2 * 64 + 2 * 32 + 3 * 96
+    assert cost_model.weight_bytes(planned) == 4 * (weights + 2 * 8 + 8 + 8 * 50)
+    layer = 2 * 16 * (weights + 32) + 2 * 2 * sum(range(1, 17)) * 8
+    assert cost_model.operations(planned) == 2 * 3 * 4 * (layer + 2 * 8 * 8 * 50)
+    # A layer without an adapter above one that has one is run, and has no adapter's products.
+    planned = ROUND._replace(trained=(0,))
+    assert cost_model.operations(planned) == cost_model.operations(ROUND) - 2 * 3 * 4 * 2 * 16 * 32
+
+
+def test_a_round_from_hidden_states_is_compiled_with_the_weights_above_alone():
+    whole, above = (
+        cost_model.compile_round(ROUND._replace(trained=trained), hardware.host(), (1, 1), 4).peak
+        for trained in (None, (1,))
+    )
+    assert whole is not None
+    assert above is not None
+    saved = cost_model.weight_bytes(ROUND) - cost_model.weight_bytes(ROUND._replace(trained=(1,)))
+    hidden = 4 * 3 * 16 * 8 * 4 - 4 * 3 * 16 * 4  # instead of tokens
+    adapter = 4 * 2 * (8 + 8)
+    assert whole - above == pytest.approx(saved - hidden + adapter, abs=saved / 2)
+
+
 def test_a_big_model_s_operations_are_two_for_each_weight_and_token():
     config = SHAPES["llama-7b"]
     planned = cost_model.RoundSpec(config, 1, 1, 1, 128, 1, (), "paired", True)

@@ -17,12 +17,19 @@ from fedmezo_jax.llama.lora import TARGETS, lora_shapes
 
 @cache
 def load(case, dtype="float32"):
-    """Config and base of a case, by way of a model folder: its weights are drawn under Hugging Face's names."""
-    with TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(make_goldens.raw_config(case)))
-        save_file(make_goldens.tensors(case), Path(folder) / "model.safetensors")
+    """Config and base of a case."""
+    with TemporaryDirectory() as scratch:
+        folder = write_case(Path(scratch) / "model", case)
         config = LlamaConfig.from_json(folder)
         return config, load_base(folder, config, dtype)
+
+
+def write_case(folder, case):
+    """The model folder of a case: its weights are drawn under Hugging Face's names."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(make_goldens.raw_config(case)))
+    save_file(make_goldens.tensors(case), folder / "model.safetensors")
+    return folder
 
 
 @cache

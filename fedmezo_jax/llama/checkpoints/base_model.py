@@ -6,21 +6,17 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import numpy as np
 from flax import traverse_util
 
 from fedmezo_jax.errors import UserError
-from fedmezo_jax.llama.checkpoints.layout import Slot, layout, leaves
+from fedmezo_jax.llama.checkpoints.layout import layout
 from fedmezo_jax.llama.checkpoints.orbax import ORBAX, write_orbax_tensors
-from fedmezo_jax.llama.checkpoints.safetensors import Entry, write_tensors
-from fedmezo_jax.llama.checkpoints.weights import SAFETENSORS, open_weights
-from fedmezo_jax.llama.checks import check_tensor
+from fedmezo_jax.llama.checkpoints.safetensors import write_tensors
+from fedmezo_jax.llama.checkpoints.stored_base import Sharding, StoredBase
+from fedmezo_jax.llama.checkpoints.weights import SAFETENSORS
 from fedmezo_jax.llama.config import LlamaConfig, to_json
 from fedmezo_jax.llama.folder import read_json_object, staged
-
-Sharding = Callable[[tuple[str, ...], tuple[int, ...]], jax.sharding.Sharding]
-"""The sharding of a leaf of the base pytree, from its path (``("layers", "mlp", "up_proj", "kernel")``) and shape."""
 
 WeightFormat = Literal["safetensors", "orbax"]
 """Formats to write: safetensors, which transformers opens too, or an Orbax checkpoint, for this package only."""
@@ -31,58 +27,8 @@ _SHARD_BYTES = 4 << 30  # most bytes of weights in one file, unless one tensor i
 def load_base(
     folder: str | PathLike, config: LlamaConfig, dtype: Any = "float32", sharding: Sharding | None = None
 ) -> dict[str, Any]:
-    """Read a model's frozen weights into the base pytree (``layout.base_shapes``).
-
-    Tensors are read one by one into leaves that are allocated once. On the CPU the peak of host memory is the result
-    plus one tensor; on other devices it is one leaf plus one tensor.
-
-    Args:
-        folder: a model folder in any format of ``weights.open_weights``.
-        config: the model's config.
-        dtype: all weights are cast to it, also quantised ones.
-        sharding: gives the sharding of a leaf; None puts every leaf on JAX's default device. With several processes
-            each keeps its own part.
-
-    Raises:
-        UserError: before any weight is read, with all that is missing, unexpected, or of another shape or type; and for
-            a damaged file, for pickled weights, or for a weight that is not finite in ``dtype`` or whose square
-            overflows float32.
-    """
-    return assemble(open_weights(Path(folder), config), config, dtype, sharding)
-
-
-def assemble(
-    entries: Mapping[str, Entry], config: LlamaConfig, dtype: Any = "float32", sharding: Sharding | None = None
-) -> dict[str, Any]:
-    """Returns the base pytree of the tensors from ``open_weights``; arguments and errors as :func:`load_base`."""
-    shapes = leaves(config)
-    slots: dict[tuple[str, ...], list[tuple[str, Slot]]] = {path: [] for path in shapes}
-    for name, slot in layout(config).items():
-        slots[slot.path].append((name, slot))
-    flat = {}
-    for path, shape in shapes.items():
-        leaf = _aligned_empty(shape, np.dtype(dtype))
-        for name, slot in slots[path]:
-            _fill(leaf if slot.layer is None else leaf[slot.layer], entries[name], name, path[-1] == "kernel")
-        flat[path] = _placed(leaf, None if sharding is None else sharding(path, shape))
-        del leaf
-    return traverse_util.unflatten_dict(flat)
-
-
-def _placed(leaf: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
-    if sharding is None:
-        return jax.device_put(leaf)
-    placed = jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
-    return jax.block_until_ready(placed)  # before the host's copy is freed and the next one allocated
-
-
-def _fill(target: np.ndarray, entry: Entry, name: str, transposed: bool) -> None:
-    """Read a tensor into its place, cast it and check it. No other code looks at all weights."""
-    stored = entry.read()
-    with np.errstate(over="ignore"):  # the check below reports an overflow
-        target[...] = stored.T if transposed else stored
-    del stored  # the check needs as much memory
-    check_tensor(target, name, entry.file)
+    """Read a model's frozen weights into the base pytree (``layout.base_shapes``); see :class:`StoredBase`."""
+    return StoredBase(folder, config, dtype, sharding).load()
 
 
 def save_base(
@@ -180,11 +126,3 @@ def write_tokenizer(folder: Path, tokenizer: Any) -> None:
     path = folder / "tokenizer_config.json"
     renamed = read_json_object(path) | {"tokenizer_class": "PreTrainedTokenizerFast"}
     path.write_text(json.dumps(renamed, indent=2) + "\n", encoding="utf-8")
-
-
-def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An empty array on a 64-byte boundary, which JAX on the CPU uses without a copy."""
-    size = int(np.prod(shape)) * dtype.itemsize
-    raw = np.empty(size + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + size].view(dtype).reshape(shape)

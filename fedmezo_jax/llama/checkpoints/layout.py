@@ -6,6 +6,9 @@ from flax import traverse_util
 
 from fedmezo_jax.llama.config import LlamaConfig
 
+EMBEDDING = ("embed_tokens", "embedding")
+"""Path of the table of token vectors."""
+
 
 class Slot(NamedTuple):
     """Where a stored tensor belongs in the base pytree.
@@ -46,7 +49,7 @@ def layout(config: LlamaConfig) -> dict[str, Slot]:
     """Returns every tensor of Hugging Face's ``…ForCausalLM`` by name; a tied head is left out."""
     hidden, vocab = config.hidden_size, config.vocab_size
     slots = {
-        "model.embed_tokens.weight": Slot(("embed_tokens", "embedding"), None, (vocab, hidden)),
+        "model.embed_tokens.weight": Slot(EMBEDDING, None, (vocab, hidden)),
         "model.norm.weight": Slot(("norm", "scale"), None, (hidden,)),
     }
     if not config.tie_word_embeddings:
@@ -67,15 +70,23 @@ def layout(config: LlamaConfig) -> dict[str, Slot]:
     return slots
 
 
-def leaves(config: LlamaConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
-    """Returns the shape of each leaf of the base pytree by path; layers are stacked, kernels are [in, out]."""
+def leaves(config: LlamaConfig, first: int = 0) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """Returns the shape of each leaf of the base pytree by path; layers are stacked, kernels are [in, out].
+
+    Args:
+        config: the model's config.
+        first: a layer. With one above 0, only the leaves that run hidden states from there on: this layer and those
+            above it, the final norm and the head.
+    """
     shapes = {}
     for slot in layout(config).values():
         shape = slot.shape[::-1] if slot.path[-1] == "kernel" else slot.shape
-        shapes[slot.path] = shape if slot.layer is None else (config.num_hidden_layers, *shape)
+        shapes[slot.path] = shape if slot.layer is None else (config.num_hidden_layers - first, *shape)
+    if first and not config.tie_word_embeddings:
+        del shapes[EMBEDDING]
     return shapes
 
 
-def base_shapes(config: LlamaConfig) -> dict[str, Any]:
-    """Returns the base pytree with each leaf's shape (a tuple of ints) instead of the leaf."""
-    return traverse_util.unflatten_dict(leaves(config))
+def base_shapes(config: LlamaConfig, first: int = 0) -> dict[str, Any]:
+    """Returns the base pytree with each leaf's shape (a tuple of ints) instead of the leaf; see :func:`leaves`."""
+    return traverse_util.unflatten_dict(leaves(config, first))

@@ -11,9 +11,8 @@ from fast_runs import command, content, results, start
 from experiments import evaluate, generate, merge
 from experiments import replay as replay_command
 from fedmezo_jax.data.examples import HiddenBatch, TokenBatch
-from fedmezo_jax.llama.task import LlamaTask
 from fedmezo_jax.run import messages
-from fedmezo_jax.run.prepare import prepare
+from fedmezo_jax.run.prepare import OpenModel, prepare
 from fedmezo_jax.run.replay import largest_difference
 
 
@@ -22,7 +21,7 @@ def test_from_hidden_states_or_from_tokens_it_is_the_same_run_up_to_rounding(con
     order: some 1e-7 of a float32 loss, and of its slopes.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LlamaTask, "from_hidden_states", lambda task, *_: task)
+        patch.setattr(OpenModel, "first", 0)
         whole = prepare(replace(config, layers="last:1"))
     run = start(tmp_path / "whole", whole._replace(config=config))
     assert isinstance(whole.task.train, TokenBatch)

@@ -11,9 +11,8 @@ from fast_runs import FACTORS, ROUNDS, TAKEN, recorded, start
 from fedmezo_jax.core import mezo
 from fedmezo_jax.core.federated import RoundReport
 from fedmezo_jax.core.random import client_key, run_key
-from fedmezo_jax.llama.task import LlamaTask
 from fedmezo_jax.run import automatic_rate, ledger, messages
-from fedmezo_jax.run.prepare import prepare
+from fedmezo_jax.run.prepare import OpenModel, prepare
 from fedmezo_jax.run.replay import largest_difference, replay
 
 
@@ -70,7 +69,7 @@ def test_the_validation_loss_never_rises(setup, steady, bold):
 
 def test_validation_examples_are_in_neither_training_nor_test_rows(config, setup):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LlamaTask, "from_hidden_states", lambda task, *_: task)
+        patch.setattr(OpenModel, "first", 0)
         task = prepare(config).task
     train_rows, validation, test = (
         {row.tobytes() for row in np.asarray(rows.tokens)} for rows in (task.train, task.validation, task.test)
