@@ -1,16 +1,21 @@
-"""Certificates and keys for trying a deployment on one machine: an authority, a server certificate, keys of nodes."""
+"""Certificates and keys of a deployment: an authority, a server certificate, keys of nodes and keys that sign."""
 
 from __future__ import annotations
 
 import datetime
 import ipaddress
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.x509.oid import NameOID
+
+from fedmezo_jax.errors import UserError
+from fedmezo_jax.run.signatures import ServerKeys
 
 DAYS = 30
 """How long a certificate is valid."""
@@ -61,9 +66,52 @@ def make_certificates(folder: Path, names: list[str], addresses: list[str]) -> N
 
 
 def make_node_key(file: Path) -> None:
-    """Writes a node's private key into the file, and its public key beside it as ``.pub``, as OpenSSH does."""
-    key = ec.generate_private_key(ec.SECP384R1())
+    """Writes a node's private key into the file, and its public key beside it as ``.pub``."""
+    write_key(file, ec.generate_private_key(ec.SECP384R1()))
+
+
+def write_key(file: Path, key: ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey) -> None:
+    """Writes a private key into the file, and its public key beside it as ``.pub``, as ``ssh-keygen`` does."""
     encoding, form = serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH
     _write(file, key.private_bytes(encoding, form, serialization.NoEncryption()))
     public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
     _write(file.with_suffix(".pub"), public + b"\n")
+
+
+def read_signing_key(file: Path) -> ed25519.Ed25519PrivateKey:
+    """The private key with which a party of a signed run signs.
+
+    Raises:
+        UserError: the file cannot be read, or holds another key.
+    """
+    try:
+        key = serialization.load_ssh_private_key(file.read_bytes(), None)
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm):
+        key = None
+    if not isinstance(key, ed25519.Ed25519PrivateKey):
+        raise UserError(f"{file}: holds no private key without a passphrase: make one with ssh-keygen -t ed25519")
+    return key
+
+
+def read_server_keys(private: Path, clients: Sequence[Path]) -> ServerKeys:
+    """What the server of a signed run has of the keys.
+
+    Args:
+        private: file of its private key.
+        clients: files of the clients' public keys, by client.
+
+    Raises:
+        UserError: a file cannot be read, or holds another key.
+    """
+    key = read_signing_key(private)
+    return ServerKeys(key, b"".join([key.public_key().public_bytes_raw(), *map(_read_public, clients)]))
+
+
+def _read_public(file: Path) -> bytes:
+    try:
+        key = serialization.load_ssh_public_key(file.read_bytes())
+    except (OSError, ValueError, UnsupportedAlgorithm):
+        key = None
+    if not isinstance(key, ed25519.Ed25519PublicKey):
+        raise UserError(f"{file}: holds no public key of ssh-keygen -t ed25519: give the .pub file")
+    return key.public_bytes_raw()

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from fedmezo_jax.deploy import guard
 from fedmezo_jax.deploy.credentials import make_certificates, make_node_key
 from fedmezo_jax.deploy.flower import APP
 from fedmezo_jax.errors import UserError
@@ -21,6 +22,9 @@ _START = 60.0
 """Seconds for a process to listen."""
 _GRACE = 10.0
 """Seconds for a process to end by itself."""
+AGAIN = 20
+"""How often in a row a worker or a SuperNode is started again. A SuperLink refuses a SuperNode whose predecessor has
+died until that one's heartbeat has lapsed, after about a minute."""
 
 
 def free_port() -> int:
@@ -31,7 +35,7 @@ def free_port() -> int:
 
 
 class Processes:
-    """Processes with a log each, which end with the block."""
+    """Processes with a log each, which end with the block, and also where this process is killed."""
 
     def __init__(self, logs: Path, environment: Mapping[str, str]):
         """Starts none yet.
@@ -43,12 +47,18 @@ class Processes:
         self._logs, self._environment = logs, {**os.environ, **environment}
         self._running: dict[str, subprocess.Popen[bytes]] = {}
 
-    def start(self, name: str, command: Sequence[object]) -> None:
-        """Starts one in a process group of its own."""
+    def start(self, name: str, command: Sequence[object], tries: int = 0) -> None:
+        """Starts one in a process group of its own.
+
+        Args:
+            name: of its log.
+            command: program and arguments.
+            tries: how often in a row it is started again if it ends at once; 0 never starts it again.
+        """
         with (self._logs / f"{name}.log").open("ab") as log:
             self._running[name] = subprocess.Popen(
-                [str(part) for part in command],
-                stdin=subprocess.DEVNULL,
+                [sys.executable, "-I", guard.__file__, str(tries), *map(str, command)],
+                stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=self._environment,
@@ -67,8 +77,11 @@ class Processes:
             raise UserError(f"{command[0]} has failed: {said}")
         return done.stdout
 
-    def check(self) -> None:
+    def check(self, remedy: str = "") -> None:
         """Checks that all are running.
+
+        Args:
+            remedy: what to do if one is not, after "see its log".
 
         Raises:
             UserError: one has ended; names its log.
@@ -77,14 +90,8 @@ class Processes:
             if process.poll() is not None:
                 log = self._logs / f"{name}.log"
                 last = log.read_text(errors="replace").strip().splitlines()[-1:]
-                raise UserError(f"{name} has ended with code {process.returncode}: see {log} ({' '.join(last)[:200]})")
-
-    def kill(self, name: str, number: int = signal.SIGKILL) -> None:
-        """Sends a signal to a process and all that it has started, and waits until it has ended."""
-        process = self._running.pop(name)
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        process.wait()
+                said = f" ({' '.join(last)[:200]})" if last else ""
+                raise UserError(f"{name} has ended with code {process.returncode}: see {log}{said}{remedy}")
 
     def __enter__(self) -> Processes:
         """Begins the block."""
@@ -101,7 +108,7 @@ class Processes:
                 process.wait(max(0.0, until - time.monotonic()))
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            process.communicate()
 
 
 class LocalNetwork:
@@ -168,6 +175,7 @@ class LocalNetwork:
                 *("--auth-supernode-private-key", folder / f"node-{client}"),
                 *("--node-config", f'socket="{worker_socket}"', "--port", free_port()),
             ],
+            AGAIN,
         )
 
     def run(self, settings: Path) -> None:
