@@ -50,15 +50,12 @@ def test_a_run_over_flower_is_the_simulation_bit_for_bit(clients, run_of, tmp_pa
 
 
 def test_a_signed_run_whose_worker_and_command_are_killed(run_of, tmp_path, monkeypatch):
-    """The worker is started again; ``--resume`` goes on with the run, and no round is lost or counted twice."""
-    run = run_of(signed=True, rounds=3)
+    """``--resume`` goes on with the run, and no round is lost or counted twice."""
+    run = run_of(signed=True, rounds=2)
     run.start()
     run.wait_for_round(1)
     run.kill("worker", 1)
-    run.wait_for_round(2)
-    assert "ended with code -9: starting it again" in (run.out / "network" / "worker-1.log").read_text()
     run.stop()
-    assert run.rounds() == 2
     run.start()
     code, said = run.end()
     assert code == 2
