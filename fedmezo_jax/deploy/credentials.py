@@ -39,13 +39,12 @@ def _certificate(subject: str, key: ec.EllipticCurvePrivateKey, issuer: str) -> 
     return builder.not_valid_after(now + datetime.timedelta(days=DAYS))
 
 
-def make_certificates(folder: Path, names: list[str], addresses: list[str]) -> None:
+def make_certificates(folder: Path, host: str) -> None:
     """Writes ``ca.crt``, ``server.crt`` and ``server.key``; the authority's own key is not kept.
 
     Args:
         folder: where they go.
-        names: DNS names of the server.
-        addresses: IP addresses of the server.
+        host: name or IP address under which clients reach the server.
     """
     authority, server = (ec.generate_private_key(ec.SECP384R1()) for _ in range(2))
     subject = "fedmezo_jax authority"
@@ -53,9 +52,12 @@ def make_certificates(folder: Path, names: list[str], addresses: list[str]) -> N
     usage = x509.KeyUsage(False, False, False, False, False, True, True, False, False)
     root = _certificate(subject, authority, subject).add_extension(x509.BasicConstraints(True, 0), critical=True)
     root = root.add_extension(usage, critical=True).add_extension(known, critical=False)
-    places = [*map(x509.DNSName, names), *(x509.IPAddress(ipaddress.ip_address(text)) for text in addresses)]
+    try:
+        place = x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        place = x509.DNSName(host)
     leaf = _certificate("fedmezo_jax server", server, subject)
-    leaf = leaf.add_extension(x509.SubjectAlternativeName(places), critical=False)
+    leaf = leaf.add_extension(x509.SubjectAlternativeName([place]), critical=False)
     leaf = leaf.add_extension(x509.BasicConstraints(False, None), critical=True)
     issued_by = x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(known)
     leaf = leaf.add_extension(issued_by, critical=False)
