@@ -4,19 +4,21 @@ All of it on this machine, with TLS and registered keys (needs `pip install 'fed
 
     python -m experiments.deploy local --clients 3
 
-The worker of one client, which answers what its SuperNode passes on:
+With each party on a machine of its own, see docs/deployment.md:
 
-    python -m experiments.deploy worker --config config.json --client 0 --examples FILE.jsonl --socket PATH
+    python -m experiments.deploy server --config config.json --address HOST:PORT --examples TEST.jsonl --node-keys *.pub
+    python -m experiments.deploy client --config config.json --address HOST:PORT --examples OWN.jsonl --client 0 \
+        --authority ca.crt --node-key KEY
 """
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,9 +27,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from experiments import _cli
 from fedmezo_jax.deploy.client import Client
+from fedmezo_jax.deploy.credentials import make_certificates, make_node_key, read_signing_key, write_key
 from fedmezo_jax.deploy.examples import TEST, VALIDATION_FILE, OwnExamples, deal_out
-from fedmezo_jax.deploy.flower import STATUS, answer_at, write_settings
-from fedmezo_jax.deploy.local_network import LocalNetwork, Processes, environment
+from fedmezo_jax.deploy.flower import RUNNING, STATUS, answer_at, has_died, read_status, write_settings
+from fedmezo_jax.deploy.local_network import (
+    AGAIN,
+    Processes,
+    SuperLink,
+    environment,
+    free_port,
+    split_address,
+    start_node,
+)
 from fedmezo_jax.deploy.server import Patience
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.registry import cache_folder
@@ -36,32 +47,51 @@ from fedmezo_jax.run import run_folder
 from fedmezo_jax.run.config import RunConfig, read_config
 from fedmezo_jax.run.job import to_stderr
 from fedmezo_jax.run.prepare import resolve_defaults
+from fedmezo_jax.run.signatures import simulated_keys
 
 
 @dataclass(frozen=True)
 class Config:
     """What to start, and the run."""
 
-    command: Annotated[Literal["local", "worker"], tyro.conf.Positional]
-    """local: a whole run on this machine; worker: one client's worker"""
+    command: Annotated[Literal["local", "server", "client", "worker"], tyro.conf.Positional]
+    """local: a whole run on this machine; server: the server of a run; client: one of its clients, on another machine;
+    worker: the part of a client that computes, which the others start"""
     run: RunConfig
     config: Path | None = None
     """config.json of the run, whose options take the place of the defaults"""
     out: Path | None = None
-    """local: folder of the run (run/) and of all that its parties have (data/, network/); by default runs/deployed"""
+    """folder of the run (run/) and of what the parties have (data/, network/); of a client, its logs. By default
+    runs/deployed, runs/served or runs/client-0"""
+    resume: tyro.conf.FlagCreatePairsOff[bool] = False
+    """local, server: go on with the run in --out from its last checkpoint"""
     exact: bool = True
-    """local: have each client compute beside copies of itself, so that its numbers are the simulation's on every model;
-    without, a client does a fraction of the work"""
+    """local, server: have each client compute beside copies of itself, so that its numbers are the simulation's on
+    every model; without, a client does a fraction of the work"""
     seeded_noise: bool = False
     """take the noise of --dp-epsilon from the seed, which protects nobody, and not from the operating system"""
     round_seconds: float = 600.0
-    """local: when the server stops waiting for a round's clients"""
+    """local, server: when the server stops waiting for a round's clients"""
+    address: str | None = None
+    """server: HOST:PORT where it listens, with a host that clients know it by; client: the same"""
+    node_keys: tuple[Path, ...] = ()
+    """server: the clients' public keys, by client, as ssh-keygen -t ecdsa -b 384 writes them (.pub)"""
+    node_key: Path | None = None
+    """client: its private key, whose public key the server has"""
+    authority: Path | None = None
+    """client: the server's network/ca.crt"""
     client: int = 0
-    """worker: its id"""
+    """client, worker: its id, from 0"""
     examples: Path | None = None
-    """worker: its own examples, a .json, .jsonl or .parquet file"""
+    """client, worker: its own examples, a .json, .jsonl or .parquet file; server: its test examples"""
+    validation: Path | None = None
+    """server: its validation examples, with --learning-rate auto"""
+    signing_key: Path | None = None
+    """server, client, worker: its private key in a --signed run, as ssh-keygen -t ed25519 writes it"""
+    client_signing_keys: tuple[Path, ...] = ()
+    """server: the clients' public keys in a --signed run, by client (.pub)"""
     model_here: str | None = None
-    """worker: the model as it is called here, if that is not what --model of the run says"""
+    """client, worker: the model as it is called here, if that is not what --model of the run says"""
     socket: Path | None = None
     """worker: where it listens"""
 
@@ -77,11 +107,19 @@ class Config:
 def main(config: Config) -> None:
     """Starts what is asked for."""
     if config.command == "worker":
-        work(config)
-    else:
-        out = (config.out or Path("runs/deployed")).absolute()
-        with out_folder(out), tempfile.TemporaryDirectory(prefix="fedmezo-") as sockets:
-            run_here(config, out, Path(sockets))  # the path of a socket has no more than 107 bytes
+        return work(config)
+    names = {"local": "deployed", "server": "served", "client": f"client-{config.client}"}
+    out = (config.out or Path("runs") / names[config.command]).absolute()
+    with ExitStack() as stack:
+        for context in (run_folder.guarded(out), out_folder(out), run_folder.lock(out)):
+            stack.enter_context(context)
+        sockets = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedmezo-")))
+        if config.command == "local":  # the path of a socket has no more than 107 bytes
+            run_here(config, out, sockets)
+        elif config.command == "server":
+            serve(config, out)
+        else:
+            join(config, out, sockets / "worker")
 
 
 def work(config: Config) -> None:
@@ -89,48 +127,148 @@ def work(config: Config) -> None:
     if config.examples is None or config.socket is None:
         raise UserError("worker: give --examples and --socket")
     own = OwnExamples(config.run, [config.examples], config.model_here)
-    client = Client(config.client, own, seeded_noise=config.seeded_noise, notify=to_stderr)
+    key = config.signing_key and read_signing_key(config.signing_key)
+    client = Client(config.client, own, key, seeded_noise=config.seeded_noise, notify=to_stderr)
     to_stderr(f"client {config.client} waits at {config.socket}")
     answer_at(config.socket, client)
 
 
 def run_here(config: Config, out: Path, sockets: Path) -> None:
     """A whole run on this machine, with its progress as the main job shows it."""
-    if any(out.iterdir()):
-        raise UserError(f"--out {out}: holds other files: give a new or empty folder")
-    run = resolve_defaults(config.run, print)
-    data, network = out / "data", out / "network"
+    run = _settle(config, out)
+    data, network, clients = out / "data", out / "network", range(run.clients)
+    if not data.exists():
+        deal_out(run, partial := out / "data.partial")
+        partial.rename(data)
+    if network.exists():
+        run_folder.set_aside(network)  # a resumed run has other certificates, keys and nodes
     network.mkdir()
-    run_folder.write_json(out / "config.json", asdict(run))
-    deal_out(run, data)
+    keys = _write_signing_keys(run, network) if run.signed else None
+    address = f"127.0.0.1:{free_port()}"
+    make_certificates(network, "127.0.0.1")
+    for client in clients:
+        make_node_key(network / f"node-{client}")
     with Processes(network, environment(network)) as processes:
-        for client in range(run.clients):
-            where = ["--client", client, "--examples", data / f"client-{client}.jsonl", "--socket"]
-            worker = [sys.executable, "-m", "experiments.deploy", "worker", "--config", out / "config.json"]
-            noise = ["--seeded-noise"] if config.seeded_noise else []
-            processes.start(f"worker-{client}", [*worker, *where, sockets / str(client), *noise])
-        links = LocalNetwork(network, run.clients, processes)
-        links.start_link()
-        for client in range(run.clients):
-            links.start_node(client, sockets / str(client))
-        _wait_for([sockets / str(client) for client in range(run.clients)], processes)
-        settings = network / "settings.json"
-        write_settings(
-            settings,
-            config=str(out / "config.json"),
-            out=str(out / "run"),
-            files=[str(data / name) for name in (TEST, VALIDATION_FILE) if (data / name).exists()],
-            nodes=links.nodes,
-            options={"exact": config.exact, "seeded_noise": config.seeded_noise},
-            patience=Patience(config.round_seconds, config.round_seconds)._asdict(),
-            cache=str(cache_folder() / "compiled"),
-        )
-        links.run(settings)
-        ended = _follow(out / "run", network / STATUS, run.rounds, processes)
+        for client in clients:
+            key = network / f"signing-{client}" if run.signed else None
+            party = replace(config, client=client, examples=data / f"client-{client}.jsonl", signing_key=key)
+            _start_worker(party, out / "config.json", sockets / str(client), processes)
+        link = SuperLink(network, address, processes)
+        link.start()
+        nodes = [link.register(network / f"node-{client}.pub", f"client-{client}") for client in clients]
+        for client in clients:
+            node = network / f"node-{client}"
+            start_node(processes, f"supernode-{client}", address, network / "ca.crt", node, sockets / str(client))
+        _wait_for([sockets / str(client) for client in clients], processes)
+        files = [data / name for name in (TEST, VALIDATION_FILE) if (data / name).exists()]
+        _run(config, out, files, nodes, keys, link, processes)
+
+
+def serve(config: Config, out: Path) -> None:
+    """The server of a run whose clients are elsewhere, from SuperLink to adapter."""
+    if config.examples is None or config.address is None or len(config.node_keys) != config.run.clients:
+        raise UserError("server: give --address, --examples with test examples, and the .pub file of each client's key")
+    keys = None
+    if config.run.signed:
+        if config.signing_key is None or len(config.client_signing_keys) != config.run.clients:
+            raise UserError(
+                "server: --signed: give --signing-key, and --client-signing-keys, a .pub file of each client"
+            )
+        public = [str(file.absolute()) for file in config.client_signing_keys]
+        keys = {"private": str(config.signing_key.absolute()), "clients": public}
+    host, _ = split_address(config.address)
+    run, network = _settle(config, out), out / "network"
+    network.mkdir(exist_ok=True)
+    (network / STATUS).unlink(missing_ok=True)
+    if not (network / "server.key").exists():
+        make_certificates(network, host)
+    files = [config.examples.absolute(), *([config.validation.absolute()] if config.validation else [])]
+    with Processes(network, environment(network)) as processes:
+        link = SuperLink(network, config.address, processes)
+        link.start()
+        nodes = [link.register(file, f"client-{client}") for client, file in enumerate(config.node_keys)]
+        print(f"waiting for {run.clients} clients at {config.address}; they need {network / 'ca.crt'}")
+        _run(config, out, files, nodes, keys, link, processes)
+
+
+def join(config: Config, out: Path, socket: Path) -> None:
+    """One client of a run whose server is elsewhere, until it is ended: its worker and its SuperNode."""
+    file, server = config.config, config.address
+    if file is None or server is None or config.authority is None or config.node_key is None or not config.examples:
+        raise UserError("client: give --config, --address of the server, --authority, --node-key and --examples")
+    split_address(server)
+    with Processes(out, environment(out)) as processes:
+        _start_worker(config, file.absolute(), socket, processes)
+        start_node(processes, "supernode", server, config.authority, config.node_key, socket)
+        print(f"client {config.client} joins the run at {server}; stop it with Ctrl-C; logs: {out}")
+        while True:
+            processes.check()
+            time.sleep(0.5)
+
+
+def _settle(config: Config, out: Path) -> RunConfig:
+    """The run's configuration, in its file.
+
+    Raises:
+        UserError: the folder holds another run, or this one and it is not to be resumed.
+    """
+    run = resolve_defaults(config.run, print)
+    for notice in run_folder.check_folder(out, run, config.resume):
+        print(f"notice: {notice}")
+    run_folder.write_json(out / "config.json", asdict(run))
+    return run
+
+
+def _start_worker(config: Config, file: Path, socket: Path, processes: Processes) -> None:
+    worker = [sys.executable, "-m", "experiments.deploy", "worker", "--config", file, "--client", config.client]
+    worker += ["--examples", config.examples, "--socket", socket]
+    worker += ["--seeded-noise"] if config.seeded_noise else []
+    worker += ["--signing-key", config.signing_key] if config.signing_key else []
+    worker += ["--model-here", config.model_here] if config.model_here else []
+    processes.start(f"worker-{config.client}", worker, AGAIN)
+
+
+def _run(
+    config: Config,
+    out: Path,
+    files: Sequence[Path],
+    nodes: Sequence[str],
+    keys: dict[str, Any] | None,
+    link: SuperLink,
+    processes: Processes,
+) -> None:
+    """Has the SuperLink start the run, and shows it to its end.
+
+    Raises:
+        UserError: how the run ended, if not well.
+    """
+    settings = out / "network" / "settings.json"
+    write_settings(
+        settings,
+        config=str(out / "config.json"),
+        out=str(out / "run"),
+        files=list(map(str, files)),
+        nodes=nodes,
+        options={"exact": config.exact, "seeded_noise": config.seeded_noise, "resume": config.resume},
+        patience=Patience(max(config.round_seconds, Patience().enrolment), config.round_seconds)._asdict(),
+        cache=str(cache_folder() / "compiled"),
+        keys=keys,
+    )
+    link.run(settings)
+    ended = _follow(out / "run", settings.parent, config.run.rounds, processes)
     if error := ended.get("error"):
         raise UserError(error)
     print(f"test loss {ended['loss_before']:.4f} -> {ended['loss_after']:.4f}")
     print(f"{out / 'run'}: run.ledger, metrics.jsonl, adapter/, checkpoints/")
+
+
+def _write_signing_keys(run: RunConfig, folder: Path) -> dict[str, Any]:
+    """Writes everyone's keys, those of the run's simulation, and returns the files that the server reads."""
+    keys = simulated_keys(run)
+    for name, key in (("server", keys.server), *enumerate(keys.clients)):
+        write_key(folder / f"signing-{name}", key)
+    public = [str(folder / f"signing-{client}.pub") for client in range(run.clients)]
+    return {"private": str(folder / "signing-server"), "clients": public}
 
 
 def _wait_for(files: Sequence[Path], processes: Processes) -> None:
@@ -139,13 +277,19 @@ def _wait_for(files: Sequence[Path], processes: Processes) -> None:
         time.sleep(0.2)
 
 
-def _follow(folder: Path, status: Path, rounds: int, processes: Processes) -> dict[str, Any]:
-    """Shows the rounds as they are recorded, and returns how the run ended."""
+def _follow(folder: Path, network: Path, rounds: int, processes: Processes) -> dict[str, Any]:
+    """Shows the rounds as they are recorded, and returns how the run ended.
+
+    Raises:
+        UserError: a process has ended before.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"))
     with Progress(*columns, TextColumn("{task.fields[pace]}"), TimeRemainingColumn()) as bar:
         task = bar.add_task("rounds", total=rounds, loss="", pace="")
-        while not (ended := _read_status(status)):
-            processes.check()
+        while (ended := read_status(network)) in (None, RUNNING):
+            processes.check(", and go on with --resume")
+            if has_died(network):
+                raise UserError(f"the server was ended: see {network / 'superlink.log'}, and go on with --resume")
             for record in run_folder.read_metrics(folder)[-1:]:
                 pace = f"{record['seconds']:.2f} s/round"
                 loss = "no loss" if record["train_loss"] is None else f"loss {record['train_loss']:.4f}"
@@ -153,10 +297,6 @@ def _follow(folder: Path, status: Path, rounds: int, processes: Processes) -> di
             time.sleep(0.5)
         bar.update(task, completed=len(run_folder.read_metrics(folder)))
     return ended
-
-
-def _read_status(file: Path) -> dict[str, Any] | None:
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
 if __name__ == "__main__":

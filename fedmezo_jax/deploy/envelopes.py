@@ -27,6 +27,8 @@ from fedmezo_jax.run.reader import ERRORS, Reader
 VERSION = 1
 """Of the envelopes' format; every envelope begins with it."""
 TICKET_BYTES = 8
+FACTS_LENGTH = 100_000
+"""Most characters of a message's facts."""
 Facts: TypeAlias = Mapping[str, Any]
 """What both sides must have alike, by its name."""
 
@@ -231,7 +233,7 @@ def unpack_response(message: bytes) -> Response:
         lengths, labels = (reader.vector("<i4").astype(np.int64) for _ in range(2))
         if not len(lengths) or len(lengths) != len(labels) or lengths.min() < 2 or labels.min() < 1:
             raise reader.error("its examples have no lengths")
-        if lengths.max() > shape.tokens or labels.max() > shape.labels:
+        if lengths.max() > shape.tokens or labels.max() > shape.labels or shape.labels > shape.tokens:
             raise reader.error("an example is longer than its table")
         response = Enrolment(ticket, facts, shape, lengths, labels, reader.integer())
     elif kind == "Answer":
@@ -239,7 +241,7 @@ def unpack_response(message: bytes) -> Response:
     elif kind == "Position":
         response = Position(ticket, reader.value(int))
     elif kind == "Refusal":
-        response = Refusal(ticket, " ".join(reader.value(str)[:1000].split()))
+        response = Refusal(ticket, "".join(filter(str.isprintable, " ".join(reader.value(str)[:1000].split()))))
     else:
         raise reader.error(f"{kind!r:.60} is no response")
     reader.end()
@@ -271,13 +273,21 @@ def _ticket(reader: Reader) -> bytes:
 
 
 def _facts(reader: Reader) -> Facts:
+    text = reader.value(str)
     try:
-        facts = json.loads(reader.value(str))
+        facts = json.loads(text)
     except (*ERRORS, RecursionError):
         facts = None
     if not isinstance(facts, dict) or any(isinstance(value, dict | list) for value in facts.values()):
         raise reader.error("its facts are no flat object")
+    if len(text) > FACTS_LENGTH or not all(map(_is_plain, [*facts, *facts.values()])):
+        raise reader.error("its facts are no plain text")
     return facts
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value can be shown to the user: no control characters, nothing that has no encoding."""
+    return not isinstance(value, str) or value.isprintable()
 
 
 def _width(reader: Reader) -> Width:

@@ -6,16 +6,23 @@ Nothing here imports Flower, which is in the app alone (``flower_app/``).
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import filelock
+
 from fedmezo_jax.deploy.client import Client
+from fedmezo_jax.deploy.credentials import read_server_keys
 from fedmezo_jax.deploy.server import Patience, serve
 from fedmezo_jax.deploy.transport import Reply, Transport
 from fedmezo_jax.errors import UserError
+from fedmezo_jax.run import run_folder
 from fedmezo_jax.run.compilation_cache import keep_compiled
 from fedmezo_jax.run.config import read_config
 from fedmezo_jax.run.run_folder import write_json
@@ -23,7 +30,8 @@ from fedmezo_jax.run.run_folder import write_json
 APP = Path(__file__).parent / "flower_app"
 """What ``flwr run`` takes."""
 STATUS = "status.json"
-"""The file beside the settings in which the server says how the run ended."""
+"""The file beside the settings in which the server says that it runs, and in the end how the run ended."""
+RUNNING: Mapping[str, Any] = {"running": True}
 _PAUSE = 0.1
 """Seconds between two looks for replies."""
 
@@ -89,11 +97,43 @@ def serve_from_file(file: str, transport_of: Callable[[Sequence[int], float], Tr
     Args:
         file: an object with the entries ``config`` (a ``config.json``), ``out`` (the run's folder), ``files`` (the
             server's examples), ``nodes`` (the clients' SuperNodes), ``options`` (of :func:`server.serve`),
-            ``patience`` (:class:`server.Patience`) and ``cache`` (for compiled programs).
+            ``patience`` (:class:`server.Patience`), ``cache`` (for compiled programs) and ``keys`` (None, or of
+            :func:`credentials.read_server_keys`).
         transport_of: makes the transport to these nodes, for messages that are of use for so many seconds.
     """
-    settings = json.loads(Path(file).read_text(encoding="utf-8"))
-    status, lines = Path(file).with_name(STATUS), []
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    with run_folder.lock(Path(file).parent):
+        write_json(Path(file).with_name(STATUS), RUNNING)
+        _serve(Path(file), transport_of)
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process when Flower's has ended that started it. Without a SuperLink it would try again for long."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGKILL)  # what is on the disk can be resumed at any moment
+
+
+def read_status(folder: Path) -> dict[str, Any] | None:
+    """What the server whose settings are in this folder has said; None before it has begun."""
+    file = folder / STATUS
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+def has_died(folder: Path) -> bool:
+    """Whether the server whose settings are in this folder has ended without saying how."""
+    if read_status(folder) != RUNNING:
+        return False
+    try:
+        with run_folder.lock(folder):
+            return read_status(folder) == RUNNING
+    except filelock.Timeout:
+        return False
+
+
+def _serve(file: Path, transport_of: Callable[[Sequence[int], float], Transport]) -> None:
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    status, lines = file.with_name(STATUS), []
     keep_compiled(Path(settings["cache"]))
     patience = Patience(**settings["patience"])
 
@@ -105,12 +145,16 @@ def serve_from_file(file: str, transport_of: Callable[[Sequence[int], float], Tr
         transport = transport_of([int(node) for node in settings["nodes"]], max(patience))
         files = [Path(name) for name in settings["files"]]
         config = read_config(Path(settings["config"]))
-        result = serve(
-            config, settings["out"], transport, files, patience=patience, notify=notify, **settings["options"]
-        )
+        options = settings["options"] | {"patience": patience, "notify": notify}
+        if keys := settings["keys"]:
+            options["keys"] = read_server_keys(Path(keys["private"]), [Path(name) for name in keys["clients"]])
+        result = serve(config, settings["out"], transport, files, **options)
         ended: Mapping[str, Any] = {"loss_before": result.loss_before, "loss_after": result.loss_after}
     except UserError as error:
         ended = {"error": str(error)}
+    except KeyboardInterrupt:
+        write_json(status, {"error": "the server was stopped: go on with --resume"})
+        raise
     except BaseException as error:
         write_json(status, {"error": f"the server has ended with an error of the program: {error!r}"})
         raise

@@ -1,4 +1,4 @@
-"""Flower's processes of a run on this machine, as they would be on several: TLS, and nodes with registered keys."""
+"""Flower's processes of a run on this machine: a SuperLink with TLS, and SuperNodes with registered keys."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from fedmezo_jax.deploy.credentials import make_certificates, make_node_key
+from fedmezo_jax.deploy import guard
 from fedmezo_jax.deploy.flower import APP
 from fedmezo_jax.errors import UserError
 
@@ -21,6 +21,9 @@ _START = 60.0
 """Seconds for a process to listen."""
 _GRACE = 10.0
 """Seconds for a process to end by itself."""
+AGAIN = 20
+"""How often in a row a worker or a SuperNode is started again. A SuperLink refuses a SuperNode whose predecessor has
+died until that one's heartbeat has lapsed, after about a minute."""
 
 
 def free_port() -> int:
@@ -31,7 +34,7 @@ def free_port() -> int:
 
 
 class Processes:
-    """Processes with a log each, which end with the block."""
+    """Processes with a log each, which end with the block, and also where this process is killed."""
 
     def __init__(self, logs: Path, environment: Mapping[str, str]):
         """Starts none yet.
@@ -43,12 +46,18 @@ class Processes:
         self._logs, self._environment = logs, {**os.environ, **environment}
         self._running: dict[str, subprocess.Popen[bytes]] = {}
 
-    def start(self, name: str, command: Sequence[object]) -> None:
-        """Starts one in a process group of its own."""
+    def start(self, name: str, command: Sequence[object], tries: int = 0) -> None:
+        """Starts one in a process group of its own.
+
+        Args:
+            name: of its log.
+            command: program and arguments.
+            tries: how often in a row it is started again if it ends at once; 0 never starts it again.
+        """
         with (self._logs / f"{name}.log").open("ab") as log:
             self._running[name] = subprocess.Popen(
-                [str(part) for part in command],
-                stdin=subprocess.DEVNULL,
+                [sys.executable, "-I", guard.__file__, str(tries), *map(str, command)],
+                stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=self._environment,
@@ -67,8 +76,11 @@ class Processes:
             raise UserError(f"{command[0]} has failed: {said}")
         return done.stdout
 
-    def check(self) -> None:
+    def check(self, remedy: str = "") -> None:
         """Checks that all are running.
+
+        Args:
+            remedy: what to do if one is not, after "see its log".
 
         Raises:
             UserError: one has ended; names its log.
@@ -77,14 +89,8 @@ class Processes:
             if process.poll() is not None:
                 log = self._logs / f"{name}.log"
                 last = log.read_text(errors="replace").strip().splitlines()[-1:]
-                raise UserError(f"{name} has ended with code {process.returncode}: see {log} ({' '.join(last)[:200]})")
-
-    def kill(self, name: str, number: int = signal.SIGKILL) -> None:
-        """Sends a signal to a process and all that it has started, and waits until it has ended."""
-        process = self._running.pop(name)
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        process.wait()
+                said = f" ({' '.join(last)[:200]})" if last else ""
+                raise UserError(f"{name} has ended with code {process.returncode}: see {log}{said}{remedy}")
 
     def __enter__(self) -> Processes:
         """Begins the block."""
@@ -101,38 +107,31 @@ class Processes:
                 process.wait(max(0.0, until - time.monotonic()))
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            process.communicate()
 
 
-class LocalNetwork:
-    """A SuperLink and SuperNodes on this machine.
+class SuperLink:
+    """The SuperLink of a run, with a state that ends with it."""
 
-    Attributes:
-        nodes: for each client the id of its SuperNode.
-        processes: all that is running.
-    """
-
-    def __init__(self, folder: Path, clients: int, processes: Processes):
-        """Makes certificates and keys; starts nothing yet.
+    def __init__(self, folder: Path, address: str, processes: Processes):
+        """Starts nothing yet.
 
         Args:
-            folder: for certificates, keys and Flower's state.
-            clients: N.
-            processes: where they are started, with ``FLWR_HOME`` as :func:`environment` gives it.
+            folder: of its certificates, as :func:`credentials.make_certificates` writes them.
+            address: HOST:PORT where it listens.
+            processes: where it is started, with ``FLWR_HOME`` as :func:`environment` gives it.
         """
-        self._folder, self._clients, self.processes = folder, clients, processes
-        self.nodes: list[str] = []
-        make_certificates(folder, ["localhost"], ["127.0.0.1"])
-        self._port = free_port()
+        self._folder, self._processes = folder, processes
+        self._host, self._port = split_address(address)
         home = folder / "flower"
         home.mkdir(exist_ok=True)
         (home / "config.toml").write_text(
-            f'[superlink]\ndefault = "local"\n\n[superlink.local]\naddress = "127.0.0.1:{self._port}"\n'
+            f'[superlink]\ndefault = "local"\n\n[superlink.local]\naddress = "{address}"\n'
             f"root-certificates = {json.dumps(str(folder / 'ca.crt'))}\n"
         )
 
-    def start_link(self) -> None:
-        """Starts the SuperLink, and registers a key for each client.
+    def start(self) -> None:
+        """Starts it.
 
         Raises:
             UserError: it does not listen.
@@ -140,40 +139,58 @@ class LocalNetwork:
         folder = self._folder
         tls = ["--ssl-ca-certfile", folder / "ca.crt", "--ssl-certfile", folder / "server.crt"]
         tls += ["--ssl-keyfile", folder / "server.key"]
-        where = ["--host", "127.0.0.1", "--port", self._port, "--database", folder / "state.db"]
+        where = ["--host", self._host, "--port", self._port]
         switches = ["--enable-supernode-auth", "--disable-runtime-dependency-installation"]
-        self.processes.start("superlink", [_program("flower-superlink"), *tls, *where, *switches])
+        self._processes.start("superlink", [_program("flower-superlink"), *tls, *where, *switches])
         until = time.monotonic() + _START
-        while not _listens(self._port):
-            self.processes.check()
+        while not _listens(self._host, self._port):
+            self._processes.check()
             if time.monotonic() > until:
                 raise UserError(f"the SuperLink does not listen at port {self._port} after {_START:g} s")
             time.sleep(0.2)
-        for client in range(self._clients):
-            make_node_key(folder / f"node-{client}")
-            options = ["--name", f"client-{client}", "--format", "json"]
-            said = self.processes.call(
-                [_program("flwr"), "supernode", "register", folder / f"node-{client}.pub", "local", *options]
-            )
-            self.nodes.append(str(json.loads(said)["node-id"]))
 
-    def start_node(self, client: int, worker_socket: Path) -> None:
-        """Starts a client's SuperNode."""
-        folder = self._folder
-        self.processes.start(
-            f"supernode-{client}",
-            [
-                *(_program("flower-supernode"), "--superlink", f"127.0.0.1:{self._port}"),
-                *("--root-certificates", folder / "ca.crt"),
-                *("--auth-supernode-private-key", folder / f"node-{client}"),
-                *("--node-config", f'socket="{worker_socket}"', "--port", free_port()),
-            ],
-        )
+    def register(self, public_key: Path, name: str) -> str:
+        """Lets the SuperNode with this key in; returns its id.
+
+        Raises:
+            UserError: the SuperLink does not take the key.
+        """
+        options = ["--name", name, "--format", "json"]
+        said = self._processes.call([_program("flwr"), "supernode", "register", public_key, "local", *options])
+        return str(json.loads(said)["node-id"])
 
     def run(self, settings: Path) -> None:
-        """Has the SuperLink start the run of these settings."""
+        """Starts the run of these settings."""
         setting = f"settings={json.dumps(str(settings))}"
-        self.processes.call([_program("flwr"), "run", APP, "local", "--run-config", setting, "--format", "json"])
+        self._processes.call([_program("flwr"), "run", APP, "local", "--run-config", setting, "--format", "json"])
+
+
+def start_node(processes: Processes, name: str, server: str, authority: Path, key: Path, worker_socket: Path) -> None:
+    """Starts a client's SuperNode.
+
+    Args:
+        processes: where.
+        name: of its log.
+        server: HOST:PORT of the SuperLink.
+        authority: certificate of the authority that has signed the SuperLink's.
+        key: its private key.
+        worker_socket: where the client's worker listens.
+    """
+    where = ["--superlink", server, "--root-certificates", authority, "--auth-supernode-private-key", key]
+    worker = ["--node-config", f'socket="{worker_socket}"', "--port", free_port()]
+    processes.start(name, [_program("flower-supernode"), *where, *worker], AGAIN)
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Host and port.
+
+    Raises:
+        UserError: it is no HOST:PORT.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise UserError(f"{address}: is no HOST:PORT")
+    return host, int(port)
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -200,7 +217,7 @@ def _program(name: str) -> Path:
     return program
 
 
-def _listens(port: int) -> bool:
-    with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+def _listens(host: str, port: int) -> bool:
+    with suppress(OSError), socket.create_connection((host, port), timeout=1):
         return True
     return False

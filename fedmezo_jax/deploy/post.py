@@ -112,6 +112,8 @@ class Post:
     def _fault(self, client: int, enrolment: Enrolment, before: Enrolment) -> str | None:
         if wrong := agreement.difference(self.facts, enrolment.facts, f"client {client}"):
             return wrong
+        if enrolment.shape.tokens > (most := self.facts["--max-length"]):
+            return f"client {client} has a table of examples that is wider than --max-length {most}"
         same = all(np.array_equal(*pair) for pair in zip(enrolment[2:5], before[2:5], strict=True))
         return None if same else f"client {client} has other examples than it enrolled with"
 

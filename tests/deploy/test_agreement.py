@@ -67,21 +67,33 @@ def test_another_version(place, tmp_path, package, monkeypatch):
     assert line.count("at the server") == 1
 
 
-def test_a_client_that_says_it_is_alike_and_is_not(place, tmp_path):
-    """The server looks for itself."""
+class Liar:
+    """A client whose enrolment is changed."""
 
-    class Liar:
-        def __init__(self, client):
-            self.client = client
+    def __init__(self, client, change):
+        self.client, self.change = client, change
 
-        def handle(self, request):
-            response = envelopes.unpack_response(self.client.handle(request))
-            if isinstance(response, envelopes.Enrolment):
-                response = response._replace(facts=dict(response.facts) | {"jax": "9"})
-            return envelopes.pack(response)
+    def handle(self, request):
+        response = envelopes.unpack_response(self.client.handle(request))
+        if isinstance(response, envelopes.Enrolment):
+            response = response._replace(**self.change(response))
+        return envelopes.pack(response)
 
-    line = refused(place, tmp_path / "run", lambda config: Liar(client_of(config, place / "dealt", 1)))
-    assert "at the server, 9 at client 1" in line
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda said: {"facts": dict(said.facts) | {"jax": "9"}}, "at the server, 9 at client 1"),
+        (
+            lambda said: {"shape": Width(2**40, 2**40)},
+            "client 1 has a table of examples that is wider than --max-length",
+        ),
+    ],
+)
+def test_a_client_that_says_it_is_alike_and_is_not(change, said, place, tmp_path):
+    """The server looks for itself, before it allocates anything."""
+    line = refused(place, tmp_path / "run", lambda config: Liar(client_of(config, place / "dealt", 1), change))
+    assert said in line
 
 
 def test_other_examples_than_before(place, tmp_path):

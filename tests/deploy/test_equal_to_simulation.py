@@ -1,9 +1,13 @@
 """A deployed run leaves what the simulation of its configuration leaves, bit for bit."""
 
+import json
+from dataclasses import replace
+
 import pytest
 import small_run
-from loopback import check_same, deployed, quiet
+from loopback import Loopback, check_same, client_of, deployed, quiet
 
+from fedmezo_jax.deploy import envelopes
 from fedmezo_jax.deploy.examples import deal_out
 from fedmezo_jax.run import divergence
 from fedmezo_jax.run.config import RunConfig
@@ -30,11 +34,12 @@ def place(tmp_path_factory):
         yield folder
 
 
-def check(config, folder):
+def check(config, folder, fault=lambda client, request: None):
     """Runs both, and compares all that they leave and the adapter that each client has."""
     expected = fine_tune(config, folder / "simulated", check_rate=False, notify=quiet)
     deal_out(config, folder / "data")
-    result, transport = deployed(config, folder / "data", folder / "deployed")
+    clients = [client_of(config, folder / "data", client) for client in range(config.clients)]
+    result, transport = deployed(config, folder / "data", folder / "deployed", Loopback(clients, fault))
     check_same(result, expected, folder / "deployed", folder / "simulated")
     for client in transport.clients:
         assert client.rounds == config.rounds
@@ -53,6 +58,31 @@ def test_it_is_the_simulation_bit_for_bit(name, place, tmp_path, monkeypatch):
         assert any(record["rolled_back"] for record in result.metrics)
     if name == "clipped":
         assert any(record["clipped"] for record in result.metrics)
+
+
+@pytest.mark.parametrize("changed", [{}, {"clients": 6, "participation": 0.5, "directions_shared": True}])
+def test_steps_of_several_widths(changed, place, tmp_path):
+    """A step is as wide as the longest example of the round's clients, which no client knows by itself."""
+    rows = (
+        {
+            "instruction": " ".join([example.instruction] * (1 + i % 40 // 13)),
+            "output": example.response,
+            "category": example.category,
+        }
+        for i, example in enumerate(small_run.examples())
+    )
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = replace(small_run.configuration(place, **changed), data=str(data), length_buckets=3, batch_size=1)
+    seen = []
+
+    def note(client, request):
+        if isinstance(start := envelopes.unpack_request(request), envelopes.Start):
+            seen.append(start.step_widths)
+
+    check(config, tmp_path, note)
+    assert {len(widths) for widths in seen} == {config.local_steps}
+    assert len(set(b"".join(seen))) > 1
 
 
 def test_the_default_recipe_is_too(place, tmp_path):

@@ -5,14 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import small_run
-from loopback import Loopback, check_same, client_of, deployed, quiet
+from loopback import Loopback, check_same, client_of, deployed, quiet, simulated_without
 
 from fedmezo_jax.deploy import envelopes
 from fedmezo_jax.deploy.envelopes import Answer, Hello, Position, Start
 from fedmezo_jax.deploy.examples import deal_out
 from fedmezo_jax.deploy.server import ENROLMENTS, read_enrolments
 from fedmezo_jax.errors import UserError
-from fedmezo_jax.run import client_failures, ledger, loop, messages
+from fedmezo_jax.run import ledger, loop, messages
 from fedmezo_jax.run.job import fine_tune
 from fedmezo_jax.run.replay import largest_difference, replay
 
@@ -39,17 +39,6 @@ def start_of(request):
     """The round and the attempt that a request is for; None of one that asks for no work."""
     request = envelopes.unpack_request(request)
     return (messages.unpack_start(request.start)[0], request.attempt) if isinstance(request, Start) else None
-
-
-def simulated_without(config, dropped, out, monkeypatch):
-    """The simulation in which the clients of ``dropped``, pairs of (round, attempt) and client, drop out."""
-
-    def absent(seed, t, attempt, *rest):
-        return {client: client_failures.DROPPED for at, client in dropped if at == (t, attempt)}
-
-    with monkeypatch.context() as patch:
-        patch.setattr(client_failures, "absent", absent)
-        return fine_tune(config, out, check_rate=False, notify=quiet)
 
 
 ON_TIME, TOO_LATE = 0.9, 11.0

@@ -1,17 +1,19 @@
 """Real processes: SuperLink, SuperNodes with registered keys, workers and the server, over TLS."""
 
-import subprocess
-import sys
+import os
+import random
+import time
 
 import pytest
 import small_run
-from loopback import quiet, without_seconds
+from flower_run import FlowerRun
 
 from fedmezo_jax.run import run_folder
-from fedmezo_jax.run.config import read_config
-from fedmezo_jax.run.job import fine_tune
 
 pytestmark = pytest.mark.flower
+MOMENTS = int(os.environ.get("FEDMEZO_KILLS", 0))
+"""At how many moments each kind of process is killed."""
+SLOW = pytest.mark.skipif(not MOMENTS, reason="takes minutes: set FEDMEZO_KILLS to the number of moments to kill at")
 
 
 @pytest.fixture(scope="module")
@@ -21,15 +23,71 @@ def place(tmp_path_factory):
         yield folder
 
 
-def test_a_run_over_flower_is_the_simulation_bit_for_bit(place, tmp_path):
-    config, out = small_run.configuration(place, precision="float32"), tmp_path / "deployed"
-    run_folder.write_json(tmp_path / "config.json", config.__dict__)
-    command = [sys.executable, "-m", "experiments.deploy", "local", "--config", tmp_path / "config.json", "--out", out]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    fine_tune(read_config(out / "config.json"), tmp_path / "simulated", check_rate=False, notify=quiet)
-    for name in ("run.ledger", "adapter/adapter_model.safetensors"):
-        assert (out / "run" / name).read_bytes() == (tmp_path / "simulated" / name).read_bytes()
-    records = [run_folder.read_metrics(folder) for folder in (out / "run", tmp_path / "simulated")]
-    assert without_seconds(records[0]) == without_seconds(records[1])
-    assert not any(record["failed"] for record in records[0])
+@pytest.fixture
+def run_of(place, tmp_path):
+    """Makes a run, whose command does not outlive the test."""
+    made = []
+
+    def make(*options, **changed):
+        config = small_run.configuration(place, precision="float32", **changed)
+        run_folder.write_json(tmp_path / "config.json", config.__dict__)
+        made.append(FlowerRun(tmp_path / "config.json", tmp_path / "deployed", *options))
+        return made[0]
+
+    yield make
+    made[0].stop()
+
+
+@pytest.mark.parametrize("clients", [4, pytest.param(8, marks=SLOW)])
+def test_a_run_over_flower_is_the_simulation_bit_for_bit(clients, run_of, tmp_path, monkeypatch):
+    """Half of the clients, a mean along shared directions, and noise from the seed."""
+    changed = {"clients": clients, "participation": 0.5, "rounds": 2, "directions_shared": True, "dp_epsilon": 8.0}
+    run = run_of("--seeded-noise", **changed)
+    run.start()
+    code, said = run.end()
+    assert code == 0, said
+    assert run.check_same_as_simulation(tmp_path / "simulated", monkeypatch) == []
+
+
+def test_a_signed_run_whose_worker_and_command_are_killed(run_of, tmp_path, monkeypatch):
+    """``--resume`` goes on with the run, and no round is lost or counted twice."""
+    run = run_of(signed=True, rounds=2)
+    run.start()
+    run.wait_for_round(1)
+    run.kill("worker", 1)
+    run.stop()
+    run.start()
+    code, said = run.end()
+    assert code == 2
+    assert "holds a run already: give another folder, or --resume to go on with it" in said
+    run.start("--resume")
+    code, said = run.end()
+    assert code == 0, said
+    dropped = run.check_same_as_simulation(tmp_path / "simulated", monkeypatch)
+    assert {client for _, client in dropped} <= {1}
+
+
+@pytest.mark.skipif(
+    "FEDMEZO_KILLS" not in os.environ, reason="minutes for each moment; their number is in FEDMEZO_KILLS"
+)
+@pytest.mark.parametrize("seed", range(int(os.environ.get("FEDMEZO_KILLS", 1))))
+@pytest.mark.parametrize("name", ["worker", "supernode", "server", "superlink"])
+def test_a_process_that_is_killed_at_any_moment(name, seed, run_of, tmp_path, monkeypatch):
+    """It is the run in which its client dropped out until it was back; without the server there is a clear line."""
+    draw = random.Random(f"{name} {seed}")
+    run = run_of("--round-seconds", "60", rounds=4)
+    run.start()
+    run.wait_for_round(1)
+    time.sleep(draw.uniform(0, 10))
+    client = draw.randrange(3) if name in ("worker", "supernode") else ""
+    run.kill(name, client)
+    code, said = run.end()
+    if client == "":
+        assert code == 2
+        assert said.strip().endswith("go on with --resume")
+        run.start("--resume")
+        code, said = run.end()
+    assert code == 0, said
+    dropped = run.check_same_as_simulation(tmp_path / "simulated", monkeypatch)
+    assert {client for _, client in dropped} <= {client}
+    print(f"{name} {client} killed; dropped: {dropped}")

@@ -8,7 +8,8 @@ from fedmezo_jax.deploy.client import Client
 from fedmezo_jax.deploy.examples import OwnExamples
 from fedmezo_jax.deploy.server import Patience, serve
 from fedmezo_jax.deploy.transport import Reply
-from fedmezo_jax.run import signatures
+from fedmezo_jax.run import client_failures, signatures
+from fedmezo_jax.run.job import fine_tune
 
 PATIENCE = Patience(enrolment=100.0, round=10.0)
 
@@ -74,6 +75,17 @@ def deployed(config, data, out, transport=None, **options):
     keys = signatures.server_keys(signatures.simulated_keys(config)) if config.signed else None
     settings = {"exact": True, "seeded_noise": True, "patience": PATIENCE, "notify": quiet, "keys": keys}
     return serve(config, out, transport, files, **settings | options), transport
+
+
+def simulated_without(config, dropped, out, monkeypatch):
+    """The simulation in which the clients of ``dropped``, pairs of (round, attempt) and client, drop out."""
+
+    def absent(seed, t, attempt, *rest):
+        return {client: client_failures.DROPPED for at, client in dropped if at == (t, attempt)}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(client_failures, "absent", absent)
+        return fine_tune(config, out, check_rate=False, notify=quiet)
 
 
 def without_seconds(records):
