@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -32,12 +32,13 @@ from experiments._plots import plot_loss, plot_partition
 from fedmezo_jax.data.buckets import lengths
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.parallel import multihost
-from fedmezo_jax.run import divergence, run_folder
+from fedmezo_jax.run import divergence, run_folder, trackers
 from fedmezo_jax.run.config import RECIPES, RunConfig, read_config
 from fedmezo_jax.run.context import RunContext
 from fedmezo_jax.run.job import fine_tune
 from fedmezo_jax.run.loop import RunResult
 from fedmezo_jax.run.messages import lora_message
+from fedmezo_jax.run.trackers import Tracker
 
 OPTIONS = ("resume", "mesh", "checkpoint_every", "eval_every", "check_rate")
 """What :func:`fine_tune` takes as it is given."""
@@ -71,6 +72,9 @@ class Config:
     """rounds between checkpoints"""
     eval_every: int = 5
     """rounds between measurements of the test loss"""
+    track: Tracker | None = None
+    """also write what metrics.jsonl has to a tracker, which must be installed: tensorboard writes into --out, trackio
+    into its local database, wandb to its service"""
     check_rate: bool = True
     """measure before the first round whether the learning rate is too large (144 forward passes; not in bfloat16, whose
     losses have no curvature to show)"""
@@ -99,6 +103,8 @@ class Config:
 
 def main(config: Config) -> None:
     """Prepares, trains, prints the table and writes the folder."""
+    if config.track:
+        trackers.check(config.track)
     multihost.join(config.processes, config.process_timeout)
     with ExitStack() as stack:
         if not multihost.is_coordinator():
@@ -112,20 +118,25 @@ def main(config: Config) -> None:
 def _fine_tune(config: Config) -> tuple[float, RunResult]:
     """The run, shown as it goes on, and when it began."""
     start, bar, stack = 0.0, _progress(), ExitStack()
+    log: trackers.Log | None = None
     task = bar.add_task("rounds", total=config.run.rounds, loss="", pace="")
 
     def begin(context: RunContext) -> None:
-        nonlocal start
+        nonlocal start, log
         start = time.perf_counter()
         describe(context)
         if multihost.is_coordinator():
             plot_partition(config.out / "partition.png", context)
+            if config.track:
+                log = stack.enter_context(trackers.opened(config.track, config.out, asdict(context.config)))
         stack.enter_context(bar)
 
     def show(record: dict[str, Any]) -> None:
         pace = f"{record['seconds']:.2f} s/round"
         loss = "no loss" if record["train_loss"] is None else f"loss {record['train_loss']:.4f}"
         bar.update(task, completed=record["round"], loss=loss, pace=pace)
+        if log:
+            log(record)
 
     options = {name: getattr(config, name) for name in OPTIONS}
     notify = partial(bar.console.print, soft_wrap=True, markup=False, highlight=False)

@@ -76,11 +76,11 @@ def render(chat: Chat, tokenizer: PreTrainedTokenizerFast) -> Rendered:
         UserError: the tokenizer has no chat template; or the template refuses the chat, or rewrites earlier turns as
             the chat grows, so that the turns cannot be located.
     """
-    text, spans = _apply(tokenizer, chat.messages), []
+    text, spans = templated(tokenizer, chat.messages), []
     for turn, message in enumerate(chat.messages):
         if message.role == "assistant" and turn > 0:
-            before = _apply(tokenizer, chat.messages[:turn], ask=True)
-            after = _apply(tokenizer, chat.messages[: turn + 1]).rstrip()
+            before = templated(tokenizer, chat.messages[:turn], ask=True)
+            after = templated(tokenizer, chat.messages[: turn + 1]).rstrip()
             if not (text.startswith(before) and text.startswith(after) and len(before) <= len(after)):
                 raise UserError(
                     f"the tokenizer's chat template writes message {turn} otherwise once others follow, so the "
@@ -94,7 +94,7 @@ def prompt_ids(examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast, 
     """Returns the token ids of each example's prompt. Training, generation and scoring share them."""
     if style == "chat":  # the template writes the begin token itself
         return token_ids(
-            [_apply(tokenizer, as_chat(example).messages[:1], ask=True) for example in examples], tokenizer
+            [templated(tokenizer, as_chat(example).messages[:1], ask=True) for example in examples], tokenizer
         )
     return text_ids([prompt(example, style) for example in examples], tokenizer)
 
@@ -135,12 +135,26 @@ def check_template(tokenizer: PreTrainedTokenizerFast) -> None:
         )
 
 
-def _apply(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], ask: bool = False) -> str:
+def templated(
+    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], ask: bool = False, unfinished: bool = False
+) -> str:
+    """Returns the turns in the tokenizer's chat template, as text.
+
+    Args:
+        tokenizer: has the template.
+        messages: the turns, in order.
+        ask: whether the header of the assistant's next turn follows.
+        unfinished: whether the last turn is left open, to be gone on with.
+
+    Raises:
+        UserError: the tokenizer has no chat template, or the template refuses the chat.
+    """
     check_template(tokenizer)
     turns = [message._asdict() for message in messages]
     try:
         # Some templates write today's date. Tokens must not change from day to day, so the date is fixed.
-        options = {"tokenize": False, "add_generation_prompt": ask, "date_string": "26 Jul 2024"}
+        options = {"tokenize": False, "date_string": "26 Jul 2024"}
+        options |= {"add_generation_prompt": ask, "continue_final_message": unfinished}
         text = limit_steps(lambda: tokenizer.apply_chat_template(turns, **options), _MOST_STEPS)
     except TooManySteps:
         raise UserError(

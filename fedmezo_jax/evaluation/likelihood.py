@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import sys
-from functools import partial
 from typing import NamedTuple
 
 import jax
 import numpy as np
+from rich.progress import track
 
 from fedmezo_jax.data.buckets import lengths, narrow, widths
 from fedmezo_jax.data.examples import TokenBatch
 from fedmezo_jax.llama.checks import check_finite
-from fedmezo_jax.llama.loss import loss_sums
+from fedmezo_jax.llama.loss import label_scores as scores_of_batch
 from fedmezo_jax.llama.model import Base, Llama, Lora
 
 TOKENS_AT_ONCE = 8192
@@ -35,8 +35,22 @@ class Loss(NamedTuple):
     labels: int
 
 
-def row_losses(model: Llama, base: Base, lora: Lora, rows: TokenBatch, name: str = "the model") -> np.ndarray:
-    """Returns the summed negative log-likelihood of each example's labels, in nats: float64 [N].
+class LabelScores(NamedTuple):
+    """What the model says of the labels of N examples.
+
+    Attributes:
+        losses: float64 [N, M], negative log-likelihood of each label in nats; 0 for padding.
+        is_best: bool [N, M], whether the label is the most likely token there; True for padding.
+    """
+
+    losses: np.ndarray
+    is_best: np.ndarray
+
+
+def label_scores(
+    model: Llama, base: Base, lora: Lora, rows: TokenBatch, name: str = "the model", progress: str | None = None
+) -> LabelScores:
+    """Returns the loss of every label, and whether it is the likeliest token.
 
     Examples of similar length share a batch, which has the width of their length bucket.
 
@@ -44,35 +58,44 @@ def row_losses(model: Llama, base: Base, lora: Lora, rows: TokenBatch, name: str
         model: the decoder, at any precision but ``paired``.
         base: its frozen weights.
         lora: the adapter, ``{}`` for none.
-        rows: N examples, host arrays.
+        rows: N examples, host arrays. The token after the last label's position may be missing.
         name: what error messages call the model.
+        progress: text before a progress bar; None for no bar.
 
     Raises:
         UserError: a loss is not finite.
     """
     bucket_widths = widths(rows, BUCKETS)
-    bucket_of = np.searchsorted([width.tokens for width in bucket_widths], lengths(rows))
-    losses = np.empty(len(bucket_of), np.float64)
+    bucket_of = np.searchsorted([width.tokens for width in bucket_widths[:-1]], lengths(rows))
+    shape = np.shape(rows.labels)
+    scores = LabelScores(np.zeros(shape, np.float64), np.ones(shape, bool))
 
+    batches = []
     for i, width in enumerate(bucket_widths):
         bucket_rows = np.flatnonzero(bucket_of == i)
         batch_size = min(len(bucket_rows), max(1, TOKENS_AT_ONCE // width.tokens))
         for start in range(0, len(bucket_rows), max(batch_size, 1)):
-            picked = np.resize(
-                bucket_rows[start : start + batch_size], batch_size
-            )  # the last batch repeats examples to get the same shape
-            batch = narrow(TokenBatch(*(np.asarray(leaf)[picked] for leaf in rows)), width)
-            losses[picked] = np.asarray(_batch_losses(model, base, lora, batch), np.float64)
-    check_finite(bool(np.isfinite(losses).all()), "losses", model.config, base, lora, name)
-    return losses
+            # the last batch repeats examples to get the same shape
+            batches.append((np.resize(bucket_rows[start : start + batch_size], batch_size), width))
+    for picked, width in track(batches, progress or "", disable=progress is None, transient=True):
+        batch = narrow(TokenBatch(*(np.asarray(leaf)[picked] for leaf in rows)), width)
+        losses, is_best = jax.device_get(_batch_scores(model, base, lora, batch))
+        is_label = batch.label_weights > 0
+        scores.losses[picked, : width.labels] = np.where(is_label, losses * np.float64(batch.label_weights), 0)
+        scores.is_best[picked, : width.labels] = is_best | ~is_label
+    check_finite(bool(np.isfinite(scores.losses).all()), "losses", model.config, base, lora, name)
+    return scores
 
 
-@partial(jax.jit, static_argnums=0)
-def _batch_losses(model: Llama, base: Base, lora: Lora, batch: TokenBatch) -> jax.Array:
-    def row_loss(row):
-        return loss_sums(model, base, lora, jax.tree.map(lambda leaf: leaf[None], row))[0]
+def row_losses(model: Llama, base: Base, lora: Lora, rows: TokenBatch, name: str = "the model") -> np.ndarray:
+    """Returns the summed negative log-likelihood of each example's labels, in nats: float64 [N].
 
-    return jax.vmap(row_loss)(batch)
+    Arguments and errors are those of :func:`label_scores`.
+    """
+    return label_scores(model, base, lora, rows, name).losses.sum(axis=-1)
+
+
+_batch_scores = jax.jit(scores_of_batch, static_argnums=0)
 
 
 def mean_loss(model: Llama, base: Base, lora: Lora, rows: TokenBatch, name: str = "the model") -> Loss:

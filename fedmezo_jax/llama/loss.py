@@ -6,7 +6,7 @@ The vocabulary's head is by far the widest product, so it runs only where a labe
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +57,21 @@ def loss_sums(
             below the first trained one are not run.
         perturbation: if given, the loss is taken at θ + scale·z.
     """
+    losses = _at_labels("label_losses", model, base, lora, rows, perturbation)
+    return jnp.sum(losses * rows.label_weights.reshape(-1)), jnp.sum(rows.label_weights)
+
+
+def label_scores(model: Llama, base: Base, lora: Lora, rows: Rows) -> tuple[jax.Array, jax.Array]:
+    """Returns the loss of every label in nats, float32 [B, M], and whether it is the most likely token, bool [B, M].
+
+    Arguments are as in :func:`loss_sums`; what stands at padding has no meaning.
+    """
+    losses, is_best = _at_labels("label_scores", model, base, lora, rows)
+    return losses.reshape(rows.labels.shape), is_best.reshape(rows.labels.shape)
+
+
+def _at_labels(method: str, model: Llama, base: Base, lora: Lora, rows: Rows, perturbation=None) -> Any:
+    """A method of the model's head, at the hidden states and labels of all examples: [B·M, D] and [B·M]."""
     variables = {"params": base}
     if isinstance(rows, HiddenBatch):
         below = rows.hidden.astype(jnp.float32)
@@ -65,8 +80,7 @@ def loss_sums(
         hidden = cast(jax.Array, model.apply(variables, rows.tokens, lora, perturbation, method="hidden"))
     at_labels = jnp.take_along_axis(hidden, rows.label_positions[..., None], axis=1)
     flat = at_labels.reshape(-1, hidden.shape[-1])
-    losses = cast(jax.Array, model.apply(variables, flat, rows.labels.reshape(-1), method="label_losses"))
-    return jnp.sum(losses * rows.label_weights.reshape(-1)), jnp.sum(rows.label_weights)
+    return model.apply(variables, flat, rows.labels.reshape(-1), method=method)
 
 
 def _mean_loss(model: Llama, base: Base, lora: Lora, rows: Rows, perturbation=None) -> jax.Array:

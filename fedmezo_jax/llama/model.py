@@ -286,7 +286,11 @@ class Llama(nn.Module):
         return self.lm_head(x)
 
     def label_losses(self, hidden: jax.Array, labels: jax.Array) -> jax.Array:
-        """−log softmax(logits)[label] in nats, ``[R]`` float32, from ``[R, D]`` of the residual stream, ``[R]`` labels.
+        """−log softmax(logits)[label] in nats, ``[R]`` float32, of labels ``[R]``, from residual streams ``[R, D]``."""
+        return self.label_scores(hidden, labels)[0]
+
+    def label_scores(self, hidden: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """:meth:`label_losses`, and whether each label is the most likely token, ``[R]`` bool.
 
         The logits exist for one block of the vocabulary at a time, no wider than about an MLP's activations; the
         blocks' maxima and sums are joined as they come (online softmax, arXiv 1805.02867).
@@ -317,7 +321,7 @@ class Llama(nn.Module):
         join = jax.checkpoint(join, prevent_cse=False) if self.checkpointed else join
         start = (jnp.full(rows, -jnp.inf), jnp.zeros(rows), jnp.zeros(rows))
         (largest, total, picked), _ = jax.lax.scan(join, start, jnp.arange(blocks))
-        return (largest + jnp.log(total) - picked)[:count]
+        return (largest + jnp.log(total) - picked)[:count], (picked == largest)[:count]
 
     def __call__(self, tokens: jax.Array, lora: Lora) -> jax.Array:
         """Logits ``[B, S, V]`` float32 of every position."""

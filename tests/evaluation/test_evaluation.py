@@ -233,7 +233,7 @@ def test_generated_texts_come_back_in_the_order_of_their_prompts(folder, monkeyp
     monkeypatch.setattr(evaluate, "ROWS_AT_ONCE", 2)
     # Stands in for a model that says its prompt again, and can only take two at a time.
     monkeypatch.setattr(
-        evaluate, "generate", lambda model, base, lora, tokens, new, name: [row[:new] for row in tokens[:2]]
+        evaluate, "generate", lambda model, base, lora, tokens, new, **named: [row[:new] for row in tokens[:2]]
     )
     texts = ["red cat dog", "one", "blue moon", "two three", "star dog bird red"]
     subject = evaluate.LoadedModel(None, None, {}, tokenizer, "x")
@@ -243,7 +243,10 @@ def test_generated_texts_come_back_in_the_order_of_their_prompts(folder, monkeyp
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"metric": "loss,bleu"}, "--metric: unknown 'bleu'; choose from loss,gsm8k,choice"),
+        ({"metric": "loss,bleu"}, "--metric: unknown 'bleu'; choose from loss,gsm8k,choice,humaneval"),
+        ({"metric": " , "}, "there is nothing to measure"),
+        ({"metric": "humaneval"}, "runs code that the model writes: add --allow-code-execution"),
+        ({"task_limit": -1}, "--task-limit and --num-fewshot must be at least 0"),
         ({"test_examples": -1}, "--test-examples must be at least 0"),
     ],
 )
