@@ -101,7 +101,7 @@ def test_the_commands_give_the_model_the_ids_of_training(tmp_path, monkeypatch, 
     given = []
     for command in (generate, evaluate):
         monkeypatch.setattr(
-            command, "generate", lambda model, base, lora, prompts, *_, name: given.extend(prompts) or [[5]]
+            command, "generate", lambda model, base, lora, prompts, *_, **__: given.extend(prompts) or [[5]]
         )
     usual = {"model": str(folder), "out": tmp_path / "out"}
     generate.main(generate.Config(prompt=(NAME.instruction,), instruct=True, **usual))

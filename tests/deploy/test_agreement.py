@@ -1,10 +1,12 @@
 """Server and clients must be alike before the first round: a difference is one line that names both values."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import small_run
 from loopback import Loopback, client_of, deployed
 
@@ -44,9 +46,11 @@ def test_another_option(place, tmp_path):
 
 def test_another_base(place, tmp_path):
     def change(config):
-        own = OwnExamples(config, [place / "dealt" / "client-1.jsonl"])
-        own.base["norm"]["scale"] = own.base["norm"]["scale"].at[0].add(1e-6)
-        return Client(1, own)
+        other = shutil.copytree(place / "model", tmp_path / "model")
+        weights = safetensors.numpy.load_file(other / "model.safetensors")
+        weights["model.norm.weight"][0] += 1e-6
+        safetensors.numpy.save_file(weights, other / "model.safetensors")
+        return Client(1, OwnExamples(config, [place / "dealt" / "client-1.jsonl"], str(other)))
 
     line = refused(place, tmp_path / "run", change)
     hashes = line.split("base weights (")[1]

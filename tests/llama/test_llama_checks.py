@@ -14,7 +14,7 @@ from experiments import evaluate, fedmezo, generate
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.evaluation import likelihood
 from fedmezo_jax.llama import checks
-from fedmezo_jax.llama.checkpoints import base_model, safetensors
+from fedmezo_jax.llama.checkpoints import safetensors, stored_base
 from fedmezo_jax.llama.checkpoints.adapter import save_adapter
 from fedmezo_jax.llama.checkpoints.base_model import load_base, save_base
 from fedmezo_jax.llama.checkpoints.export import export
@@ -158,7 +158,7 @@ def test_each_weight_is_read_and_checked_once(folder, config, questions, tmp_pat
 
     monkeypatch.setattr(safetensors, "_read_tensor", counted(reads, safetensors._read_tensor, lambda file, name: name))
     monkeypatch.setattr(
-        base_model, "check_tensor", counted(checked, base_model.check_tensor, lambda tensor, name, file: name)
+        stored_base, "check_tensor", counted(checked, stored_base.check_tensor, lambda tensor, name, file: name)
     )
     monkeypatch.setattr(checks, "_largest", lambda base: pytest.fail("all weights are searched for the largest"))
 
