@@ -9,17 +9,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 from jax.sharding import SingleDeviceSharding
 
 from fedmezo_jax.core import client, mezo
 from fedmezo_jax.core.estimators import ForwardGradient
 from fedmezo_jax.data.examples import HiddenBatch, TokenBatch
 from fedmezo_jax.errors import UserError
-from fedmezo_jax.llama.checkpoints.layout import base_shapes
+from fedmezo_jax.llama.checkpoints.layout import held_leaves
 from fedmezo_jax.llama.lora import lora_shapes, trained_layers
 from fedmezo_jax.llama.loss import loss_of, pair_loss_of, point_loss_of
 from fedmezo_jax.llama.model import Llama
 from fedmezo_jax.llama.precision import Precision
+from fedmezo_jax.llama.quantised import BaseType, held_as
 from fedmezo_jax.llama.shapes import named_shape
 
 
@@ -46,6 +48,9 @@ class StepConfig:
     precision: Precision = "paired"
     """of the step's products with frozen weights; with paired, the step in plain bfloat16 is shown beside it"""
 
+    base: BaseType | None = None
+    """how the frozen weights are held: float32, bfloat16, int8 or int4; by default as the precision"""
+
     def __post_init__(self):
         """Checks the counts."""
         for name in ("length", "rank", "clients_per_device", "directions"):
@@ -68,7 +73,11 @@ def programs(config: StepConfig, device: Any) -> list[tuple[str, Precision, Call
         return jax.tree.map(partial(abstract, dtype), shapes, is_leaf=lambda leaf: isinstance(leaf, tuple))
 
     clients, labels = config.clients_per_device, max(1, config.length // 2)
-    weights = partial(tree, jnp.float32 if config.precision == "float32" else jnp.bfloat16)
+
+    def weights(first: int) -> Any:
+        held = held_leaves(llama, *held_as(config), first)
+        return jax.tree.map(lambda leaf: abstract(leaf.dtype, leaf.shape), traverse_util.unflatten_dict(held))
+
     trained = trained_layers(config.layers, llama)
     shapes = lora_shapes(llama, config.rank, config.targets.split(","), trained)
     lora = tree(
@@ -85,7 +94,7 @@ def programs(config: StepConfig, device: Any) -> list[tuple[str, Precision, Call
     checkpointed = single.clone(checkpointed=True)
 
     first, inputs = single.trained_layers[0], rows
-    base, part = weights(base_shapes(llama)), weights(base_shapes(llama, first))
+    base, part = weights(0), weights(first)
     if first:
         hidden = abstract(jnp.float32, (*tokens.shape, llama.hidden_size))
         inputs = HiddenBatch(hidden, *rows[1:])  # pyright: ignore

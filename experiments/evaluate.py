@@ -21,8 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 from rich.progress import track
@@ -41,6 +39,7 @@ from fedmezo_jax.llama.checkpoints.base_model import load_base
 from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.generate import generate
 from fedmezo_jax.llama.model import Llama
+from fedmezo_jax.llama.quantised import held_as
 from fedmezo_jax.llama.registry import load_tokenizer, resolve
 from fedmezo_jax.run.config_parts import DataConfig, ModelConfig
 from fedmezo_jax.run.prepare import check_tokens, table_of
@@ -134,8 +133,7 @@ def main(config: Config) -> None:
     if config.test_examples:
         problems = problems[: config.test_examples]
     harness = _harness(config) if config.tasks else None
-    weight_dtype = jnp.float32 if config.precision == "float32" else jnp.bfloat16
-    base = jax.tree.map(jnp.asarray, load_base(folder, llama, weight_dtype))
+    base = load_base(folder, llama, *held_as(config))
     model = Llama(llama, scale, config.precision, trained=trained)
     loaded = LoadedModel(model, base, lora, tokenizer, f"--model {config.model}")
 

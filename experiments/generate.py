@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import jax.numpy as jnp
 import tyro
 
 from experiments import _cli
@@ -23,6 +22,7 @@ from fedmezo_jax.llama.checkpoints.base_model import load_base
 from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.generate import generate
 from fedmezo_jax.llama.model import Llama
+from fedmezo_jax.llama.quantised import BaseType, held_as
 from fedmezo_jax.llama.registry import load_tokenizer, resolve
 
 
@@ -42,6 +42,8 @@ class Config:
     """most tokens to add to each prompt"""
     precision: Literal["float32", "bfloat16"] = "float32"
     """of the products with base weights"""
+    base: BaseType | None = None
+    """how the base weights are held: float32, bfloat16, int8, int4 or as-stored; by default as the precision"""
     out: Path = Path("runs/generate")
     """folder for config.json and results.json"""
 
@@ -59,7 +61,7 @@ def main(config: Config) -> None:
         tokens = prompt_ids([Example(text, "", "", "") for text in config.prompt], tokenizer, "alpaca")
     else:
         tokens = text_ids(config.prompt, tokenizer)
-    base = load_base(folder, llama, jnp.float32 if config.precision == "float32" else jnp.bfloat16)
+    base = load_base(folder, llama, *held_as(config))
     model = Llama(llama, scale, config.precision, trained=trained)
     lora, name = {} if adapter is None else adapter.lora, f"--model {config.model}"
     generated = generate(model, base, lora, tokens, config.max_new_tokens, name=name)

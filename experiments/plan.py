@@ -22,6 +22,7 @@ from experiments import _cli
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.lora import check_targets, trained_layers
 from fedmezo_jax.llama.precision import Precision
+from fedmezo_jax.llama.quantised import BaseType
 from fedmezo_jax.llama.shapes import named_shape
 from fedmezo_jax.parallel.sharding import parse_mesh
 from fedmezo_jax.planning import cost_model, hardware
@@ -57,6 +58,8 @@ class Config:
     """layers with an adapter, as in experiments.fedmezo; steps start from the hidden states below the first of them"""
     precision: Precision = "paired"
     """of the products with frozen weights"""
+    base: BaseType | None = None
+    """how the frozen weights are held: float32, bfloat16, int8 or int4; by default as the precision"""
     directions_shared: bool = False
     """whether all clients share their directions"""
     out: Path = Path("runs/plan")
@@ -78,7 +81,9 @@ def main(config: Config) -> None:
     targets = tuple(name.strip() for name in config.targets.split(","))
     sizes = (config.clients, config.local_steps, config.batch_size, config.length, config.rank)
     trained = trained_layers(config.layers, llama)
-    planned = cost_model.RoundSpec(llama, *sizes, targets, config.precision, config.directions_shared, trained)
+    planned = cost_model.RoundSpec(
+        llama, *sizes, targets, config.precision, config.directions_shared, trained, config.base
+    )
     shapes = cost_model.meshes(len(target.devices), llama)
     if config.mesh:
         mesh = parse_mesh(config.mesh, target.devices)

@@ -3,15 +3,18 @@
     python -m experiments.benchmarks.precision
     python -m experiments.benchmarks.precision --model smollm2-135m --data gsm8k --data-dir FOLDER --partition iid
 
-The reference is the exact directional derivative zᵀ∇L in float32, by forward-mode differentiation. The frozen weights
-are rounded to bfloat16 for all precisions, so only the error of the arithmetic is measured.
+The reference is the exact directional derivative zᵀ∇L in float32, by forward-mode differentiation, on frozen weights of
+the same values for all precisions, in bfloat16 or quantised. So only the error of the arithmetic is measured. How far
+the quantised model's derivative itself is from that of the first of ``--bases`` is in the rows of estimator
+``derivative``.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -24,7 +27,7 @@ from fedmezo_jax.core import mezo, random
 from fedmezo_jax.core.random import run_key
 from fedmezo_jax.data.examples import HiddenBatch
 from fedmezo_jax.errors import UserError
-from fedmezo_jax.llama.loss import loss_of, pair_loss_of
+from fedmezo_jax.llama.loss import loss_of, pair_loss_of, point_loss_of
 from fedmezo_jax.llama.precision import WARN_ABOVE, Precision
 from fedmezo_jax.run.config import RunConfig, paper_config
 from fedmezo_jax.run.context import RunContext
@@ -42,6 +45,8 @@ class Config:
     """training examples in the loss"""
     probes: int = 12
     """directions z"""
+    bases: str = "bfloat16,int8,int4"
+    """how the frozen weights are held"""
     out: Path = Path("runs/precision")
     """folder for config.json, results.json and precision.png"""
 
@@ -63,80 +68,123 @@ def main(config: Config) -> None:
         raise UserError(f"--scales {config.scales}: give numbers above 0, separated by commas")
     if config.rows < 1 or config.probes < 1:
         raise UserError("--rows and --probes must be at least 1")
-    setup = prepare(config.run)
-    rows = []
-    for row in measure(setup, scales, config.rows, config.probes):
-        rows.append(row)
-        print(f"{row['precision']} at {row['perturbation_scale']:g}: {row['error']:.2%}", flush=True)
+    bases = config.bases.split(",")
+    rows, first = [], None
+    for base in bases:
+        setup = prepare(replace(config.run, base=base))  # pyright: ignore[reportArgumentType]
+        loss, slopes = derivatives(setup, config.rows, config.probes)
+        first = slopes if first is None else first
+        found = [_row("derivative", "float32", None, slopes, first) | {"loss": loss}]
+        for row in itertools.chain(found, measure(setup, scales, config.rows, config.probes, slopes)):
+            rows.append({"base": base} | row)
+            at = "" if row["perturbation_scale"] is None else f" at {row['perturbation_scale']:g}"
+            print(f"{base}, {row['estimator']}, {row['precision']}{at}: {row['error']:.2%}", flush=True)
+        if isinstance(setup.task.train, HiddenBatch):
+            rows.append({"base": base} | _rounded_states(setup, config.rows, config.probes, slopes))
+            print(f"{base}, hidden states in bfloat16: {rows[-1]['error']:.2%}", flush=True)
     plot(config.out / "precision.png", rows, f"{config.run.model} on {config.run.data}")
-    if isinstance(setup.task.train, HiddenBatch):
-        rows.append({"precision": "bfloat16 hidden states", "perturbation_scale": None, "probes": config.probes})
-        rows[-1]["error"] = rounded_states(setup, config.rows, config.probes)
-        print(f"hidden states in bfloat16: {rows[-1]['error']:.2%}")
     _cli.write_folder(config, rows, time.perf_counter() - start)
     _cli.print_table("relative error of the projected gradient", rows)
-    for precision in get_args(Precision):
-        best = min((row for row in rows if row["precision"] == precision), key=lambda row: row["error"])
-        print(f"{precision}: take --perturbation-scale {best['perturbation_scale']:g} (error {best['error']:.1%})")
+    for base, precision in itertools.product(bases, get_args(Precision)):
+        best = min(_line(rows, base, precision), key=lambda row: row["error"])
+        print(
+            f"{base}, {precision}: take --perturbation-scale {best['perturbation_scale']:g} (error {best['error']:.1%})"
+        )
 
 
-def measure(setup: RunContext, scales: list[float], count: int, probes: int) -> Iterator[dict[str, Any]]:
-    """Yields one row per precision and scale: √(Σ(g − zᵀ∇L)² / Σ(zᵀ∇L)²) over the probes."""
-    base = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), setup.task.base)
-    rows = jax.tree.map(lambda leaf: jnp.asarray(leaf[:count]), setup.task.train)
-    keys = jax.random.split(jax.random.fold_in(run_key(setup.config.seed), random.PRECISION), probes)
-    distribution: mezo.Distribution = setup.config.distribution
+def derivatives(setup: RunContext, count: int, probes: int) -> tuple[float, np.ndarray]:
+    """The loss of ``count`` training examples, and its exact derivatives zᵀ∇L along the probes, in float32."""
+    loss, rows = loss_of(setup.task.model.clone(precision="float32"), setup.task.base), _rows(setup, count)
     zeros = jax.tree.map(jnp.zeros_like, setup.params)
-    exact_loss = loss_of(setup.task.model.clone(precision="float32"), base)
 
     @jax.jit
     def slope(loss, key):
-        z = mezo.shift(zeros, mezo.Perturbation(key, 1.0, distribution))
-        return jax.jvp(lambda lora: loss(lora, rows), (setup.params,), (z,))[1]
+        z = mezo.shift(zeros, mezo.Perturbation(key, 1.0, setup.config.distribution))
+        return jax.jvp(lambda lora: loss(lora, rows), (setup.params,), (z,))
+
+    values = [slope(loss, key) for key in _keys(setup, probes)]
+    return float(values[0][0]), np.array([derivative for _, derivative in values])
+
+
+def measure(
+    setup: RunContext, scales: list[float], count: int, probes: int, exact: np.ndarray | None = None
+) -> Iterator[dict[str, Any]]:
+    """Yields one row per precision and scale of ``two-point``, and one for ``forward-gradient`` in bfloat16.
+
+    The error is √(Σ(g − zᵀ∇L)² / Σ(zᵀ∇L)²) over the probes.
+    """
+    exact = derivatives(setup, count, probes)[1] if exact is None else exact
+    rows, keys = _rows(setup, count), _keys(setup, probes)
+    distribution: mezo.Distribution = setup.config.distribution
 
     @jax.jit
     def projected(pair_loss, key, scale):
         plus, minus = pair_loss(setup.params, rows, mezo.Perturbation(key, scale, distribution))
         return (plus - minus) / (2 * scale)
 
-    exact = np.array([slope(exact_loss, key) for key in keys])
+    @jax.jit
+    def tangent(point_loss, key):
+        def at(scale):
+            return point_loss(setup.params, rows, mezo.Perturbation(key, scale, distribution))
+
+        return jax.jvp(at, (jnp.float32(0),), (jnp.float32(1),))[1]
+
+    model, base = setup.task.model, setup.task.base
     for precision in get_args(Precision):
-        loss = pair_loss_of(setup.task.model.clone(precision=precision), base)
+        loss = pair_loss_of(model.clone(precision=precision), base)
         for scale in scales:
             estimates = np.array([projected(loss, key, jnp.float32(scale)) for key in keys])
-            error = np.linalg.norm(estimates - exact) / np.linalg.norm(exact)
-            yield {"precision": precision, "perturbation_scale": scale, "error": float(error), "probes": probes}
+            yield _row("two-point", precision, scale, estimates, exact)
+    loss = point_loss_of(model.clone(precision="bfloat16"), base)
+    yield _row("forward-gradient", "bfloat16", None, np.array([tangent(loss, key) for key in keys]), exact)
 
 
-def rounded_states(setup: RunContext, count: int, probes: int) -> float:
-    """The relative error of exact float32 slopes that comes from hidden states rounded to bfloat16."""
-    rows = jax.tree.map(lambda leaf: jnp.asarray(leaf[:count]), setup.task.train)
-    rounded = rows._replace(hidden=rows.hidden.astype(jnp.bfloat16))
-    keys = jax.random.split(jax.random.fold_in(run_key(setup.config.seed), random.PRECISION), probes)
-    loss = loss_of(setup.task.model.clone(precision="float32"), setup.task.base)
-    zeros = jax.tree.map(jnp.zeros_like, setup.params)
+def _row(estimator: str, precision: str, scale: float | None, found: np.ndarray, exact: np.ndarray) -> dict[str, Any]:
+    error = float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
+    return {
+        "estimator": estimator,
+        "precision": precision,
+        "perturbation_scale": scale,
+        "error": error,
+        "probes": len(exact),
+        "loss": None,
+    }
 
-    @jax.jit
-    def slope(loss, rows, key):
-        z = mezo.shift(zeros, mezo.Perturbation(key, 1.0, setup.config.distribution))
-        return jax.jvp(lambda lora: loss(lora, rows), (setup.params,), (z,))[1]
 
-    exact, found = (np.array([slope(loss, each, key) for key in keys]) for each in (rows, rounded))
-    return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
+def _rows(setup: RunContext, count: int) -> Any:
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf[:count]), setup.task.train)
+
+
+def _keys(setup: RunContext, probes: int) -> jax.Array:
+    return jax.random.split(jax.random.fold_in(run_key(setup.config.seed), random.PRECISION), probes)
+
+
+def _line(rows: list[dict[str, Any]], base: str, precision: str) -> list[dict[str, Any]]:
+    """The rows of the two-point estimate on this base at this precision."""
+    return [row for row in rows if (row["base"], row["estimator"], row["precision"]) == (base, "two-point", precision)]
+
+
+def _rounded_states(setup: RunContext, count: int, probes: int, exact: np.ndarray) -> dict[str, Any]:
+    """The error of the exact derivatives that comes from hidden states rounded to bfloat16."""
+    some = _rows(setup, count)
+    rounded = some._replace(hidden=some.hidden.astype(jnp.bfloat16))
+    setup = setup._replace(task=replace(setup.task, train=rounded))
+    return _row("derivative", "bfloat16 hidden states", None, derivatives(setup, count, probes)[1], exact)
 
 
 def plot(file: Path, rows: list[dict[str, Any]], title: str) -> None:
-    """Plots the error over μ with a line per precision, as a PNG."""
+    """Plots the error of the two-point estimate over μ with a line per base and precision, as a PNG."""
     figure, axes = _plots.subplots(figsize=(6.4, 4))
-    for precision in get_args(Precision):
-        line = [(row["perturbation_scale"], row["error"]) for row in rows if row["precision"] == precision]
-        axes.plot(*zip(*line, strict=True), "o-", label=precision)
+    bases = list(dict.fromkeys(row["base"] for row in rows))
+    for (i, base), (j, precision) in itertools.product(enumerate(bases), enumerate(get_args(Precision))):
+        line = [(row["perturbation_scale"], row["error"]) for row in _line(rows, base, precision)]
+        axes.plot(*zip(*line, strict=True), f"C{j}" + ("o-", "s--", "^:")[i % 3], label=f"{base}, {precision}")
     axes.axhline(WARN_ABOVE, color="0.6", linewidth=1, linestyle="--", label=f"{WARN_ABOVE:.0%}")
     axes.set(yscale="log", xlabel="perturbation scale μ", title=title)
     axes.set_ylabel("relative error of the projected gradient")
     axes.grid(alpha=0.3, which="both")
-    _plots.ticks_at(axes, (row["perturbation_scale"] for row in rows), log=True)
-    _plots.legend(figure, axes, columns=4)
+    _plots.ticks_at(axes, {row["perturbation_scale"] for row in rows} - {None}, log=True)
+    _plots.legend(figure, axes, columns=3)
     _plots.save(figure, file, dpi=120)
 
 

@@ -14,6 +14,7 @@ from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.checkpoints.layout import layout
 from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.model import Base, Lora
+from fedmezo_jax.llama.quantised import Quantised, dequantised
 
 
 def check_ids(largest: int, config: LlamaConfig, name: object) -> None:
@@ -126,7 +127,10 @@ def _largest(base: Base) -> dict[str, Any]:
     """Each leaf's :class:`_Largest`."""
 
     def largest(leaf):
-        sizes = jnp.max(jnp.abs(leaf.astype(jnp.float32)), axis=tuple(range(1, leaf.ndim)))
+        if isinstance(leaf, Quantised):
+            sizes = jax.lax.map(lambda layer: jnp.max(jnp.abs(dequantised(layer))), leaf)
+        else:
+            sizes = jnp.max(jnp.abs(leaf.astype(jnp.float32)), axis=tuple(range(1, leaf.ndim)))
         return _Largest(jnp.max(sizes), jnp.argmax(sizes))
 
-    return jax.tree.map(largest, base)
+    return jax.tree.map(largest, base, is_leaf=lambda leaf: isinstance(leaf, Quantised))

@@ -19,6 +19,7 @@ from fedmezo_jax.core.mezo import Perturbation, shift_row
 from fedmezo_jax.llama.attention import causal_attention, layer_rope, layer_window, rotary_table, rotate
 from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.precision import Precision, frozen_product, keep_in_loop, product, unfused
+from fedmezo_jax.llama.quantised import Quantised
 
 Base: TypeAlias = dict[str, Any]
 Lora: TypeAlias = dict[str, dict[str, jax.Array]]
@@ -57,7 +58,9 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, adapter: dict[str, jax.Array] | None = None) -> jax.Array:
         """Maps ``[..., in]`` to ``[..., features]``; ``adapter`` holds A ``[in, r]`` and B ``[r, features]``."""
-        kernel = self.param("kernel", _INIT, (x.shape[-1], self.features))
+        kernel = self.get_variable("params", "kernel")
+        if not isinstance(kernel, Quantised):
+            kernel = self.param("kernel", _INIT, (x.shape[-1], self.features))
         y = frozen_product(x, kernel, self.precision, self.least_rows)
         if self.bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(y.dtype)

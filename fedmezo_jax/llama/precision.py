@@ -25,6 +25,8 @@ from typing import Literal, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from fedmezo_jax.llama.quantised import Quantised, operand
+
 Precision: TypeAlias = Literal["float32", "bfloat16", "paired"]
 PAIR = "pair"
 """The ``vmap`` axis, of size 2 in the order (+, −), under which ``paired`` must run."""
@@ -34,18 +36,18 @@ def default_precision(sixteen_bit: bool, tangents: bool = False) -> tuple[Precis
     """The precision to use where none is asked for, and the reason.
 
     Args:
-        sixteen_bit: whether the model's weights are stored in sixteen bits.
+        sixteen_bit: whether the model's weights have at most sixteen bits.
         tangents: whether the loss is differentiated forward instead of being evaluated at pairs θ ± μz.
     """
     if not sixteen_bit:
-        return "float32", "the weights are stored in float32"
+        return "float32", "the weights have 32 bits"
     if tangents and jax.default_backend() == "cpu":
         return "float32", "tangents in bfloat16 are no faster on a CPU"
     if tangents:
-        return "bfloat16", "the weights are stored in sixteen bits"
+        return "bfloat16", "the weights have at most sixteen bits"
     if jax.default_backend() == "cpu" and not _multiplies_bfloat16():
         return "float32", "this CPU has no bfloat16 products, without which paired is slower"
-    return "paired", "the weights are stored in sixteen bits, and this device multiplies bfloat16"
+    return "paired", "the weights have at most sixteen bits, and this device multiplies bfloat16"
 
 
 def _multiplies_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
@@ -88,12 +90,13 @@ def _by_shape(precision: Precision) -> bool:
     return precision == "float32" and jax.default_backend() == "cpu"
 
 
-def frozen_product(x: jax.Array, kernel: jax.Array, precision: Precision, least_rows: int = 1) -> jax.Array:
+def frozen_product(x: jax.Array, kernel: jax.Array | Quantised, precision: Precision, least_rows: int = 1) -> jax.Array:
     """``x @ kernel`` with float32 accumulation.
 
     Args:
         x: ``[..., in]`` float32 activations.
-        kernel: ``[in, out]`` frozen weights of any float dtype, the same for all clients and both points of a pair.
+        kernel: ``[in, out]`` frozen weights, quantised or of any float dtype; the same for all clients and both points
+            of a pair.
         precision: dtype of the inputs of the product, see the module.
         least_rows: fewer rows than this are filled up with zeros for the product.
 
@@ -104,14 +107,20 @@ def frozen_product(x: jax.Array, kernel: jax.Array, precision: Precision, least_
     if rows < least_rows:
         filled = jnp.pad(x.reshape(rows, -1), [(0, least_rows - rows), (0, 0)])
         return frozen_product(filled, kernel, precision)[:rows].reshape(*x.shape[:-1], -1)
+    weights, scale = operand(kernel, jnp.float32 if precision == "float32" else jnp.bfloat16)
+    y = _product(x, weights, precision)
+    return y if scale is None else y * scale
+
+
+def _product(x: jax.Array, weights: jax.Array, precision: Precision) -> jax.Array:
     if precision == "float32":
-        return product(x, kernel.astype(jnp.float32))
+        return product(x, weights)
     if precision == "bfloat16":
-        return _bfloat16_product(x, kernel)
+        return _bfloat16_product(x, weights)
     sign = 1.0 - 2.0 * jax.lax.axis_index(PAIR).astype(jnp.float32)
     plus, minus = jax.lax.all_gather(x, PAIR)  # not a mean over the axis: XLA's reductions on CPUs are slow
     halves = jnp.stack([(plus + minus) / 2, (plus - minus) / 2])
-    mean, difference = _bfloat16_product(halves, kernel)
+    mean, difference = _bfloat16_product(halves, weights)
     return mean + sign * difference
 
 
@@ -138,8 +147,8 @@ def unfused(sums: jax.Array) -> jax.Array:
     return jax.lax.optimization_barrier(sums)
 
 
-def _bfloat16_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return jnp.matmul(x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
+def _bfloat16_product(x: jax.Array, weights: jax.Array) -> jax.Array:
+    return jnp.matmul(x.astype(jnp.bfloat16), weights, preferred_element_type=jnp.float32)
 
 
 WARN_ABOVE = 0.2

@@ -7,6 +7,7 @@ bandwidth.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,12 +21,13 @@ from jax.sharding import PartitionSpec as P
 
 from fedmezo_jax.core import client, federated, mezo, personalization
 from fedmezo_jax.data.examples import HiddenBatch, TokenBatch
-from fedmezo_jax.llama.checkpoints.layout import leaves, projections
+from fedmezo_jax.llama.checkpoints.layout import held_leaves, projections
 from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.lora import lora_shapes
 from fedmezo_jax.llama.loss import pair_loss_of
 from fedmezo_jax.llama.model import Llama
 from fedmezo_jax.llama.precision import Precision
+from fedmezo_jax.llama.quantised import BaseType, held_as
 from fedmezo_jax.parallel import sharding
 from fedmezo_jax.planning import collectives
 from fedmezo_jax.planning.hardware import GPUS, Topology
@@ -86,6 +88,7 @@ class RoundSpec(NamedTuple):
         precision: precision of the products with frozen weights.
         directions_shared: whether all clients draw the same directions.
         trained: layers with an adapter; None for all. Steps start from the hidden states below the first of them.
+        base: how the frozen weights are held.
     """
 
     config: LlamaConfig
@@ -98,6 +101,7 @@ class RoundSpec(NamedTuple):
     precision: Precision
     directions_shared: bool
     trained: tuple[int, ...] | None = None
+    base: BaseType | None = None
 
     @property
     def first(self) -> int:
@@ -144,14 +148,15 @@ def lower(planned: RoundSpec, mesh: Mesh, at_once: int) -> Any:
     """
     config = planned.config
     replicated, by_client = NamedSharding(mesh, P()), NamedSharding(mesh, P(federated.CLIENTS))
-    leaf_sharding = sharding.base_sharding(mesh)
-    assert leaf_sharding is not None
-    weight_dtype = jnp.float32 if planned.precision == "float32" else jnp.bfloat16
+    sharding_of = sharding.base_sharding(mesh)
+    assert sharding_of is not None
+    held = held_leaves(config, *held_as(planned), planned.first)
+
+    def placed(path: tuple[str, ...], part: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=sharding_of(path, part.shape))
+
     base = traverse_util.unflatten_dict(
-        {
-            path: jax.ShapeDtypeStruct(s, weight_dtype, sharding=leaf_sharding(path, s))
-            for path, s in leaves(config, planned.first).items()
-        }
+        {path: jax.tree.map(partial(placed, path), leaf) for path, leaf in held.items()}
     )
     shapes = lora_shapes(config, planned.rank, planned.targets, planned.trained)
     replicate = partial(jax.tree.map, lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated))
@@ -250,8 +255,8 @@ def operations(planned: RoundSpec) -> int:
 
 def weight_bytes(planned: RoundSpec) -> int:
     """Returns the bytes of one copy of the frozen weights that the devices hold."""
-    count = sum(int(np.prod(shape)) for shape in leaves(planned.config, planned.first).values())
-    return count * (4 if planned.precision == "float32" else 2)
+    parts = jax.tree.leaves(held_leaves(planned.config, *held_as(planned), planned.first))
+    return sum(math.prod(part.shape) * part.dtype.itemsize for part in parts)
 
 
 def roofline(planned: RoundSpec, chip: Chip, shape: tuple[int, int], at_once: int, compiled: Compiled) -> float:

@@ -19,6 +19,7 @@ from fedmezo_jax.data.table import PartitionKind
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.lora import check_targets
 from fedmezo_jax.llama.precision import Precision
+from fedmezo_jax.llama.quantised import BaseType
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,10 @@ class ModelConfig(Options):
     """tiny, smollm2-135m, a folder with a LLaMA in safetensors, or a hub id owner/name"""
     precision: Precision | None = None
     """of the products with frozen weights: float32, bfloat16, or bfloat16 on the pair's mean and half-difference; by
-    default paired where the weights are stored in sixteen bits and the device multiplies bfloat16, and else float32"""
+    default paired where the weights have at most sixteen bits and the device multiplies bfloat16, and else float32"""
+    base: BaseType | None = None
+    """how the frozen weights are held: float32, bfloat16, or with the layers' projections in eight or four bits, or in
+    the Q8_0 or Q4_0 of a .gguf file; by default float32 where that is the precision, and else bfloat16"""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -31,7 +30,8 @@ from fedmezo_jax.llama.checks import check_ids
 from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.lora import init_lora, lora_shapes, trained_layers
 from fedmezo_jax.llama.model import Base, Llama
-from fedmezo_jax.llama.precision import WARN_ABOVE, Precision, default_precision, expected_error
+from fedmezo_jax.llama.precision import WARN_ABOVE, default_precision, expected_error
+from fedmezo_jax.llama.quantised import held_as
 from fedmezo_jax.llama.registry import cache_folder, load_tokenizer, resolve, resolve_local
 from fedmezo_jax.llama.task import LlamaTask
 from fedmezo_jax.parallel import sharding
@@ -132,7 +132,7 @@ def open_model(config: RunConfig, mesh: Mesh | None = None) -> OpenModel:
             f"--max-length {config.max_length}: the model takes {llama.max_position_embeddings} tokens at most"
         )
     assert config.precision
-    stored = StoredBase(folder, llama, stored_type(config.precision), sharding.base_sharding(mesh))
+    stored = StoredBase(folder, llama, *held_as(config), sharding.base_sharding(mesh))
     return OpenModel(folder, llama, trained_layers(config.layers, llama), load_tokenizer(folder), stored)
 
 
@@ -185,8 +185,9 @@ def resolve_defaults(config: RunConfig, notify: Callable[[str], None] = lambda n
     if config.precision:
         return config
     folder = resolve(config.model)
+    sixteen = sixteen_bit(folder, LlamaConfig.from_json(folder)) if config.base is None else config.base != "float32"
     tangents = config.algorithm == "fedmezo" and config.estimator == "forward-gradient"
-    precision, reason = default_precision(sixteen_bit(folder, LlamaConfig.from_json(folder)), tangents)
+    precision, reason = default_precision(sixteen, tangents)
     notify(f"precision {precision}: {reason}")
     return replace(config, precision=precision)
 
@@ -202,11 +203,6 @@ def precision_warnings(config: RunConfig) -> Iterator[str]:
         f"at --precision {config.precision}, --perturbation-scale {config.perturbation_scale:g} the projected gradient "
         f"is likely off by {size}: choose paired or float32, or measure it with experiments.benchmarks.precision"
     )
-
-
-def stored_type(precision: Precision) -> Any:
-    """The dtype that a run holds the frozen weights in."""
-    return jnp.float32 if precision == "float32" else jnp.bfloat16
 
 
 def used_examples(config: RunConfig, task: Task, mesh: Mesh | None = None) -> np.ndarray:
@@ -270,7 +266,7 @@ def base_of_ledger(
     folder = _local_folder(file, config, model)
     llama = LlamaConfig.from_json(folder)
     _check_rank(config, llama, file)
-    stored = StoredBase(folder, llama, stored_type(config.precision or "float32"))
+    stored = StoredBase(folder, llama, *held_as(config))
     base_hash = stored.load_from(llama.num_hidden_layers)[1]
     return llama, base_hash, partial(_init_lora, config, llama)
 

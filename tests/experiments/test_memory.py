@@ -42,6 +42,19 @@ def test_no_program_copies_the_base(model, precision):
     assert found["fedmezo", precision]["temp_bytes"] < 1_000_000
 
 
+@pytest.mark.parametrize("precision", ["paired", "float32"])
+@pytest.mark.parametrize("base", ["int8", "int4"])
+def test_no_program_dequantises_the_base(model, base, precision):
+    """A step's temporaries hold one kernel at a time, and the arguments eight bits or four and a half of a weight."""
+    floats = plans(model=model, precision=precision)
+    weights = MANY_LAYERS["num_hidden_layers"] * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 128)
+    bits = (32 if precision == "float32" else 16) - (8.5 if base == "int8" else 4.5)
+    for key, row in plans(model=model, precision=precision, base=base).items():
+        if "backprop" not in key[0]:
+            assert row["temp_bytes"] < 600_000
+            assert floats[key]["peak_bytes"] - row["peak_bytes"] > 0.98 * weights * bits / 8
+
+
 def test_rows_tell_programs_apart(model):
     found = plans(model=model)
     # By default the step is shown as runs compute it, paired, and in plain bfloat16.

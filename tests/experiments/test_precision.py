@@ -4,6 +4,7 @@ import json
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import small_run
 
@@ -20,15 +21,21 @@ def test_errors_are_measured_against_the_derivative(tmp_path, monkeypatch, capsy
     monkeypatch.setenv("FEDMEZO_CACHE", str(tmp_path / "cache"))
     arguments = ["--model", tmp_path / "model", "--data", tmp_path / "data.jsonl", "--max-length", 64]
     arguments += ["--scales", "1e-3,1e-2", "--probes", 4, "--out", tmp_path / "out", "--test-examples", 4]
+    arguments += ["--bases", "bfloat16,int8"]
     monkeypatch.setattr(sys, "argv", ["precision", *map(str, arguments)])
     _cli.run(experiment.main, experiment.Config, experiment.__doc__)
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
-    error = {(row["precision"], row["perturbation_scale"]): row["error"] for row in rows}
-    assert len(error) == 6
-    assert error["float32", 1e-3] < 0.005
-    assert error["paired", 1e-3] < error["bfloat16", 1e-3] / 5
+    assert len(rows) == 16
+    for base in ("bfloat16", "int8"):
+        found = {(row["precision"], row["perturbation_scale"]): row["error"] for row in rows if row["base"] == base}
+        kinds = {row["estimator"]: row for row in rows if row["base"] == base}
+        assert found["float32", 1e-3] < 0.005
+        assert found["paired", 1e-3] < found["bfloat16", 1e-3] / 5
+        assert 0 < kinds["forward-gradient"]["error"] < 0.05
+        assert (kinds["derivative"]["error"] == 0) == (base == "bfloat16")  # the first, which others are compared with
+        assert kinds["derivative"]["loss"] == pytest.approx(np.log(200), rel=0.5)  # random weights, 200 tokens
     assert (tmp_path / "out" / "precision.png").exists()
-    assert "float32: take --perturbation-scale 0.0" in capsys.readouterr().out
+    assert "int8, float32: take --perturbation-scale 0.0" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def sharding(path, shape):
 
 for folder in sys.argv[1:]:
     plain = load_base(folder, config, "bfloat16")
-    base = load_base(folder, config, "bfloat16", sharding)
+    base = load_base(folder, config, "bfloat16", sharding=sharding)
     jax.tree.map(np.testing.assert_array_equal, base, plain)
     kernel = base["layers"]["mlp"]["up_proj"]["kernel"]
     assert kernel.sharding.spec == P(None, None, "model"), kernel.sharding
@@ -35,6 +35,9 @@ for folder in sys.argv[1:]:
     halves = {shard.device.id: np.asarray(shard.data) for shard in kernel.addressable_shards}
     whole = plain["layers"]["mlp"]["up_proj"]["kernel"]
     np.testing.assert_array_equal(np.concatenate([halves[0], halves[1]], -1), whole)
+    quantised = load_base(folder, config, "bfloat16", "int8", sharding)
+    jax.tree.map(np.testing.assert_array_equal, quantised, load_base(folder, config, "bfloat16", "int8"))
+    assert quantised["layers"]["mlp"]["up_proj"]["kernel"].values.sharding.spec == P(None, None, "model")
     assert len(base["norm"]["scale"].addressable_shards) == 4
     assert len(plain["norm"]["scale"].addressable_shards) == 1
 assert (("layers", "mlp", "up_proj", "kernel"), (2, 8, 12)) in asked
@@ -70,14 +73,14 @@ def mebibytes(field):
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status[field].split()[0]) / 1024
 
-small, folder, dtype, sharded = sys.argv[1:]
+small, folder, dtype, kernels, sharded = sys.argv[1:]
 mesh = Mesh(np.array(jax.devices()), "model")
 where = (lambda path, shape: NamedSharding(mesh, P(*[None] * (len(shape) - 1), "model"))) if sharded == "True" else None
 # A small model of the same format first, so that imports and thread pools do not count.
-jax.block_until_ready(load_base(small, LlamaConfig.from_json(small), dtype, where))
+jax.block_until_ready(load_base(small, LlamaConfig.from_json(small), dtype, kernels or None, where))
 config = LlamaConfig.from_json(folder)
 before = mebibytes("VmRSS")
-base = jax.block_until_ready(load_base(folder, config, dtype, where))
+base = jax.block_until_ready(load_base(folder, config, dtype, kernels or None, where))
 print(mebibytes("VmHWM") - before, *(f(leaf.nbytes for leaf in jax.tree.leaves(base)) / 2**20 for f in (sum, max)))
 """
 WIDE = SMALL | {
@@ -96,18 +99,20 @@ NARROW = WIDE | {"vocab_size": 32, "intermediate_size": 64, "num_hidden_layers":
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system has no /proc/self/status to read")
 @pytest.mark.parametrize(
-    ("form", "kind", "sharded"),
+    ("form", "kind", "kernels", "sharded"),
     [
-        ("flax", "float32", False),
-        ("orbax", "float32", False),
-        ("gguf", "Q8_0", False),
-        ("gguf", "F16", False),
-        ("safetensors", "bfloat16", True),
+        ("flax", "float32", "", False),
+        ("orbax", "float32", "", False),
+        ("gguf", "Q8_0", "", False),
+        ("gguf", "F16", "", False),
+        ("safetensors", "bfloat16", "", True),
+        ("safetensors", "float32", "int8", False),
+        ("gguf", "Q8_0", "int4", False),
     ],
 )
-def test_peak_memory_is_the_model_and_little_more(tmp_path, form, kind, sharded):
-    """The promise: 1.2 times the parameters and one tensor. A sharded model lies in host memory here as well, so a leaf
-    may be there twice."""
+def test_peak_memory_is_the_model_and_little_more(tmp_path, form, kind, kernels, sharded):
+    """The promise: 1.2 times the weights as they are held and one tensor. A sharded model lies in host memory here as
+    well, so a leaf may be there twice."""
     for name, raw in (("wide", WIDE), ("narrow", NARROW)):
         tensors = weights_of(raw)
         if form == "gguf":
@@ -117,7 +122,7 @@ def test_peak_memory_is_the_model_and_little_more(tmp_path, form, kind, sharded)
         else:
             write_in(form, tmp_path / name, raw, tensors, dtype=kind)
     largest = max(tensor.nbytes for tensor in weights_of(WIDE).values()) / 2**20
-    printed = run_python(PEAK, tmp_path / "narrow", tmp_path / "wide", "float32", sharded, devices=2)
+    printed = run_python(PEAK, tmp_path / "narrow", tmp_path / "wide", "float32", kernels, sharded, devices=2)
     peak, model, leaf = map(float, printed.split())
-    assert model > 150
+    assert model > {"": 150, "int8": 45, "int4": 30}[kernels]
     assert peak <= 1.2 * model + (leaf if sharded else largest)

@@ -21,7 +21,7 @@ def measure(wanted: Sequence[str], card: Any, scale: float, probes: int) -> Iter
         probes: directions.
     """
     del card
-    setup, missing = prepare(paper_config(test_examples=8)), set(wanted)
+    setup, missing = prepare(paper_config(test_examples=8, base="bfloat16")), set(wanted)
     for row in precision.measure(setup, [scale], 2, probes):
         name = f"slope {row['precision']}"
         if name in missing:

@@ -2,10 +2,12 @@
 
 import json
 from collections.abc import Callable, Mapping
+from operator import itemgetter
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import numpy as np
 from flax import traverse_util
 
@@ -17,6 +19,7 @@ from fedmezo_jax.llama.checkpoints.stored_base import Sharding, StoredBase
 from fedmezo_jax.llama.checkpoints.weights import SAFETENSORS
 from fedmezo_jax.llama.config import LlamaConfig, to_json
 from fedmezo_jax.llama.folder import read_json_object, staged
+from fedmezo_jax.llama.quantised import KernelType, Quantised, dequantised
 
 WeightFormat = Literal["safetensors", "orbax"]
 """Formats to write: safetensors, which transformers opens too, or an Orbax checkpoint, for this package only."""
@@ -25,10 +28,14 @@ _SHARD_BYTES = 4 << 30  # most bytes of weights in one file, unless one tensor i
 
 
 def load_base(
-    folder: str | PathLike, config: LlamaConfig, dtype: Any = "float32", sharding: Sharding | None = None
+    folder: str | PathLike,
+    config: LlamaConfig,
+    dtype: Any = "float32",
+    kernels: KernelType | Literal["as-stored"] | None = None,
+    sharding: Sharding | None = None,
 ) -> dict[str, Any]:
     """Read a model's frozen weights into the base pytree (``layout.base_shapes``); see :class:`StoredBase`."""
-    return StoredBase(folder, config, dtype, sharding).load()
+    return StoredBase(folder, config, dtype, kernels, sharding).load()
 
 
 def save_base(
@@ -42,6 +49,8 @@ def save_base(
 ) -> None:
     """Write a base pytree as a model folder, with a transformers tokenizer's files; all files appear at once.
 
+    Quantised kernels are dequantised.
+
     Raises:
         UserError: a weight is not finite in ``dtype``, or the folder already has an Orbax checkpoint.
     """
@@ -50,7 +59,8 @@ def save_base(
 
     def read(name: str) -> np.ndarray:
         slot = slots[name]
-        leaf = flat[slot.path] if slot.layer is None else flat[slot.path][slot.layer]
+        leaf = flat[slot.path] if slot.layer is None else jax.tree.map(itemgetter(slot.layer), flat[slot.path])
+        leaf = dequantised(leaf) if isinstance(leaf, Quantised) else leaf
         return np.asarray(leaf).T if slot.path[-1] == "kernel" else np.asarray(leaf)
 
     if form == "orbax" and (Path(folder) / ORBAX).exists():

@@ -1,6 +1,7 @@
 """Reads GGUF, llama.cpp's file format, with Hugging Face's names and row order."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from functools import cache, partial
 from os import PathLike
 from pathlib import Path
@@ -15,6 +16,7 @@ from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.checkpoints.safetensors import Entry
 from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.folder import opened, shorten
+from fedmezo_jax.llama.quantised import Quantised
 
 ROPE_FREQS = "rope_freqs.weight"
 """LLaMA 3.1's divisors of the rotary frequencies, stored as a tensor; not a weight."""
@@ -134,15 +136,14 @@ def gguf_entries(opened: Gguf, config: LlamaConfig) -> dict[str, Entry]:
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     if not INTERLEAVED[architecture(opened)]:
         heads = {}
-    return {
-        name: Entry(
-            opened.file,
-            stored.shape,
-            "F32" if _is_known(stored.kind) else stored.kind.name,
-            partial(read_stored, opened.file, stored, heads.get(name.split(".")[-2]) if "." in name else None),
-        )
-        for name, stored in opened.tensors.items()
-    }
+
+    def entry(name: str, stored: Stored) -> Entry:
+        given = (opened.file, stored, heads.get(name.split(".")[-2]) if "." in name else None)
+        dtype = "F32" if _is_known(stored.kind) else stored.kind.name
+        blocks = (stored.kind.name, partial(_read_blocks, *given))
+        return Entry(opened.file, stored.shape, dtype, partial(read_stored, *given), blocks)
+
+    return {name: entry(name, stored) for name, stored in opened.tensors.items()}
 
 
 @cache
@@ -170,21 +171,37 @@ def read_stored(file: Path, stored: Stored, heads: int | None = None) -> np.ndar
     if not weight.size:
         return weight
     rows = weight.reshape(-1, stored.shape[-1])
-    row_bytes = stored.size // len(rows)
-    row_targets = np.arange(len(rows))
-    if heads and weight.ndim > 1:
-        row_targets = np.argsort(rows_for_rotate_half(row_targets, heads))  # the row of ``weight`` for each stored row
-    rows_at_once = max(1, _CHUNK // row_bytes)
     # A block's scale may be infinite or NaN; callers check the weights.
-    with opened(file) as stream, np.errstate(all="ignore"):
+    with np.errstate(all="ignore"):
+        for targets, raw in _rows_of(file, stored, heads):
+            rows[targets] = dequantize(raw, stored.kind)
+    return rows_for_rotate_half(weight, heads) if heads and weight.ndim == 1 else weight
+
+
+def _read_blocks(file: Path, stored: Stored, heads: int | None, target: Quantised) -> None:
+    """Reads a matrix in Q8_0 or Q4_0 into the arrays of a kernel: a float16 scale stands before each block's values."""
+    for targets, raw in _rows_of(file, stored, heads):
+        blocks = raw.reshape(len(raw), target.scale.shape[0], -1)
+        target.scale[:, targets] = np.ascontiguousarray(blocks[..., :2]).view(np.float16)[..., 0].T
+        values = blocks[..., 2:].reshape(len(raw), -1)
+        target.values[:, targets] = values.view(target.values.dtype).T
+
+
+def _rows_of(file: Path, stored: Stored, heads: int | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The stored bytes of some rows at a time, ``[rows, bytes]``, and the rows' indices in Hugging Face's order."""
+    count = math.prod(stored.shape[:-1])
+    row_bytes, row_targets = stored.size // count, np.arange(count)
+    if heads and len(stored.shape) > 1:
+        row_targets = np.argsort(rows_for_rotate_half(row_targets, heads))
+    rows_at_once = max(1, _CHUNK // row_bytes)
+    with opened(file) as stream:
         stream.seek(stored.offset)
-        for start in range(0, len(rows), rows_at_once):
+        for start in range(0, count, rows_at_once):
             targets = row_targets[start : start + rows_at_once]
             raw = np.fromfile(stream, np.uint8, len(targets) * row_bytes)
             if raw.size != len(targets) * row_bytes:
                 raise UserError(f"{file}: is cut short; fetch it again")
-            rows[targets] = dequantize(raw.reshape(len(targets), row_bytes), stored.kind)
-    return rows_for_rotate_half(weight, heads) if heads and weight.ndim == 1 else weight
+            yield targets, raw.reshape(len(targets), row_bytes)
 
 
 def rows_for_rotate_half(weight: np.ndarray, heads: int) -> np.ndarray:

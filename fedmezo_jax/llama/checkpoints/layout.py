@@ -1,10 +1,13 @@
 """The tensors of a model: names and shapes in Hugging Face's files, and positions in the base pytree."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
 from flax import traverse_util
 
 from fedmezo_jax.llama.config import LlamaConfig
+from fedmezo_jax.llama.quantised import Quantised, quantised_shape
 
 EMBEDDING = ("embed_tokens", "embedding")
 """Path of the table of token vectors."""
@@ -85,6 +88,23 @@ def leaves(config: LlamaConfig, first: int = 0) -> dict[tuple[str, ...], tuple[i
     if first and not config.tie_word_embeddings:
         del shapes[EMBEDDING]
     return shapes
+
+
+def held_leaves(
+    config: LlamaConfig, dtype: Any, kernels: str | Mapping[tuple[str, ...], str] | None = None, first: int = 0
+) -> dict[tuple[str, ...], jax.ShapeDtypeStruct | Quantised]:
+    """Returns each of :func:`leaves` as it is held: ``dtype``, or for quantised kernels their parts.
+
+    ``kernels`` is the :data:`KernelType` of all kernels, or of each by its path; None leaves them in ``dtype``. Only
+    the projections of the layers are quantised. Embeddings, norms, biases and the head, which makes the losses, keep
+    ``dtype``.
+    """
+    return {
+        path: quantised_shape(shape, kernels if isinstance(kernels, str) else kernels[path])
+        if kernels and path[0] == "layers" and path[-1] == "kernel"
+        else jax.ShapeDtypeStruct(shape, dtype)
+        for path, shape in leaves(config, first).items()
+    }
 
 
 def base_shapes(config: LlamaConfig, first: int = 0) -> dict[str, Any]:

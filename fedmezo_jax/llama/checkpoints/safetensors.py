@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.folder import opened, shorten
+from fedmezo_jax.llama.quantised import Quantised
 
 _FLOATS = ("F32", "F16", "BF16")
 _SHOWN = 8  # most names listed for one kind of fault; then "and n more"
@@ -25,12 +26,14 @@ class Entry(NamedTuple):
         shape: the tensor's shape.
         dtype: safetensors' name of the type that ``read`` returns (F32, F16, BF16), or the file's name of another type.
         read: opens the file, reads only this tensor and closes the file; raises ``UserError`` if the file is damaged.
+        blocks: the type of its blocks in the file, if it has any, and a function that reads them as they are.
     """
 
     file: Path
     shape: tuple[int, ...]
     dtype: str
     read: Callable[[], np.ndarray]
+    blocks: tuple[str, Callable[[Quantised], None]] | None = None
 
 
 @contextmanager

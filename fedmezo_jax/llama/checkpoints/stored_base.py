@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, partial
+from operator import itemgetter
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -15,11 +16,13 @@ from flax import traverse_util
 from jax.tree_util import DictKey
 
 from fedmezo_jax.core.tree_hash import TreeDigest
-from fedmezo_jax.llama.checkpoints.layout import EMBEDDING, Slot, layout, leaves
+from fedmezo_jax.errors import UserError
+from fedmezo_jax.llama.checkpoints.layout import EMBEDDING, Slot, held_leaves, layout, leaves
 from fedmezo_jax.llama.checkpoints.safetensors import Entry
 from fedmezo_jax.llama.checkpoints.weights import open_weights
 from fedmezo_jax.llama.checks import check_tensor
 from fedmezo_jax.llama.config import LlamaConfig
+from fedmezo_jax.llama.quantised import KernelType, Quantised, quantise
 
 Sharding = Callable[[tuple[str, ...], tuple[int, ...]], jax.sharding.Sharding]
 """The sharding of a leaf of the base pytree, from its path (``("layers", "mlp", "up_proj", "kernel")``) and shape."""
@@ -38,6 +41,7 @@ class StoredBase:
         folder: str | PathLike,
         config: LlamaConfig,
         dtype: Any = "float32",
+        kernels: KernelType | Literal["as-stored"] | None = None,
         sharding: Sharding | None = None,
     ):
         """Opens nothing yet.
@@ -45,12 +49,15 @@ class StoredBase:
         Args:
             folder: a model folder in any format of ``weights.open_weights``.
             config: the model's config.
-            dtype: all weights are cast to it, also quantised ones.
+            dtype: all weights are cast to it, also those of a quantised file.
+            kernels: what the kernels of the layers are quantised to, one by one while they are read; None leaves them
+                in ``dtype``, and ``as-stored`` keeps the blocks of a GGUF file. They are then leaves of type
+                :class:`Quantised`.
             sharding: gives the sharding of a leaf; None puts every leaf on JAX's default device. With several processes
                 each keeps its own part.
         """
         self.config, self.dtype = config, np.dtype(dtype)
-        self._folder, self._sharding = Path(folder), sharding
+        self._folder, self._kernels, self._sharding = Path(folder), kernels, sharding
 
     def load(self) -> dict[str, Any]:
         """The base pytree (``layout.base_shapes``).
@@ -76,16 +83,16 @@ class StoredBase:
         which are read into the same memory. (JAX on the CPU uses it without a copy, and would free it late.)
         """
         host = {
-            path: _aligned_empty((min(at_once, stop), *shape[1:]), self.dtype)
-            for path, shape in leaves(self.config).items()
+            path: jax.tree.map(lambda part: _aligned_empty((min(at_once, stop), *part.shape[1:]), part.dtype), leaf)
+            for path, leaf in self._held(0).items()
             if path[0] == "layers"
         }
         for start in range(0, stop, at_once):
             count = min(at_once, stop - start)
             for path, leaf in host.items():
-                for (name, _), target in zip(self._slots[path][start : start + count], leaf, strict=False):
-                    self._read(path, name, target)
-            stacked = {path[1:]: leaf[:count] for path, leaf in host.items()}
+                for i, (name, _) in enumerate(self._slots[path][start : start + count]):
+                    self._read(path, name, jax.tree.map(itemgetter(i), leaf))
+            stacked = {path[1:]: jax.tree.map(lambda part: part[:count], leaf) for path, leaf in host.items()}  # noqa: B023
             yield start, traverse_util.unflatten_dict(stacked)
 
     def embedding(self) -> np.ndarray:
@@ -98,29 +105,46 @@ class StoredBase:
     @property
     def layer_bytes(self) -> int:
         """Bytes of one layer."""
-        entries = sum(math.prod(shape[1:]) for path, shape in leaves(self.config).items() if path[0] == "layers")
-        return entries * self.dtype.itemsize
+        layers = [leaf for path, leaf in self._held(0).items() if path[0] == "layers"]
+        return sum(math.prod(part.shape[1:]) * part.dtype.itemsize for part in jax.tree.leaves(layers))
 
     def _load(self, first: int, digest: TreeDigest | None) -> dict[str, Any]:
         """In the order of the tree, as the digest needs it."""
-        held, flat = leaves(self.config, first), {}
-        for path, shape in sorted(leaves(self.config).items()):
+        held, flat = self._held(first), {}
+        for path, like in sorted(self._held(0).items()):
+            leaf = _empty(held[path]) if path in held else None
+            read = partial(self._layer, path, leaf, first)
             if digest:
-                digest.begin(tuple(map(DictKey, path)), self.dtype, shape)
-            leaf = _aligned_empty(held[path], self.dtype) if path in held else None
-            for name, slot in self._slots[path]:
-                if leaf is None or (slot.layer is not None and slot.layer < first):
-                    target = _aligned_empty(shape if slot.layer is None else shape[1:], self.dtype)
-                else:
-                    target = leaf if slot.layer is None else leaf[slot.layer - first]
-                self._read(path, name, target)
-                if digest:
-                    digest.add(target)
-                del target
+                _add(digest, path, like, read, len(self._slots[path]))
+            else:
+                for i in range(len(self._slots[path])):
+                    read(i)
             if leaf is not None:
-                flat[path] = _placed(leaf, None if self._sharding is None else self._sharding(path, leaf.shape))
-            del leaf
+                where = (lambda shape: None) if self._sharding is None else partial(self._sharding, path)
+                flat[path] = jax.tree.map(lambda part, where=where: _placed(part, where(part.shape)), leaf)
+            del leaf, read
         return traverse_util.unflatten_dict(flat)
+
+    def _layer(self, path: tuple[str, ...], leaf: Any, first: int, i: int) -> Any:
+        """Reads tensor i of a leaf, into the leaf where that has it."""
+        name, slot = self._slots[path][i]
+        if leaf is not None and slot.layer is None:
+            target = leaf
+        elif leaf is not None and slot.layer is not None and slot.layer >= first:
+            target = jax.tree.map(itemgetter(slot.layer - first), leaf)
+        else:
+            whole = self._held(0)[path]
+            target = _empty(whole, skip=slot.layer is not None)
+        self._read(path, name, target)
+        return target
+
+    def _held(self, first: int) -> dict[tuple[str, ...], Any]:
+        """Each leaf by path as it is held, from layer ``first`` on (``layout.held_leaves``)."""
+        return held_leaves(self.config, self.dtype, self._kinds, first)
+
+    @cached_property
+    def _kinds(self) -> str | Mapping[tuple[str, ...], str] | None:
+        return _stored_kinds(self._entries, self.config) if self._kernels == "as-stored" else self._kernels
 
     @cached_property
     def _entries(self) -> Mapping[str, Entry]:
@@ -134,14 +158,64 @@ class StoredBase:
             slots[slot.path].append((name, slot))
         return slots
 
-    def _read(self, path: tuple[str, ...], name: str, target: np.ndarray) -> None:
-        """Reads a tensor into its place, casts it and checks it. No other code looks at all weights."""
+    def _read(self, path: tuple[str, ...], name: str, target: Any) -> None:
+        """Reads a tensor into its place, casts or quantises it and checks it. No other code looks at all weights."""
         entry = self._entries[name]
+        if isinstance(target, Quantised):
+            _read_quantised(entry, name, target, self._kernels)
+            return
         stored = entry.read()
         with np.errstate(over="ignore"):  # the check below reports an overflow
             target[...] = stored.T if path[-1] == "kernel" else stored
         del stored  # the check needs as much memory
         check_tensor(target, name, entry.file)
+
+
+def _read_quantised(entry: Entry, name: str, target: Quantised, kernels: str | None) -> None:
+    if kernels == "int8" or kernels == "int4":
+        stored = entry.read()
+        check_tensor(stored, name, entry.file)
+        quantise(stored, kernels, target)
+    elif entry.blocks:
+        entry.blocks[1](target)
+        check_tensor(target.scale, name, entry.file)
+
+
+def _stored_kinds(entries: Mapping[str, Entry], config: LlamaConfig) -> dict[tuple[str, ...], str]:
+    """The type of a file's blocks for each kernel of the layers.
+
+    Raises:
+        UserError: a kernel has no blocks of a type that is kept, or its layers are of several types.
+    """
+    kinds: dict[tuple[str, ...], str] = {}
+    for name, slot in layout(config).items():
+        if slot.layer is None or slot.path[-1] != "kernel":
+            continue
+        blocks = entries[name].blocks
+        kind = blocks[0] if blocks else entries[name].dtype
+        if kind not in ("Q8_0", "Q4_0"):
+            raise UserError(
+                f"{entries[name].file}: --base as-stored keeps Q8_0 and Q4_0, and {name} is {kind}: give int8 or int4"
+            )
+        if kinds.setdefault(slot.path, kind) != kind:
+            raise UserError(
+                f"{entries[name].file}: --base as-stored needs one type in all layers, and {name} is {kind} after "
+                f"{kinds[slot.path]}: give int8 or int4"
+            )
+    return kinds
+
+
+def _add(digest: TreeDigest, path: tuple[str, ...], like: Any, read: Callable[[int], Any], count: int) -> None:
+    """Adds a leaf to a digest, reading its tensors in turn: for each of its parts, where it is quantised."""
+    for i, (keys, part) in enumerate(jax.tree_util.tree_leaves_with_path(like)):
+        digest.begin((*map(DictKey, path), *keys), part.dtype, part.shape)
+        for layer in range(count):
+            digest.add(jax.tree.leaves(read(layer))[i])
+
+
+def _empty(like: Any, skip: int = 0) -> Any:
+    """Empty arrays on the host for a leaf or its parts, without so many leading axes."""
+    return jax.tree.map(lambda part: _aligned_empty(part.shape[skip:], np.dtype(part.dtype)), like)
 
 
 def _placed(leaf: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:

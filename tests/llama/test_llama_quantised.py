@@ -1,0 +1,257 @@
+"""Kernels in eight and four bits: their errors, and that a model on them is the float model of the same weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+from llama_cases import random_lora, random_rows
+from llama_files import SMALL
+from weight_files import assert_same, weights_of, write_gguf_model, write_in
+
+from fedmezo_jax.core import mezo
+from fedmezo_jax.data.examples import HiddenBatch
+from fedmezo_jax.errors import UserError
+from fedmezo_jax.llama.checkpoints.base_model import load_base, save_base
+from fedmezo_jax.llama.checks import largest_weight
+from fedmezo_jax.llama.config import LlamaConfig
+from fedmezo_jax.llama.generate import generate
+from fedmezo_jax.llama.loss import loss_of, pair_loss_of, point_loss_of
+from fedmezo_jax.llama.model import Llama
+from fedmezo_jax.llama.prefix import trained_part
+from fedmezo_jax.llama.quantised import Quantised
+from fedmezo_jax.llama.registry import TINY
+
+KERNELS = ("int8", "int4")
+WIDE = SMALL | {
+    **{"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32},
+    **{"attention_bias": True, "mlp_bias": False, "tie_word_embeddings": False},
+}
+TARGETS = ("q_proj", "down_proj")
+
+
+def is_quantised(leaf):
+    return isinstance(leaf, Quantised)
+
+
+def unpacked(kernel):
+    """The weights that a kernel stands for and the scale of each, float32 ``[L, in, out]``, entry by entry."""
+    values, scale = np.asarray(kernel.values), np.asarray(kernel.scale, np.float32)
+    if values.dtype == np.uint8:
+        layers, half, outputs = values.shape
+        integers = np.zeros((layers, 2 * half, outputs), np.float32)
+        for row in range(half):
+            block, j = divmod(row, 16)
+            integers[:, 32 * block + j] = (values[:, row] % 16).astype(np.float32) - 8
+            integers[:, 32 * block + j + 16] = (values[:, row] // 16).astype(np.float32) - 8
+    else:
+        integers = values.astype(np.float32)
+    scale = np.repeat(scale, integers.shape[1] // scale.shape[1], axis=1)
+    return integers * scale, scale
+
+
+def float_weights(base):
+    """The base with floats for quantised kernels."""
+    return jax.tree.map(lambda leaf: unpacked(leaf)[0] if is_quantised(leaf) else leaf, base, is_leaf=is_quantised)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wide")
+    tensors = weights_of(WIDE)
+    draw = np.random.default_rng(1)
+    tensors = {name: tensor / 4 if tensor.ndim > 1 else tensor for name, tensor in tensors.items()}
+    up = tensors["model.layers.1.mlp.up_proj.weight"] = draw.standard_normal((96, 64)).astype(np.float32)
+    up[3] = 0  # an output without weights
+    up[4, :32], up[5, 7], up[6] = 0, 1e3, 1e-30  # a block without weights, a weight that rules its block, tiny ones
+    return write_in("safetensors", folder, WIDE, tensors)
+
+
+@pytest.fixture(scope="module", params=KERNELS)
+def case(request, folder):
+    """The kind, the config, and the base with and without it."""
+    config = LlamaConfig.from_json(folder)
+    return request.param, config, load_base(folder, config, "float32", request.param), load_base(folder, config)
+
+
+def test_each_weight_is_off_by_half_its_scale_at_most(case):
+    kind, _, base, original = case
+    leaves = traverse_util.flatten_dict(base)
+    quantised = {path for path, leaf in leaves.items() if is_quantised(leaf)}
+    assert quantised == {path for path in leaves if path[-1] == "kernel" and path[0] == "layers"}
+    assert len(quantised) == 7
+    for path, stored in traverse_util.flatten_dict(original).items():
+        if path not in quantised:
+            np.testing.assert_array_equal(leaves[path], stored)
+            continue
+        weights, scale = unpacked(leaves[path])
+        assert np.all(np.abs(weights - stored) <= scale * np.float32(0.50002))
+        largest = np.abs(stored).reshape(len(stored), -1, 32 if kind == "int4" else stored.shape[1], stored.shape[2])
+        levels = 7 if kind == "int4" else 127
+        bound = np.max(largest, axis=2).repeat(largest.shape[2], axis=1) / levels
+        assert np.all(scale <= bound * (1 + (1 / 16 if kind == "int4" else 1e-6)))
+        if kind == "int4":
+            np.testing.assert_array_equal(weights.astype(jnp.bfloat16).astype(np.float32), weights)
+    up = unpacked(base["layers"]["mlp"]["up_proj"]["kernel"])[0][1]
+    assert not up[:, 3].any()
+    assert not up[:32, 4].any()
+    assert up[7, 5] == pytest.approx(1e3, rel=0.07)
+
+
+def test_kernels_take_eight_bits_or_four_and_a_half(case):
+    kind, _, base, _ = case
+    kernel = base["layers"]["mlp"]["down_proj"]["kernel"]
+    count, outputs = 2 * 96 * 64, 2 * 64
+    expected = count + 4 * outputs if kind == "int8" else count * 4.5 / 8
+    assert kernel.values.nbytes + kernel.scale.nbytes == expected
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_logits_are_those_of_the_float_model_of_the_same_weights(case, precision):
+    kind, config, base, original = case
+    model, lora, tokens = Llama(config, 1.5, precision), random_lora(config, TARGETS), random_rows(3).tokens % 30
+    logits = jax.jit(model.apply)
+    found = logits({"params": base}, tokens, lora)
+    expected = logits({"params": float_weights(base)}, tokens, lora)
+    # Weights of int8 are rounded where the float model multiplies in bfloat16, and not here.
+    rounding = 2e-5 if precision == "float32" or kind == "int4" else 0.05
+    size = float(jnp.std(expected))
+    np.testing.assert_allclose(found, expected, atol=rounding * size, rtol=0)
+    assert np.abs(found - logits({"params": original}, tokens, lora)).max() > 1e-3 * size
+
+
+def test_generation_runs_on_them(case):
+    _, config, base, _ = case
+    prompts = [[3, 4, 5], [6]]
+    found = generate(Llama(config), base, {}, prompts, 4)
+    assert found == generate(Llama(config), float_weights(base), {}, prompts, 4)
+
+
+def test_steps_from_hidden_states_are_those_from_tokens(case):
+    _, config, base, _ = case
+    model, rows = Llama(config, trained=(1,)), random_rows(2)
+    rows = rows._replace(tokens=rows.tokens % 30, labels=rows.labels % 30)
+    lora = jax.tree.map(lambda leaf: leaf[1:], random_lora(config, TARGETS))
+    hidden = model.apply({"params": base}, rows.tokens, method="prefix")
+    part = trained_part(model, base)
+    assert {len(leaf) for leaf in jax.tree.leaves(part["layers"])} == {1}
+    found = jax.jit(loss_of(model, part))(lora, HiddenBatch(hidden, *rows[1:]))
+    np.testing.assert_allclose(found, jax.jit(loss_of(model, base))(lora, rows), rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KERNELS)
+def test_projected_gradients_are_those_of_the_quantised_model(kind):
+    """The reference is the exact directional derivative in float32 on the float weights of the same value."""
+    config = LlamaConfig.from_json(TINY)
+    draw, scale = np.random.RandomState(0), 1e-3
+    rows = random_rows(2, length=24)
+    rows = rows._replace(tokens=draw.randint(0, config.vocab_size, rows.tokens.shape).astype(np.int32))
+    lora = jax.tree.map(jnp.asarray, random_lora(config, ("q_proj", "v_proj")))
+    lora = jax.tree.map(lambda leaf: leaf / 10, lora)
+
+    def derivative(base):
+        loss = loss_of(Llama(config), base)
+
+        @jax.jit
+        def slope(key):
+            z = mezo.shift(jax.tree.map(jnp.zeros_like, lora), mezo.Perturbation(key, 1.0))
+            return jax.jvp(lambda lora: loss(lora, rows), (lora,), (z,))[1]
+
+        return np.array([slope(key) for key in keys])
+
+    def two_point(precision, base):
+        loss = pair_loss_of(Llama(config, precision=precision), base)
+
+        @jax.jit
+        def slope(key):
+            plus, minus = loss(lora, rows, mezo.Perturbation(key, jnp.float32(scale)))
+            return (plus - minus) / (2 * scale)
+
+        return np.array([slope(key) for key in keys])
+
+    def tangent(base):
+        loss = point_loss_of(Llama(config, precision="bfloat16"), base)
+
+        @jax.jit
+        def slope(key):
+            def at(scale):
+                return loss(lora, rows, mezo.Perturbation(key, scale))
+
+            return jax.jvp(at, (jnp.float32(0),), (jnp.float32(1),))[1]
+
+        return np.array([slope(key) for key in keys])
+
+    def error(found, expected):
+        return np.linalg.norm(found - expected) / np.linalg.norm(expected)
+
+    keys = jax.random.split(jax.random.key(1), 8)
+    base = load_base(TINY, config, "float32", kind)
+    exact = derivative(float_weights(base))
+    assert error(two_point("float32", base), exact) < 0.01
+    assert error(two_point("paired", base), exact) < 0.05
+    assert error(tangent(base), exact) < 0.05
+
+
+def test_a_saved_base_is_dequantised(case, tmp_path):
+    _, config, base, _ = case
+    save_base(tmp_path / "saved", config, base)
+    assert_same(load_base(tmp_path / "saved", config), jax.tree.map(jnp.asarray, float_weights(base)))
+
+
+def test_the_largest_weight_is_found_among_quantised_ones(case):
+    _, config, base, _ = case
+    name, size = largest_weight(config, base)
+    assert name == "model.layers.1.mlp.up_proj.weight"
+    assert size == pytest.approx(1e3, rel=0.07)
+
+
+def test_widths_that_blocks_do_not_divide_are_refused(tmp_path):
+    raw = WIDE | {"intermediate_size": 48}
+    folder = write_in("safetensors", tmp_path, raw, weights_of(raw))
+    config = LlamaConfig.from_json(folder)
+    load_base(folder, config, "float32", "int8")
+    with pytest.raises(UserError, match="blocks of 32 weights, which do not divide a width of 48: give int8"):
+        load_base(folder, config, "float32", "int4")
+
+
+@pytest.mark.parametrize("kind", KERNELS)
+def test_a_weight_that_is_not_finite_is_named(kind, tmp_path):
+    tensors = weights_of(WIDE)
+    tensors["model.layers.1.self_attn.v_proj.weight"][2, 3] = np.inf
+    folder = write_in("safetensors", tmp_path, WIDE, tensors)
+    with pytest.raises(UserError, match=r"layers\.1\.self_attn\.v_proj\.weight is not finite"):
+        load_base(folder, LlamaConfig.from_json(folder), "float32", kind)
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+def test_blocks_of_a_gguf_file_stay_as_they_are(kind, tmp_path):
+    """Their values are those of the gguf package's own dequantisation, in the order of rows that the decoder needs."""
+    raw = WIDE | {"attention_bias": False, "vocab_size": 64}
+    write_in("safetensors", tmp_path, raw, {})
+    (tmp_path / "model.safetensors").unlink()
+    write_gguf_model(tmp_path / "model.gguf", raw, weights_of(raw), kind=kind)
+    config = LlamaConfig.from_json(tmp_path)
+    base, floats = load_base(tmp_path, config, "float32", "as-stored"), load_base(tmp_path, config)
+    assert sum(map(is_quantised, jax.tree.leaves(base, is_leaf=is_quantised))) == 7
+    assert_same(float_weights(base), jax.device_get(floats))
+    layers = sum(leaf.nbytes for leaf in jax.tree.leaves(base["layers"]))
+    count = sum(
+        leaf.size for path, leaf in traverse_util.flatten_dict(floats["layers"]).items() if path[-1] == "kernel"
+    )
+    assert layers < count * (8.6 if kind == "Q8_0" else 4.6) / 8 + 4 * 2 * 2 * 64
+    tokens = random_rows(2).tokens % 30
+    logits = jax.jit(Llama(config).apply)
+    np.testing.assert_allclose(
+        logits({"params": base}, tokens, {}), logits({"params": floats}, tokens, {}), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(("kind", "complaint"), [("F16", "is F16"), ("Q4_1", "is Q4_1"), ("safetensors", "is F32")])
+def test_only_blocks_that_are_kept_are_taken_as_stored(kind, complaint, tmp_path):
+    raw = WIDE | {"attention_bias": False, "vocab_size": 64}
+    write_in("safetensors", tmp_path, raw, weights_of(raw))
+    if kind != "safetensors":
+        (tmp_path / "model.safetensors").unlink()
+        write_gguf_model(tmp_path / "model.gguf", raw, weights_of(raw), kind=kind)
+    with pytest.raises(UserError, match=f"as-stored keeps Q8_0 and Q4_0, and .*{complaint}: give int8 or int4"):
+        load_base(tmp_path, LlamaConfig.from_json(tmp_path), "float32", "as-stored")
