@@ -109,9 +109,10 @@ class StoredBase:
         return sum(math.prod(part.shape[1:]) * part.dtype.itemsize for part in jax.tree.leaves(layers))
 
     def _load(self, first: int, digest: TreeDigest | None) -> dict[str, Any]:
-        """In the order of the tree, as the digest needs it."""
+        """Embedding and head come first, since reading them takes most; a digest needs the order of the tree."""
         held, flat = self._held(first), {}
-        for path, like in sorted(self._held(0).items()):
+        every = self._held(0).items()
+        for path, like in sorted(every) if digest else every:
             leaf = _empty(held[path]) if path in held else None
             read = partial(self._layer, path, leaf, first)
             if digest:
