@@ -47,6 +47,9 @@ from fedmezo_jax.run.example_privacy import add_noise
 from fedmezo_jax.run.privacy_plan import Budget
 from fedmezo_jax.run.replay import follow_ledger
 
+_REMEMBERED = 16
+"""Answers that a client can give again: a round with a secure sum has five, and their requests may cross."""
+
 
 class Client:
     """One client, from its first request to the end of the run.
@@ -94,7 +97,7 @@ class Client:
         self._budget: Budget | None = None  # until it is first asked for work
         self._plan: Plan | None = None
         self._sent: dict[tuple[int, int], np.ndarray] = {}  # by round and attempt
-        self._answered: tuple[bytes, bytes] = b"", b""
+        self._answered: dict[bytes, bytes] = {}  # its last answers, by ticket
         self._chain = b""
 
     @property
@@ -114,8 +117,8 @@ class Client:
             UserError: the message cannot be read at all.
         """
         request = envelopes.unpack_request(message)
-        if request.ticket == self._answered[0]:
-            return self._answered[1]
+        if request.ticket in self._answered:
+            return self._answered[request.ticket]
         try:
             if isinstance(request, Hello):
                 response = self._enrol(request)
@@ -131,7 +134,9 @@ class Client:
             self._notify(f"refused: {error}")
             response = Refusal(request.ticket, str(error))
         packed = envelopes.pack(response)
-        self._answered = request.ticket, packed
+        self._answered[request.ticket] = packed
+        if len(self._answered) > _REMEMBERED:
+            del self._answered[next(iter(self._answered))]
         return packed
 
     def _enrol(self, hello: Hello) -> Enrolment:
