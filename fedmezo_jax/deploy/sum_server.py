@@ -120,6 +120,7 @@ def secure_sum_of(
     def advert_of(id: int, message: bytes) -> Advert:
         advert = sum_messages.unpack_advert(message)
         secure_sum.check_advert(round_name, identities, id, advert)
+        secure_sum.check_keys(advert)
         return advert
 
     def boxes_of(id: int, message: bytes) -> dict[int, bytes]:

@@ -115,19 +115,24 @@ def join(
 
 
 def check_advert(round: bytes, identities: Mapping[int, bytes], id: int, advert: Advert) -> None:
-    """Checks that a client's keys are its own, and keys.
+    """Checks that a client's keys are its own.
 
     Raises:
-        UserError: they are not signed by it, or nobody can agree on a secret with them.
+        UserError: they are not signed by it.
     """
     statement = _statement(b"keys", round, advert.encryption, advert.masking)
     if id not in identities or not _signed(identities[id], advert.signature, statement):
         raise UserError(f"the keys of client {id} are not signed by it")
-    try:
-        for key in (advert.encryption, advert.masking):
-            _ANY_KEY.exchange(X25519PublicKey.from_public_bytes(key))
-    except ValueError:  # a point of low order, which gives zero with every key
-        raise UserError(f"the keys of client {id} are points of low order") from None
+
+
+def check_keys(advert: Advert) -> None:
+    """Checks for the server what clients see in steps 2 and 3: that secrets can be agreed with a client's keys.
+
+    Raises:
+        UserError: a key gives the same secret with every other one.
+    """
+    for key in (advert.encryption, advert.masking):
+        _exchanged(_ANY_KEY, key)
 
 
 def share(client: Client, adverts: Mapping[int, Advert]) -> dict[int, bytes]:
@@ -312,8 +317,14 @@ def _signed(public_key: bytes, signature: bytes, statement: bytes) -> bool:
 
 
 def _derived(private: X25519PrivateKey, public: bytes, purpose: bytes) -> bytes:
-    secret = private.exchange(X25519PublicKey.from_public_bytes(public))
-    return HKDF(SHA256(), _KEY, salt=None, info=b"fedmezo_jax sum " + purpose).derive(secret)
+    return HKDF(SHA256(), _KEY, salt=None, info=b"fedmezo_jax sum " + purpose).derive(_exchanged(private, public))
+
+
+def _exchanged(private: X25519PrivateKey, public: bytes) -> bytes:
+    try:
+        return private.exchange(X25519PublicKey.from_public_bytes(public))
+    except ValueError:
+        raise UserError("a client's key is a point of low order, with which no secret can be agreed") from None
 
 
 def _box_key(client: Client, other: int) -> bytes:

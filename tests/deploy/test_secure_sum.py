@@ -9,6 +9,7 @@ from loopback import Loopback, check_same, client_of, deployed, quiet
 from sum_parties import Parties
 
 from fedmezo_jax.deploy import envelopes
+from fedmezo_jax.deploy.agreement import sum_name
 from fedmezo_jax.deploy.client import Client
 from fedmezo_jax.deploy.envelopes import Answer, Start, SumStep
 from fedmezo_jax.deploy.examples import OwnExamples, deal_out
@@ -183,6 +184,13 @@ def other_keys(client, request, said):
     return (secure_sum_messages.pack_advert(advert._replace(masking=os.urandom(32))),)
 
 
+def keys_of_low_order(client, request, said):
+    keys = secure_sum_messages.unpack_advert(said.update).encryption, bytes(32)
+    name = sum_name(client._run, request.sum, messages.unpack_start(request.start)[0], request.attempt)
+    signature = client._signing_key.sign(secure_sum._statement(b"keys", name, *keys))
+    return (secure_sum_messages.pack_advert(secure_sum.Advert(*keys, signature)),)
+
+
 def random_boxes(client, request, said):
     boxes = secure_sum_messages.unpack_boxes(said.update)
     return (secure_sum_messages.pack_boxes({id: os.urandom(94) for id in boxes}),)
@@ -206,6 +214,7 @@ def garbage(client, request, said):
 LIES = [
     ("start", garbage, True),
     ("start", other_keys, True),
+    ("start", keys_of_low_order, True),
     ("share", garbage, True),
     ("share", random_boxes, True),
     ("share", one_box_missing, True),
@@ -231,6 +240,7 @@ def test_a_client_that_lies_in_each_of_the_steps_is_left_out_alone(place, tmp_pa
     assert sum("malformed" in line for line in named) == 6
     for line in (
         "client 1: the keys of client 1 are not signed by it",
+        "client 1: a client's key is a point of low order, with which no secret can be agreed",
         "client 0 cannot read the shares of client 1",
         "client 1: its shares are not for the clients of this sum",
         "client 1 cannot read the shares of client 0, 2, 3",

@@ -126,14 +126,24 @@ def test_keys_of_another_sum_are_refused():
         parties.share()
 
 
-def test_keys_with_which_everyone_agrees_on_zero_are_refused():
+@pytest.mark.parametrize("which", ["encryption", "masking"])
+def test_keys_with_which_everyone_agrees_on_zero_are_refused(which):
     parties = Parties()
     parties.begin(FIRST)
-    key, keys = parties.sums[3]._key, (parties.adverts[3].encryption, bytes(32))
-    signature = key.sign(secure_sum._statement(b"keys", sum_name(RUN, FIRST, 0, 0), *keys))
-    parties.adverts[3] = secure_sum.Advert(*keys, signature)
-    with pytest.raises(UserError, match="the keys of client 3 are points of low order"):
+    parties.adverts[3] = self_signed(parties, 3, **{which: bytes(32)})
+    with pytest.raises(UserError, match="is a point of low order"):
+        secure_sum.check_keys(parties.adverts[3])
+    if which == "masking":  # which is not used before
         parties.share()
+    with pytest.raises(UserError, match="is a point of low order"):
+        parties.share() if which == "encryption" else parties.mask(0)
+
+
+def self_signed(parties, i, **changed):
+    """A client's other keys, signed by itself."""
+    keys = parties.adverts[i]._replace(**changed)[:2]
+    statement = secure_sum._statement(b"keys", sum_name(RUN, parties.name, 0, 0), *keys)
+    return secure_sum.Advert(*keys, parties.sums[i]._key.sign(statement))
 
 
 def test_shares_that_were_made_for_others_are_named():
