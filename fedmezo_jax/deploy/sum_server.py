@@ -75,7 +75,8 @@ class _Steps(NamedTuple):
             try:
                 good[id] = read(id, answer.update)
             except UserError as error:
-                self.notify(f"notice: client {id}: {error}")
+                if answer.update:  # else the envelope could not be read, as its reader has told
+                    self.notify(f"notice: client {id}: {error}")
                 self.failed[id] = client_failures.MALFORMED
         return good
 

@@ -38,7 +38,7 @@ def unpack_advert(message: bytes) -> Advert:
     Raises:
         UserError: the message is malformed.
     """
-    return _read(message, "the keys", _advert)
+    return _read(message, "the message of keys", _advert)
 
 
 def pack_adverts(adverts: Mapping[int, Advert]) -> bytes:
@@ -144,7 +144,7 @@ def unpack_unmasking(message: bytes) -> Unmasking:
         reader.array(len(Unmasking._fields))
         return Unmasking(_map(reader, _share), _map(reader, _share))
 
-    return _read(message, "the shares", unmasking)
+    return _read(message, "the message of shares", unmasking)
 
 
 class Sent(NamedTuple):

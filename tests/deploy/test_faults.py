@@ -198,7 +198,7 @@ def other_ticket(answer, request):
 
 
 INTRUSIONS = {
-    "garbage": (lambda self, request, answer: b"\x93\x01garbage", "is malformed"),
+    "garbage": (lambda self, request, answer: b"\x93\x02garbage", "is malformed"),
     "nothing": (lambda self, request, answer: b"", "is malformed"),
     "a long message": (lambda self, request, answer: b"\xdd\xff\xff\xff\xff" * 1000, "is malformed"),
     "another version": (lambda self, request, answer: b"\x93\x01" + answer[2:], "format version 1"),

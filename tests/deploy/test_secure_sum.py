@@ -208,7 +208,7 @@ def shares_of_others(client, request, said):
 
 
 def garbage(client, request, said):
-    return b"\x93\x01garbage"
+    return b"\x93\x02garbage"
 
 
 LIES = [
