@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fedmezo_jax.core import federated, transforms
 from fedmezo_jax.core.random import init_key, run_key
 from fedmezo_jax.data.batches import round_picks, take
-from fedmezo_jax.data.buckets import lengths
+from fedmezo_jax.data.buckets import label_counts, lengths
 from fedmezo_jax.deploy import agreement, envelopes, examples
 from fedmezo_jax.deploy.client_budget import budget_before
 from fedmezo_jax.deploy.envelopes import Answer, End, Enrolment, Hello, Plan, Position, Progressed, Refusal, Start
@@ -122,7 +122,7 @@ class Client:
         if hello.plan and hello.plan != self._plan:
             self._begin(hello.plan)
         (rows,) = self._own.tables
-        counts = lengths(rows), examples.label_counts(rows)
+        counts = lengths(rows), label_counts(rows)
         return Enrolment(hello.ticket, self._facts, examples.shape_of(rows), *counts, self.rounds)
 
     def _begin(self, plan: Plan) -> None:
