@@ -27,7 +27,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from experiments import _cli
 from fedmezo_jax.deploy.client import Client
-from fedmezo_jax.deploy.credentials import make_certificates, make_node_key, read_signing_key, write_key
+from fedmezo_jax.deploy.credentials import (
+    make_certificates,
+    make_node_key,
+    read_public_key,
+    read_signing_key,
+    write_key,
+)
 from fedmezo_jax.deploy.examples import TEST, VALIDATION_FILE, OwnExamples, deal_out
 from fedmezo_jax.deploy.flower import RUNNING, STATUS, answer_at, has_died, read_status, write_settings
 from fedmezo_jax.deploy.local_network import (
@@ -87,9 +93,10 @@ class Config:
     validation: Path | None = None
     """server: its validation examples, with --learning-rate auto"""
     signing_key: Path | None = None
-    """server, client, worker: its private key in a --signed run, as ssh-keygen -t ed25519 writes it"""
+    """server, client, worker: its private key in a run that is --signed or has a --secure-sum, as ssh-keygen -t ed25519
+    writes it"""
     client_signing_keys: tuple[Path, ...] = ()
-    """server: the clients' public keys in a --signed run, by client (.pub)"""
+    """server: the clients' public keys in such a run, by client (.pub); client, worker: the same with --secure-sum"""
     model_here: str | None = None
     """client, worker: the model as it is called here, if that is not what --model of the run says"""
     socket: Path | None = None
@@ -128,7 +135,8 @@ def work(config: Config) -> None:
         raise UserError("worker: give --examples and --socket")
     own = OwnExamples(config.run, [config.examples], config.model_here)
     key = config.signing_key and read_signing_key(config.signing_key)
-    client = Client(config.client, own, key, seeded_noise=config.seeded_noise, notify=to_stderr)
+    public_keys = [read_public_key(file) for file in config.client_signing_keys]
+    client = Client(config.client, own, key, public_keys, seeded_noise=config.seeded_noise, notify=to_stderr)
     to_stderr(f"client {config.client} waits at {config.socket}")
     answer_at(config.socket, client)
 
@@ -143,15 +151,17 @@ def run_here(config: Config, out: Path, sockets: Path) -> None:
     if network.exists():
         run_folder.set_aside(network)  # a resumed run has other certificates, keys and nodes
     network.mkdir()
-    keys = _write_signing_keys(run, network) if run.signed else None
+    signs = run.signed or run.secure_sum
+    keys = _write_signing_keys(run, network) if signs else None
+    public_keys = tuple(map(Path, keys["clients"])) if keys and run.secure_sum else ()
     address = f"127.0.0.1:{free_port()}"
     make_certificates(network, "127.0.0.1")
     for client in clients:
         make_node_key(network / f"node-{client}")
     with Processes(network, environment(network)) as processes:
         for client in clients:
-            key = network / f"signing-{client}" if run.signed else None
-            party = replace(config, client=client, examples=data / f"client-{client}.jsonl", signing_key=key)
+            key, own = network / f"signing-{client}" if signs else None, data / f"client-{client}.jsonl"
+            party = replace(config, client=client, examples=own, signing_key=key, client_signing_keys=public_keys)
             _start_worker(party, out / "config.json", sockets / str(client), processes)
         link = SuperLink(network, address, processes)
         link.start()
@@ -169,10 +179,11 @@ def serve(config: Config, out: Path) -> None:
     if config.examples is None or config.address is None or len(config.node_keys) != config.run.clients:
         raise UserError("server: give --address, --examples with test examples, and the .pub file of each client's key")
     keys = None
-    if config.run.signed:
+    if config.run.signed or config.run.secure_sum:
         if config.signing_key is None or len(config.client_signing_keys) != config.run.clients:
             raise UserError(
-                "server: --signed: give --signing-key, and --client-signing-keys, a .pub file of each client"
+                "server: --signed and --secure-sum: give --signing-key, and --client-signing-keys, a .pub file of each "
+                "client"
             )
         public = [str(file.absolute()) for file in config.client_signing_keys]
         keys = {"private": str(config.signing_key.absolute()), "clients": public}
@@ -224,6 +235,7 @@ def _start_worker(config: Config, file: Path, socket: Path, processes: Processes
     worker += ["--examples", config.examples, "--socket", socket]
     worker += ["--seeded-noise"] if config.seeded_noise else []
     worker += ["--signing-key", config.signing_key] if config.signing_key else []
+    worker += ["--client-signing-keys", *config.client_signing_keys] if config.client_signing_keys else []
     worker += ["--model-here", config.model_here] if config.model_here else []
     processes.start(f"worker-{config.client}", worker, AGAIN)
 

@@ -19,7 +19,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from experiments import _cli, _plots
 from fedmezo_jax.errors import UserError
-from fedmezo_jax.privacy import fixed_point, secure_sum, secure_sum_messages
+from fedmezo_jax.privacy import fixed_point, secure_sum
+from fedmezo_jax.run import secure_sum_messages
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ def measure(clients: int, numbers: int, seed: int) -> dict[str, Any]:
         raise UserError("the sum is not that of the vectors")
 
     sent = secure_sum_messages.sent(adverts[0], boxes[0], masked[0], signatures[0], unmasked[0])
+    heard = secure_sum_messages.heard(adverts, mine[0], staying, signatures)
     size = {name: len(message) for name, message in sent._asdict().items()}
     return {
         "clients": clients,
@@ -102,7 +104,7 @@ def measure(clients: int, numbers: int, seed: int) -> dict[str, Any]:
         "dropped_out": gone,
         **{f"{name}_bytes": count for name, count in size.items()},
         "uplink_bytes": sum(size.values()),
-        "downlink_bytes": len(secure_sum_messages.heard(adverts, mine[0], staying, signatures)),
+        "downlink_bytes": sum(map(len, heard)),
         "client_milliseconds": 1e3 * meter.seconds["clients"] / clients,
         "server_milliseconds": 1e3 * meter.seconds["server"],
     }

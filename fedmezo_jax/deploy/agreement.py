@@ -22,11 +22,15 @@ from fedmezo_jax.run.journal import versions
 from fedmezo_jax.run.ledger_header import config_hash
 
 
-def facts_of(config: RunConfig, base_hash: str) -> Facts:
-    """What decides the numbers of a run: options, base weights and versions."""
+def facts_of(config: RunConfig, base_hash: str, public_keys: Sequence[bytes] = ()) -> Facts:
+    """What decides the numbers of a run: options, base weights and versions; with the clients' public keys where each
+    client must know them.
+    """
     options = {f"--{name.replace('_', '-')}": value for name, value in asdict(config).items()}
     release = {"fedmezo_jax": __version__, "message format": messages.VERSION}
     hashes = {"base weights": base_hash, "configuration": config_hash(asdict(config))}
+    if public_keys:
+        hashes["the clients' public keys"] = hashlib.sha256(b"".join(public_keys)).hexdigest()
     return hashes | release | versions() | options
 
 
@@ -51,6 +55,11 @@ def run_name(facts: Facts) -> bytes:
     return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).digest()
 
 
+def sum_name(run: bytes, name: bytes, t: int, attempt: int) -> bytes:
+    """What the clients of a secure sum sign it by: the run, the round, the attempt and the sum's own name."""
+    return run + name + np.array([t, attempt], "<u8").tobytes()
+
+
 def check_deployable(config: RunConfig) -> None:
     """Refuses what a run over a network cannot have.
 
@@ -61,8 +70,6 @@ def check_deployable(config: RunConfig) -> None:
         raise UserError("clients of a deployed run send coefficients: leave out --uplink lora and --algorithm fedavg")
     if config.dropout or config.deadline is not None:
         raise UserError("--dropout and --deadline simulate failing clients, and real ones fail by themselves")
-    if config.secure_sum:
-        raise UserError("--secure-sum: deployed clients would send their numbers in the clear: it is simulated only")
 
 
 def blank_examples(enrolments: Sequence[Enrolment], shape: Width) -> tuple[TokenBatch, list[np.ndarray]]:

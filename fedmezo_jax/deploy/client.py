@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -23,16 +23,32 @@ from fedmezo_jax.data.batches import round_picks, take
 from fedmezo_jax.data.buckets import label_counts, lengths
 from fedmezo_jax.deploy import agreement, envelopes, examples
 from fedmezo_jax.deploy.client_budget import budget_before
-from fedmezo_jax.deploy.envelopes import Answer, End, Enrolment, Hello, Plan, Position, Progressed, Refusal, Start
+from fedmezo_jax.deploy.envelopes import (
+    Answer,
+    End,
+    Enrolment,
+    Hello,
+    Plan,
+    Position,
+    Progressed,
+    Refusal,
+    Start,
+    SumStep,
+)
 from fedmezo_jax.deploy.examples import OwnExamples
+from fedmezo_jax.deploy.sum_client import SecureSums
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.task import LlamaTask
 from fedmezo_jax.run import ledger, messages, results, rounds, signatures
-from fedmezo_jax.run.acceptance import Message
+from fedmezo_jax.run.acceptance import Expected, Message, receive
+from fedmezo_jax.run.config import RunConfig
 from fedmezo_jax.run.context import RunContext, algorithm, build
 from fedmezo_jax.run.example_privacy import add_noise
 from fedmezo_jax.run.privacy_plan import Budget
 from fedmezo_jax.run.replay import follow_ledger
+
+_REMEMBERED = 16
+"""Answers that a client can give again: a round with a secure sum has five, and their requests may cross."""
 
 
 class Client:
@@ -48,6 +64,7 @@ class Client:
         client: int,
         own: OwnExamples,
         key: Ed25519PrivateKey | None = None,
+        public_keys: Sequence[bytes] = (),
         *,
         seeded_noise: bool = False,
         notify: Callable[[str], None] = lambda line: None,
@@ -57,7 +74,8 @@ class Client:
         Args:
             client: its id.
             own: its model and examples.
-            key: its private key, where the run is signed.
+            key: its private key, where the run is signed or has a secure sum.
+            public_keys: every client's, by client, where the run has a secure sum; not from the server.
             seeded_noise: whether the noise that it adds comes from the seed, which every party knows, and so protects
                 nobody; by default it comes from the operating system.
             notify: called with a line about what it does.
@@ -71,14 +89,15 @@ class Client:
             raise UserError(f"client {client}: the run has clients 0 to {config.clients - 1}")
         if config.signed and key is None:
             raise UserError(f"client {client}: the run is signed: give its private key")
+        self._sums = _sums_of(config, client, key, public_keys) if config.secure_sum else None
         self._id, self._own, self._signing_key, self._notify = client, own, key, notify
-        self._facts = agreement.facts_of(config, own.base_hash)
+        self._facts = agreement.facts_of(config, own.base_hash, public_keys if config.secure_sum else ())
         self._run, self._key = agreement.run_name(self._facts), run_key(config.seed)
         self._noise, self._seeded_noise = rounds.noise_of(config, seeded_noise), seeded_noise
         self._budget: Budget | None = None  # until it is first asked for work
         self._plan: Plan | None = None
         self._sent: dict[tuple[int, int], np.ndarray] = {}  # by round and attempt
-        self._answered: tuple[bytes, bytes] = b"", b""
+        self._answered: dict[bytes, bytes] = {}  # its last answers, by ticket
         self._chain = b""
 
     @property
@@ -98,8 +117,8 @@ class Client:
             UserError: the message cannot be read at all.
         """
         request = envelopes.unpack_request(message)
-        if request.ticket == self._answered[0]:
-            return self._answered[1]
+        if request.ticket in self._answered:
+            return self._answered[request.ticket]
         try:
             if isinstance(request, Hello):
                 response = self._enrol(request)
@@ -107,13 +126,17 @@ class Client:
                 response = Position(request.ticket, -1)
             elif isinstance(request, Start):
                 response = self._work(request)
+            elif isinstance(request, SumStep):
+                response = self._sum_step(request)
             else:
                 response = self._end(request)
         except UserError as error:
             self._notify(f"refused: {error}")
             response = Refusal(request.ticket, str(error))
         packed = envelopes.pack(response)
-        self._answered = request.ticket, packed
+        self._answered[request.ticket] = packed
+        if len(self._answered) > _REMEMBERED:
+            del self._answered[next(iter(self._answered))]
         return packed
 
     def _enrol(self, hello: Hello) -> Enrolment:
@@ -173,10 +196,14 @@ class Client:
         self._catch_up(start.progressed)
         if t != self.rounds:
             return Position(start.ticket, self.rounds)
+        if self._sums and (begun := self._sums.begun(start.sum)):
+            return Answer(start.ticket, begun, b"")
         if not self._seeded_noise:
             self._spend(t)
         update = self._update(t, rate, start)
         update = rounds.private_update(self._own.config, update, start.attempt, self._noise)
+        if self._sums:
+            return self._begin_sum(self._sums, update, rate, start)
         if rate:  # at rate 0 the server only asks for the slopes at the start
             self._sent[t, start.attempt] = update.projected_gradients
         message = Message(messages.pack_update(update))
@@ -186,6 +213,21 @@ class Client:
             self._chain = start.chain
             message = rounds.signed(message, self._signing_key, signatures.Context(start.chain, chain), t, self._id)
         return Answer(start.ticket, message.update, message.signature or b"")
+
+    def _begin_sum(self, sums: SecureSums, update: messages.Update, rate: float, start: Start) -> Answer:
+        """Its part in a secure sum, into which it puts the update, if that is one that a server would take."""
+        steps, directions = update.projected_gradients.shape
+        expected = Expected(*update[:3], steps, directions, rate)
+        if why := receive(Message(messages.pack_update(update)), expected, {}).why:
+            raise UserError(why)
+        numbers = update.projected_gradients.ravel()
+        advert = sums.begin(start.sum, self._run, update.round, start.attempt, numbers)
+        return Answer(start.ticket, advert, b"")
+
+    def _sum_step(self, request: SumStep) -> Answer:
+        if self._sums is None:
+            raise UserError("the run has no secure sum")
+        return Answer(request.ticket, self._sums.answer(request.sum, request.step, request.content), b"")
 
     def _spend(self, t: int) -> None:
         """Counts an answer in round ``t``, where it has noise of the client's own.
@@ -231,3 +273,16 @@ class Client:
         positions = np.broadcast_to(tokens[None, :, None, None] - 2, batches.label_positions.shape)
         companion = batches._replace(label_positions=positions)
         return jax.tree.map(lambda one, other: np.concatenate([one, other]), batches, companion)
+
+
+def _sums_of(config: RunConfig, client: int, key: Ed25519PrivateKey | None, public_keys: Sequence[bytes]) -> SecureSums:
+    """A client's part in the secure sums of a run.
+
+    Raises:
+        UserError: its key is missing, or not the one that the others know, or theirs are missing.
+    """
+    if key is None or len(public_keys) != config.clients:
+        raise UserError(f"client {client}: the run has a secure sum: give its private key and each client's public key")
+    if key.public_key().public_bytes_raw() != public_keys[client]:
+        raise UserError(f"client {client}: its private key is not that of its public key")
+    return SecureSums(config, client, key, public_keys)

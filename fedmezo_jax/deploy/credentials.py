@@ -106,10 +106,15 @@ def read_server_keys(private: Path, clients: Sequence[Path]) -> ServerKeys:
         UserError: a file cannot be read, or holds another key.
     """
     key = read_signing_key(private)
-    return ServerKeys(key, b"".join([key.public_key().public_bytes_raw(), *map(_read_public, clients)]))
+    return ServerKeys(key, b"".join([key.public_key().public_bytes_raw(), *map(read_public_key, clients)]))
 
 
-def _read_public(file: Path) -> bytes:
+def read_public_key(file: Path) -> bytes:
+    """The public key of a party that signs, from its ``.pub`` file.
+
+    Raises:
+        UserError: the file cannot be read, or holds another key.
+    """
     try:
         key = serialization.load_ssh_public_key(file.read_bytes())
     except (OSError, ValueError, UnsupportedAlgorithm):

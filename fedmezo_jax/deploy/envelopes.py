@@ -6,6 +6,7 @@ repeats: an answer to an earlier request is told from one to this. Everything is
 request   content                                                       answers
 hello     the run's facts, and when all clients are known its plan      enrolment, refusal
 start     what the local work of one round takes                        answer, position, refusal
+sum step  what the others have sent in a step of a secure sum           answer, position, refusal
 end       the last results                                              position, refusal
 
 Whatever comes in, reading it gives values of the right types or raises ``UserError``.
@@ -24,11 +25,13 @@ from fedmezo_jax.data.buckets import Width, Widths
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.run.reader import ERRORS, Reader
 
-VERSION = 1
+VERSION = 2
 """Of the envelopes' format; every envelope begins with it."""
-TICKET_BYTES = 8
+TICKET_BYTES, SUM_BYTES = 8, 16
 FACTS_LENGTH = 100_000
 """Most characters of a message's facts."""
+STEPS = ("share", "mask", "agree", "unmask")
+"""Of a secure sum, after the first, which answers the start."""
 Facts: TypeAlias = Mapping[str, Any]
 """What both sides must have alike, by its name."""
 
@@ -97,6 +100,7 @@ class Start(NamedTuple):
         chain: chain value of the ledger's header in a signed run; else empty.
         start: of :func:`messages.pack_start`.
         progressed: the results before the round.
+        sum: random bytes that name the secure sum into which the work goes; empty where there is none.
     """
 
     ticket: bytes
@@ -107,6 +111,25 @@ class Start(NamedTuple):
     chain: bytes
     start: bytes
     progressed: Progressed
+    sum: bytes = b""
+
+
+class SumStep(NamedTuple):
+    """The server asks for a client's next message in a secure sum.
+
+    Attributes:
+        ticket: of the request.
+        run: as in :class:`Start`.
+        sum: as in :class:`Start`.
+        step: one of :data:`STEPS`.
+        content: what the others have sent for it, see :mod:`secure_sum_messages`.
+    """
+
+    ticket: bytes
+    run: bytes
+    sum: bytes
+    step: str
+    content: bytes
 
 
 class End(NamedTuple):
@@ -148,7 +171,8 @@ class Answer(NamedTuple):
 
     Attributes:
         ticket: of the request.
-        update: of :func:`messages.pack_update`.
+        update: of :func:`messages.pack_update`; in a secure sum the client's message of the step, the first of which
+            answers the start (:mod:`secure_sum_messages`).
         signature: of the update, in a signed run; else empty.
     """
 
@@ -181,7 +205,7 @@ class Refusal(NamedTuple):
     reason: str
 
 
-Request: TypeAlias = Hello | Start | End
+Request: TypeAlias = Hello | Start | SumStep | End
 Response: TypeAlias = Enrolment | Answer | Position | Refusal
 
 
@@ -211,7 +235,13 @@ def unpack_request(message: bytes) -> Request:
         request = Hello(_ticket(reader), _facts(reader), _plan(reader))
     elif kind == "Start":
         head = _ticket(reader), reader.value(bytes), reader.integer(), reader.value(float)
-        request = Start(*head, reader.value(bytes), reader.value(bytes), reader.value(bytes), _progressed(reader))
+        head = *head, reader.value(bytes), reader.value(bytes), reader.value(bytes), _progressed(reader)
+        request = Start(*head, _sum(reader, none=b""))
+    elif kind == "SumStep":
+        head = _ticket(reader), reader.value(bytes), _sum(reader), reader.value(str)
+        if head[3] not in STEPS:
+            raise reader.error(f"{head[3]!r:.60} is no step of a secure sum")
+        request = SumStep(*head, reader.value(bytes))
     elif kind == "End":
         request = End(_ticket(reader), reader.value(bytes), _progressed(reader))
     else:
@@ -270,6 +300,13 @@ def _ticket(reader: Reader) -> bytes:
     if len(ticket) != TICKET_BYTES:
         raise reader.error("its ticket is of another length")
     return ticket
+
+
+def _sum(reader: Reader, none: bytes | None = None) -> bytes:
+    name = reader.value(bytes)
+    if len(name) != SUM_BYTES and name != none:
+        raise reader.error("its secure sum has a name of another length")
+    return name
 
 
 def _facts(reader: Reader) -> Facts:

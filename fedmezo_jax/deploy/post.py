@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fedmezo_jax.deploy import agreement, envelopes
-from fedmezo_jax.deploy.envelopes import Answer, End, Enrolment, Facts, Hello, Plan, Position, Refusal, Start
+from fedmezo_jax.deploy.envelopes import Answer, Enrolment, Facts, Hello, Plan, Position, Refusal, Request
 from fedmezo_jax.deploy.transport import Transport
 from fedmezo_jax.errors import UserError
 
@@ -38,7 +38,7 @@ class Post:
 
     def ask(
         self,
-        requests: Mapping[int, Callable[[int | None], Hello | Start | End]],
+        requests: Mapping[int, Callable[[int | None], Request]],
         seconds: float,
         wanted: Callable[[envelopes.Response], bool],
         on_refusal: Callable[[str], None] | None = None,
@@ -60,7 +60,7 @@ class Post:
         until, answers, tries = self._transport.clock() + seconds, {}, dict.fromkeys(requests, 0)
         pending: dict[bytes, int] = {}
 
-        def send(client: int, request: Hello | Start | End) -> None:
+        def send(client: int, request: Request) -> None:
             tries[client] += 1
             if tries[client] <= _TRIES:
                 pending[request.ticket] = client

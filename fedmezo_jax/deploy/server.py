@@ -29,6 +29,7 @@ from fedmezo_jax.deploy.envelopes import (
 )
 from fedmezo_jax.deploy.examples import OwnExamples
 from fedmezo_jax.deploy.post import Post, is_a, ticket
+from fedmezo_jax.deploy.sum_server import new_name, secure_sum_of
 from fedmezo_jax.deploy.transport import Transport
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.task import LlamaTask
@@ -50,10 +51,12 @@ class Patience(NamedTuple):
     Attributes:
         enrolment: seconds for all clients to enrol.
         round: seconds for the clients of a round.
+        sum_step: seconds for each step of a secure sum after the clients' work.
     """
 
     enrolment: float = 600.0
     round: float = 600.0
+    sum_step: float = 60.0
 
 
 def serve(
@@ -83,7 +86,7 @@ def serve(
         files: the server's own examples: the file of test examples, and with ``--learning-rate auto`` the file of
             validation examples.
         model: the model as it is called on this machine; by default as the run calls it.
-        keys: the server's private key and everyone's public ones, where the run is signed.
+        keys: the server's private key and everyone's public ones, where the run is signed or has a secure sum.
         resume: go on with the run.
         checkpoint_every: rounds between checkpoints.
         eval_every: rounds between measurements of the test loss.
@@ -99,13 +102,15 @@ def serve(
         UserError: as :func:`job.fine_tune`; or a client did not enrol, or differs from the server.
     """
     agreement.check_deployable(config)
-    if config.signed and keys is None:
-        raise UserError("--signed: give the server's private key and everyone's public keys")
+    if keys is None and (config.signed or config.secure_sum):
+        option = "--signed" if config.signed else "--secure-sum"
+        raise UserError(f"{option}: give the server's private key and everyone's public keys")
+    public_keys = signatures.clients_of(keys.public) if keys and config.secure_sum else []
     own = OwnExamples(config, files, model)
     if len(own.tables) != (2 if config.learning_rate == "auto" else 1):
         raise UserError("give the server's test examples, and with --learning-rate auto its validation examples too")
     config, folder = own.config, Path(out)
-    facts = agreement.facts_of(config, own.base_hash)
+    facts = agreement.facts_of(config, own.base_hash, public_keys)
     post = Post(transport, facts, notify)
 
     def load() -> RunContext:
@@ -121,7 +126,7 @@ def serve(
 
     def clients_of(context: RunContext[LlamaTask]) -> RemoteClients:
         write_enrolments(folder / ENROLMENTS, post.enrolments)
-        remote.append(RemoteClients(context, post, folder, patience))
+        remote.append(RemoteClients(context, post, folder, patience, public_keys, notify))
         return remote[0]
 
     with run_folder.guarded(folder):
@@ -137,7 +142,7 @@ def serve(
             on_round=on_round,
             notify=notify,
             clients_of=clients_of,
-            keys=keys,
+            keys=keys if config.signed else None,
         )
     remote[0].end()
     return result
@@ -146,7 +151,15 @@ def serve(
 class RemoteClients:
     """Clients behind a transport, as the loop sees them (:class:`~fedmezo_jax.run.clients.Clients`)."""
 
-    def __init__(self, setup: RunContext[LlamaTask], post: Post, folder: Path, patience: Patience):
+    def __init__(
+        self,
+        setup: RunContext[LlamaTask],
+        post: Post,
+        folder: Path,
+        patience: Patience,
+        public_keys: Sequence[bytes],
+        notify: Callable[[str], None],
+    ):
         """Sends nothing yet.
 
         Args:
@@ -154,8 +167,11 @@ class RemoteClients:
             post: reaches them.
             folder: the run's, whose ledger is sent to clients that cannot follow otherwise.
             patience: how long to wait for them.
+            public_keys: each client's, where they make secure sums.
+            notify: called with what a client does wrong in one.
         """
         self._setup, self._post, self._folder, self._patience = setup, post, folder, patience
+        self._public_keys, self._notify = public_keys, notify
         (_, self._round), _ = build(setup)
         self._key, self._sizes = run_key(setup.config.seed), setup.example_counts
         self._known: dict[int, int] = {}  # the round of each client's θ, as far as this process has heard
@@ -165,14 +181,17 @@ class RemoteClients:
         """See :class:`Clients`: of the clients that answer with numbers of a possible size.
 
         Raises:
-            UserError: there are none.
+            UserError: there are none, or too few for a secure sum.
         """
         config = self._setup.config
         ids, picks = round_examples(config, self._setup.task, 0)
         rates = np.zeros(len(ids), np.float32)
         answers = self._ask_for_work(0, 0, np.inf, ids, picks, rates, None)
+        if (summed := answers.summed) and summed.total is not None:
+            mean = (summed.total / (len(ids) - len(summed.failed))).reshape(1, config.local_steps, -1)
+            return federated.RoundReport(np.zeros((1, config.local_steps), np.float32), mean, rates)
         received = []
-        for id, message in zip(map(int, ids), answers, strict=True):
+        for id, message in zip(map(int, ids), answers.messages, strict=True):
             shape = int(self._sizes[id]), config.local_steps, config.directions, 0.0
             answer = message and receive(message, Expected(0, id, *shape), state.params)
             if answer and answer.update and not answer.why:
@@ -189,7 +208,7 @@ class RemoteClients:
         def work(attempt: int, limit: float) -> rounds.Answers:
             ids, picks = round_examples(config, self._setup.task, t, attempt)
             rates = np.asarray(self._round.rates(progress.state, ids, self._key, damping(config, progress)))
-            return rounds.Answers(ids, rates, self._ask_for_work(t, attempt, limit, ids, picks, rates, signing))
+            return self._ask_for_work(t, attempt, limit, ids, picks, rates, signing)
 
         return work
 
@@ -202,21 +221,29 @@ class RemoteClients:
         picks: np.ndarray,
         rates: np.ndarray,
         signing: signatures.Signing | None,
-    ) -> list[Message | None]:
+    ) -> rounds.Answers:
         config, task = self._setup.config, self._setup.task
         widths = agreement.step_widths(config, task, ids, picks)
         run_chain, chain = signing.context if signing else (b"", b"")
+        sum_name = new_name() if config.secure_sum else b""
 
         def start_of(id: int, rate: float) -> Callable[[int | None], Start]:
             begin = messages.pack_start(t, rate, chain)
             head = (self._post.run, attempt, float(limit), widths[id], run_chain, begin)
-            return lambda seen: Start(ticket(), *head, self._progressed(id, t, seen))
+            return lambda seen: Start(ticket(), *head, self._progressed(id, t, seen), sum_name)
 
         requests = {id: start_of(id, float(rate)) for id, rate in zip(map(int, ids), rates, strict=True)}
+        if config.secure_sum:
+            patience = self._patience.round, self._patience.sum_step
+            at, parties = (t, attempt), self._public_keys
+            summed = secure_sum_of(config, self._post, self._notify, requests, at, sum_name, parties, patience)
+            self._known |= {id: t for id in requests if id not in summed.failed}
+            return rounds.Answers(ids, rates, [None] * len(ids), summed)
         answers = self._post.ask(requests, self._patience.round, is_a(Answer))
         self._known |= dict.fromkeys(answers, t)
         told = [answers.get(int(id)) for id in ids]
-        return [answer and Message(answer.update, None, answer.signature or None) for answer in told]
+        sent = [answer and Message(answer.update, None, answer.signature or None) for answer in told]
+        return rounds.Answers(ids, rates, sent)
 
     def _progressed(self, client: int, t: int, seen: int | None) -> Progressed:
         """What a client needs to come to round ``t``, where it has told that it has seen so many rounds."""

@@ -42,6 +42,7 @@ from fedmezo_jax.errors import UserError
 PRIME = 2**256 + 297
 """The smallest prime above 2²⁵⁶, so that any 32 bytes are an element of its field."""
 _KEY, _SHARE = 32, 33
+_ANY_KEY = X25519PrivateKey.from_private_bytes(bytes(31) + b"\1")
 Random = Callable[[int], bytes]
 """``random(n)``: so many random bytes."""
 
@@ -113,6 +114,27 @@ def join(
     ), advert
 
 
+def check_advert(round: bytes, identities: Mapping[int, bytes], id: int, advert: Advert) -> None:
+    """Checks that a client's keys are its own.
+
+    Raises:
+        UserError: they are not signed by it.
+    """
+    statement = _statement(b"keys", round, advert.encryption, advert.masking)
+    if id not in identities or not _signed(identities[id], advert.signature, statement):
+        raise UserError(f"the keys of client {id} are not signed by it")
+
+
+def check_keys(advert: Advert) -> None:
+    """Checks for the server what clients see in steps 2 and 3: that secrets can be agreed with a client's keys.
+
+    Raises:
+        UserError: a key gives the same secret with every other one.
+    """
+    for key in (advert.encryption, advert.masking):
+        _exchanged(_ANY_KEY, key)
+
+
 def share(client: Client, adverts: Mapping[int, Advert]) -> dict[int, bytes]:
     """Step 2: for each of the others, an encrypted share of the client's masking key and of its mask's seed.
 
@@ -123,9 +145,7 @@ def share(client: Client, adverts: Mapping[int, Advert]) -> dict[int, bytes]:
     if len(adverts) < client.threshold or client.id not in adverts:
         raise UserError(f"{len(adverts)} clients take part, and {client.threshold} are needed, this one among them")
     for id, advert in adverts.items():
-        statement = _statement(b"keys", client.round, advert.encryption, advert.masking)
-        if id not in client.identities or not _signed(client.identities[id], advert.signature, statement):
-            raise UserError(f"the keys of client {id} are not signed by it")
+        check_advert(client.round, client.identities, id, advert)
     client.adverts.update(adverts)
     ids = sorted(adverts)
     secrets = (client.masking.private_bytes_raw(), client.seed)
@@ -136,6 +156,11 @@ def share(client: Client, adverts: Mapping[int, Advert]) -> dict[int, bytes]:
         sealed = AESGCM(_box_key(client, id)).encrypt(nonce, plain, _route(client.round, client.id, id))
         sent[id] = nonce + sealed
     return sent
+
+
+def unreadable(client: Client, boxes: Mapping[int, bytes]) -> list[int]:
+    """Before step 3: the senders of those boxes of step 2 that were not made for this client."""
+    return [id for id, box in boxes.items() if _opened(client, id, box) is None]
 
 
 def mask(client: Client, vector: np.ndarray, shared: Sequence[int]) -> np.ndarray:
@@ -170,6 +195,11 @@ def agree(client: Client, arrived: Sequence[int]) -> bytes:
     return client.identity.sign(_statement(b"list", client.round, _listed(arrived)))
 
 
+def agrees(round: bytes, public_key: bytes, arrived: Sequence[int], signature: bytes) -> bool:
+    """Whether this is a client's signature of this list."""
+    return _signed(public_key, signature, _statement(b"list", round, _listed(arrived)))
+
+
 class Unmasking(NamedTuple):
     """Step 5: a client's shares, by whose they are.
 
@@ -198,21 +228,17 @@ def unmask(
     """
     _once(client, "unmask")
     _check_list(client, arrived)
-    statement = _statement(b"list", client.round, _listed(arrived))
     signers = [id for id in signatures if id in client.adverts]
-    if sum(_signed(client.identities[id], signatures[id], statement) for id in signers) < client.threshold:
+    if sum(agrees(client.round, client.identities[id], arrived, signatures[id]) for id in signers) < client.threshold:
         raise UserError(f"fewer than {client.threshold} clients have signed the list of those that are summed")
     seeds, keys = {}, {}
     for id, box in boxes.items():
-        try:
-            plain = AESGCM(_box_key(client, id)).decrypt(box[:12], box[12:], _route(client.round, id, client.id))
-        except (InvalidTag, KeyError, ValueError):
-            raise UserError(f"the shares of client {id} were not made for client {client.id}") from None
-        key, seed = (int.from_bytes(part, "big") for part in (plain[:_SHARE], plain[_SHARE:]))
+        if (shares := _opened(client, id, box)) is None:
+            raise UserError(f"the shares of client {id} were not made for client {client.id}")
         if id in arrived:
-            seeds[id] = seed
+            seeds[id] = shares[1]
         else:
-            keys[id] = key
+            keys[id] = shares[0]
     return Unmasking(seeds, keys)
 
 
@@ -235,7 +261,7 @@ def total(
         unmaskings: of step 5, by client.
 
     Raises:
-        UserError: fewer than ``threshold`` clients stayed to the end.
+        UserError: fewer than ``threshold`` clients stayed to the end, or their shares do not go together.
     """
     if len(unmaskings) < threshold:
         raise UserError(f"{len(unmaskings)} clients stayed to the end of the sum, and {threshold} are needed")
@@ -249,6 +275,8 @@ def total(
         if id in masked:
             continue
         key = X25519PrivateKey.from_private_bytes(_join({helper: unmaskings[helper].keys[id] for helper in helpers}))
+        if key.public_key().public_bytes_raw() != adverts[id].masking:
+            raise UserError(f"the shares of the key of client {id} do not give it")
         for other in masked:  # the mask that this one has with the one that went
             stream = _stream(_pair_seed(key, adverts[other].masking), round, size)
             result = result - stream if other < id else result + stream
@@ -289,12 +317,30 @@ def _signed(public_key: bytes, signature: bytes, statement: bytes) -> bool:
 
 
 def _derived(private: X25519PrivateKey, public: bytes, purpose: bytes) -> bytes:
-    secret = private.exchange(X25519PublicKey.from_public_bytes(public))
-    return HKDF(SHA256(), _KEY, salt=None, info=b"fedmezo_jax sum " + purpose).derive(secret)
+    return HKDF(SHA256(), _KEY, salt=None, info=b"fedmezo_jax sum " + purpose).derive(_exchanged(private, public))
+
+
+def _exchanged(private: X25519PrivateKey, public: bytes) -> bytes:
+    try:
+        return private.exchange(X25519PublicKey.from_public_bytes(public))
+    except ValueError:
+        raise UserError("a client's key is a point of low order, with which no secret can be agreed") from None
 
 
 def _box_key(client: Client, other: int) -> bytes:
     return _derived(client.encryption, client.adverts[other].encryption, b"shares")
+
+
+def _opened(client: Client, sender: int, box: bytes) -> tuple[int, int] | None:
+    """A sender's shares for this client: of its key, and of its mask's seed. None if the box was not made for it."""
+    if sender not in client.adverts:
+        return None
+    try:
+        plain = AESGCM(_box_key(client, sender)).decrypt(box[:12], box[12:], _route(client.round, sender, client.id))
+    except (InvalidTag, ValueError):
+        return None
+    key, seed = (int.from_bytes(part, "big") for part in (plain[:_SHARE], plain[_SHARE:]))
+    return (key, seed) if max(key, seed) < PRIME else None
 
 
 def _pair_seed(private: X25519PrivateKey, public: bytes) -> bytes:

@@ -14,6 +14,7 @@ from fedmezo_jax.core import federated, transforms
 from fedmezo_jax.core.random import run_key
 from fedmezo_jax.data.batches import take
 from fedmezo_jax.parallel import sharding
+from fedmezo_jax.privacy import fixed_point
 from fedmezo_jax.run import example_privacy, rounds, signatures
 from fedmezo_jax.run.config import RunConfig
 from fedmezo_jax.run.context import RunContext, build, round_examples
@@ -24,7 +25,7 @@ class Clients(Protocol):
     """Whoever does the local work: simulated clients, or those that a message reaches."""
 
     def first_report(self, state: federated.FederatedState) -> federated.RoundReport:
-        """What the first round's clients report at learning rate 0, on the host."""
+        """What the first round's clients report at learning rate 0, on the host; with a secure sum their mean."""
         ...
 
     def work(self, progress: rounds.Progress, t: int, signing: signatures.Signing | None) -> rounds.Work:
@@ -54,7 +55,13 @@ class SimulatedClients:
 
     def first_report(self, state: federated.FederatedState) -> federated.RoundReport:
         """See :class:`Clients`."""
-        return jax.device_get(self._round.work(state, self._loss, self._cohort(0, 0), self._key, None, jnp.float32(0)))
+        work = self._round.work(state, self._loss, self._cohort(0, 0), self._key, None, jnp.float32(0))
+        report: federated.RoundReport = jax.device_get(work)
+        if not self._config.secure_sum:
+            return report
+        gradients = np.asarray(report.projected_gradients)
+        mean = fixed_point.total(list(gradients), len(gradients)) / len(gradients)
+        return report._replace(projected_gradients=mean[None])
 
     def work(self, progress: rounds.Progress, t: int, signing: signatures.Signing | None) -> rounds.Work:
         """See :class:`Clients`."""

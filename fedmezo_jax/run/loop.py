@@ -16,7 +16,6 @@ from fedmezo_jax.core import federated, mezo, random
 from fedmezo_jax.core.random import run_key
 from fedmezo_jax.data.batches import take
 from fedmezo_jax.parallel import multihost, sharding
-from fedmezo_jax.privacy import fixed_point
 from fedmezo_jax.run import (
     automatic_rate,
     divergence,
@@ -203,10 +202,6 @@ def _first_rate(setup: RunContext, work_at_rate_0: Callable[[], federated.RoundR
     if config.private:
         return automatic_rate.rate_for(config.dp_clip**2 / config.directions)
     report = work_at_rate_0() if config.algorithm == "fedmezo" else None
-    if report and config.secure_sum:  # the server has no more than the mean
-        gradients = np.asarray(report.projected_gradients)
-        mean = fixed_point.total(list(gradients), len(gradients)) / len(gradients)
-        report = report._replace(projected_gradients=mean[None])
     return automatic_rate.first_rate(report, trained, robust=config.aggregation != "mean")
 
 

@@ -112,7 +112,7 @@ def _describe_sum(config: RunConfig) -> str:
         return ""
     return (
         f"the server learns the sum of a round's clients and no single client's numbers, where at least "
-        f"{config.threshold} of {config.participants} stay. This is a simulation, which makes the same sum in the clear"
+        f"{config.threshold} of {config.participants} stay. A simulation makes the same sum in the clear"
     )
 
 

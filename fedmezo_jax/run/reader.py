@@ -41,9 +41,9 @@ class Reader:
         """The length of the array that begins here, which is ``length`` if given."""
         return self._header(self._stream.read_array_header, "an array", length)
 
-    def map(self, length: int) -> None:
-        """Expects a map of ``length`` entries to begin here."""
-        self._header(self._stream.read_map_header, "a map", length)
+    def map(self, length: int | None = None) -> int:
+        """The number of entries of the map that begins here, which is ``length`` if given."""
+        return self._header(self._stream.read_map_header, "a map", length)
 
     def at_array(self) -> bool:
         """Whether an array begins here."""

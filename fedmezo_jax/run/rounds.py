@@ -6,7 +6,7 @@ entry alone: so a resumed run, which reads it, and a replay end where the run di
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
@@ -46,6 +46,18 @@ class Progress(NamedTuple):
     rate: jax.Array
 
 
+class Summed(NamedTuple):
+    """What a secure sum leaves the server.
+
+    Attributes:
+        total: ``[H·n]`` float64, the sum of the numbers of all clients that did not fail; None where there is none.
+        failed: why the others failed, by client.
+    """
+
+    total: np.ndarray | None
+    failed: Mapping[int, str]
+
+
 class Answers(NamedTuple):
     """What comes back to the server when it has asked clients for their work.
 
@@ -53,11 +65,13 @@ class Answers(NamedTuple):
         ids: ``[P]`` int32, who was asked.
         learning_rates: ``[P]`` float32, η_i that they were given.
         messages: for each of them what came in, as bytes; None where nothing did.
+        summed: their sum, where the clients have made that themselves and sent nothing else.
     """
 
     ids: np.ndarray
     learning_rates: np.ndarray
     messages: Iterable[Message | None]
+    summed: Summed | None = None
 
 
 Work: TypeAlias = Callable[[int, float], Answers]
@@ -205,7 +219,7 @@ def run_round(
         away = client_failures.absent(config.seed, t, attempt, config.clients, config.dropout, config.deadline)
         clip = config.on_divergence == "clip"
         limit = typical.limit if clip else np.inf
-        ids, rates, arrived = work(attempt, limit)
+        ids, rates, arrived, summed = work(attempt, limit)
         spent = budget and budget.after(t, ids)
         if spent and spent.exceeded:
             raise UserError(
@@ -216,7 +230,9 @@ def run_round(
         for message, id, rate in zip(arrived, map(int, ids), rates, strict=True):
             shape = config.local_steps, config.sent_directions
             expected = Expected(t, id, int(sizes[id]), *shape, float(rate), limit if clip else None)
-            if message is None or away.get(id) == client_failures.DROPPED:
+            if summed:
+                answer, signature = Received(None, None, summed.failed.get(id)), None
+            elif message is None or away.get(id) == client_failures.DROPPED:
                 answer, signature = Received(None, None, client_failures.DROPPED), None
             else:
                 answer, signature = receive(message, expected, like), message.signature
@@ -224,7 +240,8 @@ def run_round(
                 answer = Received(None, None, why)
             sent_signatures.append(signature if answer.update else None)
             received.append(answer._replace(why=away.get(id) or answer.why))
-        if config.secure_sum and sum(answer.why is None for answer in received) < config.threshold:
+        enough = sum(answer.why is None for answer in received) >= config.threshold
+        if config.secure_sum and (not enough or (summed and summed.total is None)):
             received = [answer._replace(why=answer.why or client_failures.TOO_FEW) for answer in received]
         failed += [(attempt, int(id), answer.why) for id, answer in zip(ids, received, strict=True) if answer.why]
         weights = sizes[ids] if config.weighting == "samples" else np.ones(len(ids), np.float32)
@@ -236,9 +253,8 @@ def run_round(
         if spent:
             entry = entry._replace(epsilon=spent.epsilon)
         if config.keeps_mean:
-            entry = _mean_alone(
-                config, plan, entry, [answer.update for answer in received], noise_of(config, seeded_noise)
-            )
+            told = [answer.update for answer in received]
+            entry = _mean_alone(config, plan, entry, told, noise_of(config, seeded_noise), summed)
         report = report_of(entry, config.local_steps, config.sent_directions)
         if clip:
             here = np.array([update is not None for update in updates])
@@ -278,6 +294,7 @@ def _mean_alone(
     entry: Entry,
     updates: list[messages.Update | None],
     noise: mechanism.Noise,
+    summed: Summed | None = None,
 ) -> Entry:
     """What is kept of a private round with shared directions, or of a secure sum: no single client's numbers."""
     vectors = [
@@ -287,8 +304,9 @@ def _mean_alone(
     ]
     size = config.local_steps * config.sent_directions
     if config.secure_sum:
-        total = fixed_point.total(vectors, len(updates)) if vectors else np.zeros(size)
-        mean = (total / (len(updates) if plan else max(len(vectors), 1))).astype(np.float32)
+        total = summed.total if summed else fixed_point.total(vectors, len(updates)) if vectors else None
+        total = np.zeros(size) if total is None else total
+        mean = (total / (len(updates) if plan else max(np.count_nonzero(entry.weights), 1))).astype(np.float32)
     else:
         assert plan is not None  # as RunConfig.keeps_mean says
         draw = noise(entry.round, entry.attempt, mechanism.SERVER)

@@ -66,6 +66,11 @@ def identities(keys: Keys) -> bytes:
     return b"".join(key.public_key().public_bytes_raw() for key in (keys.server, *keys.clients))
 
 
+def clients_of(public_keys: bytes) -> list[bytes]:
+    """Each client's public key, of those of :func:`identities`."""
+    return [public_keys[i : i + KEY_BYTES] for i in range(KEY_BYTES, len(public_keys), KEY_BYTES)]
+
+
 def server_keys(keys: Keys) -> ServerKeys:
     """What the server has of the keys of a simulation."""
     return ServerKeys(keys.server, identities(keys))

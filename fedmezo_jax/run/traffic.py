@@ -48,7 +48,7 @@ def scalar_traffic(
         sent = [messages.pack_update(update) if w else None for update, w in zip(updates, entry.weights, strict=True)]
     up = [len(message) + signature if message else 0 for message in sent]
     if config.secure_sum:
-        from fedmezo_jax.privacy import secure_sum_messages  # which needs the package `cryptography`
+        from fedmezo_jax.run import secure_sum_messages  # which needs the package `cryptography`
 
         counted = np.flatnonzero(entry.weights)
         numbers = config.local_steps * config.sent_directions

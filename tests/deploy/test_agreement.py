@@ -139,7 +139,7 @@ def test_work_for_a_run_that_a_client_does_not_know(place):
         ({"uplink": "lora"}, "send coefficients"),
         ({"dropout": 0.1}, "real ones fail by themselves"),
         ({"deadline": 2.0}, "real ones fail by themselves"),
-        ({"secure_sum": True, "directions_shared": True}, "in the clear"),
+        ({"secure_sum": True, "directions_shared": True}, "public key"),
         ({"signed": True}, "private key"),
     ],
 )

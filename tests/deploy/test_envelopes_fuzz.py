@@ -22,6 +22,7 @@ from fedmezo_jax.deploy.envelopes import (
     Refusal,
     Result,
     Start,
+    SumStep,
 )
 from fedmezo_jax.errors import UserError
 
@@ -32,6 +33,8 @@ REQUESTS = [
     Hello(TICKET, FACTS, None),
     Hello(TICKET, FACTS, PLAN),
     Start(TICKET, b"r" * 16, 1, float("inf"), b"\0\1", b"chain", b"start", PROGRESSED),
+    Start(TICKET, b"r" * 16, 1, 0.5, b"", b"", b"start", PROGRESSED, b"s" * 16),
+    SumStep(TICKET, b"r" * 16, b"s" * 16, "agree", b"clients"),
     End(TICKET, b"r" * 16, PROGRESSED),
 ]
 RESPONSES = [
@@ -106,6 +109,12 @@ def test_any_fields_behind_a_valid_head(name, data):
     fields = data.draw(st.lists(values, max_size=8))
     for _, unpack in KINDS.values():
         decode(unpack, msgpack.packb([envelopes.VERSION, name, TICKET, *fields]))
+
+
+@pytest.mark.parametrize("changed", [{"step": "advertise"}, {"step": "begin"}, {"sum": bytes(15)}, {"sum": b""}])
+def test_steps_that_a_sum_does_not_have_are_refused(changed):
+    with pytest.raises(UserError, match="is malformed"):
+        envelopes.unpack_request(envelopes.pack(REQUESTS[-2]._replace(**changed)))
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,17 @@ RUNS = {
     "private": {"dp_epsilon": 8.0},
     "private examples": {"dp_epsilon": 8.0, "dp_unit": "example", "batch_size": 3, "directions_shared": True},
     "private mean": {"dp_epsilon": 8.0, "directions_shared": True},
+    "secure sum": {"clients": 4, "directions_shared": True, "secure_sum": True},
+    "secure sum of half, signed, first rate from the sum": {
+        **{"clients": 7, "participation": 0.5, "directions_shared": True, "directions": 2, "secure_sum": True},
+        **{"signed": True, "learning_rate": "auto", "server_optimizer": "adam"},
+    },
+    "secure sum with the clients' noise": {
+        **{"clients": 4, "directions_shared": True, "secure_sum": True, "dp_epsilon": 8.0},
+    },
+    "secure sum of private examples": {
+        **{"clients": 3, "directions_shared": True, "secure_sum": True, "dp_epsilon": 8.0, "dp_unit": "example"},
+    },
     "half of eight": {"clients": 8, "participation": 0.5, "weighting": "samples", "server_optimizer": "momentum"},
     "shared directions": {"clients": 8, "directions_shared": True, "directions": 2, "personalize": "random"},
     "bounded norms": {"personalize": "round-wise", "aggregation": "norm-clip", "rounds": 3},

@@ -201,7 +201,7 @@ INTRUSIONS = {
     "garbage": (lambda self, request, answer: b"\x93\x01garbage", "is malformed"),
     "nothing": (lambda self, request, answer: b"", "is malformed"),
     "a long message": (lambda self, request, answer: b"\xdd\xff\xff\xff\xff" * 1000, "is malformed"),
-    "another version": (lambda self, request, answer: b"\x93\x02" + answer[2:], "format version 2"),
+    "another version": (lambda self, request, answer: b"\x93\x01" + answer[2:], "format version 1"),
     "the first answer again": (lambda self, request, answer: self.before[0], "answers another request"),
     "the first update again": (lambda self, request, answer: other_ticket(self.before[0], request), None),
     "that it is ahead": (

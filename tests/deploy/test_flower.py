@@ -38,11 +38,18 @@ def run_of(place, tmp_path):
     made[0].stop()
 
 
-@pytest.mark.parametrize("clients", [4, pytest.param(8, marks=SLOW)])
-def test_a_run_over_flower_is_the_simulation_bit_for_bit(clients, run_of, tmp_path, monkeypatch):
-    """Half of the clients, a mean along shared directions, and noise from the seed."""
-    changed = {"clients": clients, "participation": 0.5, "rounds": 2, "directions_shared": True, "dp_epsilon": 8.0}
-    run = run_of("--seeded-noise", **changed)
+HALF = {"participation": 0.5, "dp_epsilon": 8.0}
+RUNS = {
+    "half of four, private": {"clients": 4} | HALF,
+    "half of eight, private": {"clients": 8} | HALF,
+    "secure sum of four": {"clients": 4, "secure_sum": True},
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW if "eight" in name else ()) for name in RUNS])
+def test_a_run_over_flower_is_the_simulation_bit_for_bit(name, run_of, tmp_path, monkeypatch):
+    """A mean along shared directions, by the server or by the clients, and noise from the seed."""
+    run = run_of("--seeded-noise", rounds=2, directions_shared=True, **RUNS[name])
     run.start()
     code, said = run.end()
     assert code == 0, said

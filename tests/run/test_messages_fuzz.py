@@ -10,7 +10,8 @@ import pytest
 from flax import serialization
 
 from fedmezo_jax.errors import UserError
-from fedmezo_jax.run import ledger, messages
+from fedmezo_jax.privacy.secure_sum import Advert, Unmasking
+from fedmezo_jax.run import ledger, messages, secure_sum_messages
 
 DRAW = np.random.RandomState(7)
 MUTATIONS = 1500
@@ -22,6 +23,7 @@ def numbers(*shape):
 
 LORA = {"q_proj": {"A": numbers(2, 3, 2), "B": numbers(2, 2, 3)}, "v_proj": {"A": numbers(2, 3, 2), "B": numbers(1)}}
 UPDATE = messages.Update(3, 1, 10, numbers(4, 2), numbers(4))
+ADVERT, UNMASKING = Advert(bytes(32), b"k" * 32, bytes(64)), Unmasking({0: 5, 7: 2**256}, {300: 9})
 OUTCOME = messages.Outcome(9, np.array([0, 2, 5]), numbers(3), numbers(3), numbers(3, 4), 0.25)
 ENTRY = ledger.Entry(
     2,
@@ -48,6 +50,24 @@ MESSAGES = {
     ),
     "ledger entry": (ledger.pack_entry(ENTRY), ledger.unpack_entry),
 }
+SUM_MESSAGES = {
+    "keys of a sum": (secure_sum_messages.pack_advert(ADVERT), secure_sum_messages.unpack_advert),
+    "everyone's keys": (secure_sum_messages.pack_adverts({0: ADVERT, 300: ADVERT}), secure_sum_messages.unpack_adverts),
+    "boxes of a sum": (secure_sum_messages.pack_boxes({0: bytes(94), 7: bytes(94)}), secure_sum_messages.unpack_boxes),
+    "masked vector": (secure_sum_messages.pack_masked(np.arange(5)), lambda m: secure_sum_messages.unpack_masked(m, 5)),
+    "senders of unreadable boxes": (
+        secure_sum_messages.pack_ids([0, 7, 300]),
+        lambda message: secure_sum_messages.unpack_masked(message, 5),
+    ),
+    "list of clients": (secure_sum_messages.pack_ids([0, 7, 300]), secure_sum_messages.unpack_ids),
+    "signature of a list": (secure_sum_messages.pack_signature(bytes(64)), secure_sum_messages.unpack_signature),
+    "signatures of a list": (
+        secure_sum_messages.pack_signatures({0: bytes(64), 7: bytes(64)}),
+        secure_sum_messages.unpack_signatures,
+    ),
+    "shares of a sum": (secure_sum_messages.pack_unmasking(UNMASKING), secure_sum_messages.unpack_unmasking),
+}
+"""Which travel in envelopes that have a format version."""
 # The first bytes of msgpack's arrays, maps, extensions, strings and large numbers, with lengths beyond any message.
 HEADS = [bytes([code]) + b"\xff" * 4 for code in (0xC6, 0xC9, 0xCE, 0xDB, 0xDD, 0xDF)]
 CODES = [bytes([code]) for code in (0x80, 0x90, 0xA1, 0xC0, 0xC1, 0xC3, 0xCB, 0xD3, 0xD4, 0xD6, 0xFF)]
@@ -72,9 +92,9 @@ def mutated(message, draw):
     return message
 
 
-@pytest.mark.parametrize("name", MESSAGES)
+@pytest.mark.parametrize("name", MESSAGES | SUM_MESSAGES)
 def test_a_damaged_message_is_read_or_refused_and_nothing_else(name):
-    message, unpack = MESSAGES[name]
+    message, unpack = (MESSAGES | SUM_MESSAGES)[name]
     unpack(message)
     draw, refusals = random.Random(name), []
     for _ in range(MUTATIONS):
@@ -86,11 +106,11 @@ def test_a_damaged_message_is_read_or_refused_and_nothing_else(name):
     assert not any("\n" in refusal for refusal in refusals)
 
 
-@pytest.mark.parametrize("name", MESSAGES)
+@pytest.mark.parametrize("name", MESSAGES | SUM_MESSAGES)
 @pytest.mark.parametrize("head", [0x92, 0xDD, 0xDF, 0xC6, 0xC9])
 def test_a_message_that_promises_much_is_refused_without_room_made_for_it(name, head):
     """A megabyte of nested containers, each with as many entries as the message has bytes."""
-    _, unpack = MESSAGES[name]
+    _, unpack = (MESSAGES | SUM_MESSAGES)[name]
     size = 1 << 20
     inside = bytes([head]) + (b"" if head < 0xA0 else (size // 2).to_bytes(4, "big"))
     hostile = (inside * 900).ljust(size, b"\0")
@@ -157,3 +177,22 @@ def test_messages_of_another_format_version_are_refused_by_it():
                 other = content[1:] if version == 1 else [version, *content[1:]]
             with pytest.raises(UserError, match=f"is of format version {version}, and this release reads version 2"):
                 unpack(msgpack.packb(other, use_single_float=True))
+
+
+def test_messages_of_a_sum_that_do_not_go_together_are_refused():
+    """Read as they were packed, and not with a client twice, another size or a share outside the field."""
+    sums = secure_sum_messages
+    assert sums.unpack_unmasking(sums.pack_unmasking(UNMASKING)) == UNMASKING
+    assert sums.unpack_adverts(sums.pack_adverts({0: ADVERT, 300: ADVERT})) == {0: ADVERT, 300: ADVERT}
+    np.testing.assert_array_equal(sums.unpack_masked(sums.pack_masked(np.arange(5)), 5), np.arange(5))
+    assert sums.unpack_masked(sums.pack_ids([3, 1]), 5) == [3, 1]
+    twice = b"\x82" + 2 * (b"\x07" + msgpack.packb(bytes(64)))
+    for message, unpack in (
+        (twice, sums.unpack_signatures),
+        (sums.pack_boxes({0: bytes(93)}), sums.unpack_boxes),
+        (sums.pack_unmasking(Unmasking({0: 2**256 + 297}, {})), sums.unpack_unmasking),
+        (sums.pack_masked(np.arange(4)), lambda message: sums.unpack_masked(message, 5)),
+        (sums.pack_advert(ADVERT._replace(signature=bytes(63))), sums.unpack_advert),
+    ):
+        with pytest.raises(UserError, match="is malformed"):
+            unpack(message)

@@ -8,8 +8,8 @@ import small_run
 from secure_round import SecureRound
 
 from fedmezo_jax.errors import UserError
-from fedmezo_jax.privacy import fixed_point, secure_sum_messages
-from fedmezo_jax.run import ledger, ledger_checks, messages
+from fedmezo_jax.privacy import fixed_point
+from fedmezo_jax.run import ledger, ledger_checks, messages, secure_sum_messages
 from fedmezo_jax.run.client_failures import TOO_FEW
 from fedmezo_jax.run.config import RunConfig
 from fedmezo_jax.run.job import fine_tune
@@ -61,7 +61,7 @@ def test_the_bytes_are_those_of_the_protocol_s_messages(run):
         parties.adverts[2], parties.sent[2], parties.masked[2], parties.signatures[2], unmasking
     )
     heard = secure_sum_messages.heard(parties.adverts, parties.boxes(2), parties.arrived, parties.signatures)
-    up, down = sum(map(len, sent)), len(heard)
+    up, down = sum(map(len, sent)), sum(map(len, heard))
     record = result.metrics[0]
     assert record["client_uplink_bytes"] == [up] * 5
     assert all(down < size < down + 150 for size in record["client_downlink_bytes"])  # with the start and the mean

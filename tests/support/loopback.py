@@ -11,7 +11,7 @@ from fedmezo_jax.deploy.transport import Reply
 from fedmezo_jax.run import client_failures, signatures
 from fedmezo_jax.run.job import fine_tune
 
-PATIENCE = Patience(enrolment=100.0, round=10.0)
+PATIENCE = Patience(enrolment=100.0, round=10.0, sum_step=10.0)
 
 
 class Loopback:
@@ -53,14 +53,18 @@ class Loopback:
         return self._now
 
 
-def private_key(config, client):
-    return signatures.simulated_keys(config).clients[client] if config.signed else None
+def keys_of(config):
+    """Everyone's, where the run takes any."""
+    return signatures.simulated_keys(config) if config.signed or config.secure_sum else None
 
 
 def client_of(config, data, client, **options):
     """A client with its own file of those that were dealt out."""
     own = OwnExamples(config, [data / f"client-{client}.jsonl"])
-    return Client(client, own, private_key(config, client), **{"seeded_noise": True} | options)
+    keys, known = keys_of(config), ()
+    if keys and config.secure_sum:
+        known = signatures.clients_of(signatures.identities(keys))
+    return Client(client, own, keys and keys.clients[client], known, **{"seeded_noise": True} | options)
 
 
 def quiet(line):
@@ -72,7 +76,8 @@ def deployed(config, data, out, transport=None, **options):
     if transport is None:
         transport = Loopback([client_of(config, data, client) for client in range(config.clients)])
     files = [file for name in ("test", "validation") if (file := data / f"{name}.jsonl").exists()]
-    keys = signatures.server_keys(signatures.simulated_keys(config)) if config.signed else None
+    keys = keys_of(config)
+    keys = keys and signatures.server_keys(keys)
     settings = {"exact": True, "seeded_noise": True, "patience": PATIENCE, "notify": quiet, "keys": keys}
     return serve(config, out, transport, files, **settings | options), transport
 
