@@ -102,7 +102,8 @@ def plan_of(config: RunConfig, task: LlamaTask, exact: bool) -> Plan:
             differ on models smaller than ``tiny``.
     """
     width = block_width(config.participants, task.block_size) if exact else 1
-    return Plan(task.widths, max(task.least_width, width))
+    shape = Width(task.train[0].shape[1], task.train.labels.shape[-1])
+    return Plan(shape, task.widths, max(task.least_width, width))
 
 
 def step_widths(config: RunConfig, task: LlamaTask, ids: np.ndarray, picks: np.ndarray) -> dict[int, bytes]:

@@ -269,8 +269,12 @@ class Client:
         index = np.frombuffer(step_widths, np.uint8)
         if len(index) != batches.label_positions.shape[1] or index.max() >= len(self._plan.widths):
             raise UserError("the server's message has step widths that the plan does not have")
-        tokens = np.array([width.tokens for width in self._plan.widths], np.int32)[index]
-        positions = np.broadcast_to(tokens[None, :, None, None] - 2, batches.label_positions.shape)
+        tokens = np.array([width.tokens for width in self._plan.widths], np.int32)[index, None]
+        count = batches.label_positions.shape[2]
+        if self._task.packed:
+            tokens = np.minimum(tokens, count * self._plan.shape.tokens)
+            tokens = tokens // count + (np.arange(count) < tokens % count)
+        positions = np.broadcast_to(tokens[None, ..., None].astype(np.int32) - 2, batches.label_positions.shape)
         companion = batches._replace(label_positions=positions)
         return jax.tree.map(lambda one, other: np.concatenate([one, other]), batches, companion)
 

@@ -119,9 +119,8 @@ class OwnExamples:
 
 def client_task(own: OwnExamples, client: int, plan: Plan, notify: Callable[[str], None]) -> LlamaTask:
     """A client's task: its own examples, and neither test examples nor other clients'."""
-    shape = plan.widths[-1]
     (rows,) = own.tables
-    train = own.widened(rows, shape)
+    train = own.widened(rows, plan.shape)
     nothing = TokenBatch(*(leaf[:0] for leaf in train))
     all_of_them, none = np.arange(len(train.tokens)), np.arange(0)
     parts = [all_of_them if i == client else none for i in range(own.config.clients)]
