@@ -18,8 +18,11 @@ from jax.tree_util import Partial
 
 from fedmezo_jax.core.equal_partial import EqualPartial
 from fedmezo_jax.data.examples import HiddenBatch, Rows, TokenBatch
+from fedmezo_jax.data.packing import pack
+from fedmezo_jax.data.seeding import generator
 
 _MULTIPLE = 8
+_SAMPLED = 1 << 16  # examples, in steps by which the shapes of packed ones are chosen
 AnyRows = TypeVar("AnyRows", TokenBatch, HiddenBatch)
 
 
@@ -44,14 +47,16 @@ def lengths(rows: Rows) -> np.ndarray:
     return np.max(np.asarray(rows.label_positions), axis=-1).astype(np.int64) + 2
 
 
+def label_counts(rows: Rows) -> np.ndarray:
+    """Returns the labels of each example, int64 [N]."""
+    return np.asarray(rows.label_weights).astype(bool).sum(axis=-1)
+
+
 def widths(rows: TokenBatch, buckets: int) -> Widths:
     """Chooses at most ``buckets`` widths, multiples of eight, that leave the least padding over all examples.
 
-    Dynamic programming over the lengths: with c widths up to w the lowest cost is the minimum over v < w of the cost of
-    c - 1 widths up to v, plus w for each example longer than v and at most as long as w. Every width compiles a program
-    of its own, so a width that would save less than a twentieth of the tokens is not added. If all of them together
-    save less than a fifth, a single width is returned: batches of similar length have gradients of higher variance
-    (11 % above that of random batches on the bundled data, 3 % on CodeAlpaca).
+    If all of them together save less than a fifth of the tokens, a single width is returned: batches of similar length
+    have gradients of higher variance (11 % above that of random batches on the bundled data, 3 % on CodeAlpaca).
 
     Args:
         rows: all examples that will be trained on.
@@ -59,10 +64,55 @@ def widths(rows: TokenBatch, buckets: int) -> Widths:
     """
     widest, most_labels = np.asarray(rows.tokens).shape[-1], np.asarray(rows.labels).shape[-1]
     row_lengths = lengths(rows)
-    edges = np.append(0, np.minimum(_round_up(np.unique(row_lengths)), widest))
+    counts = label_counts(rows)
+    chosen = _thrifty(row_lengths, widest, buckets)
+    padded = np.array(chosen)[np.searchsorted(chosen, row_lengths)]
+    if padded.sum() > 0.8 * padded.size * widest:
+        chosen = [widest]
+    return tuple(
+        Width(width, int(_round_up(counts[row_lengths <= width].max())) if width < widest else most_labels)
+        for width in chosen
+    )
+
+
+def packed_widths(rows: TokenBatch, batch_size: int, clients: int, buckets: int) -> Widths:
+    """Chooses at most ``buckets`` shapes of packed steps, by the padding that they leave in a sample of steps.
+
+    Args:
+        rows: all examples that will be trained on.
+        batch_size: examples of a step, B.
+        clients: how many run a step together, at one shape.
+        buckets: most shapes, at least 1.
+
+    Returns:
+        The shapes; the last one holds any B examples.
+    """
+    of_examples = lengths(rows), label_counts(rows)
+    most_tokens, most_labels = (int(_round_up(batch_size * counts.max())) for counts in of_examples)
+    steps = max(1, _SAMPLED // (clients * batch_size))
+    picked = generator(0, "packed steps").integers(len(of_examples[0]), size=(steps, clients, batch_size))
+    needed, needed_labels = (counts[picked].sum(axis=-1).max(axis=-1) for counts in of_examples)
+    inner = [width for width in _thrifty(needed, most_tokens, buckets) if width < most_tokens]
+    shapes = [Width(width, int(_round_up(needed_labels[needed <= width].max()))) for width in inner]
+    return (*shapes, Width(most_tokens, most_labels))
+
+
+def _thrifty(needed: np.ndarray, widest: int, buckets: int) -> list[int]:
+    """At most ``buckets`` ascending multiples of eight that leave the least padding; the last one is ``widest``.
+
+    Dynamic programming: with c widths up to w the lowest cost is the minimum over v < w of the cost of c - 1 widths up
+    to v, plus w for each number that is longer than v and at most as long as w. A width that would save less than a
+    twentieth of the tokens is not added, since each compiles a program of its own.
+
+    Args:
+        needed: the tokens that are needed in each case, ``[n]``.
+        widest: the largest width, at least the largest of them.
+        buckets: most widths, at least 1.
+    """
+    edges = np.append(0, np.minimum(_round_up(np.unique(needed)), widest))
     edges[-1] = widest
     edges = np.unique(edges)
-    rows_up_to = np.append(0, np.cumsum(np.histogram(row_lengths, edges + 1)[0]))
+    rows_up_to = np.append(0, np.cumsum(np.histogram(needed, edges + 1)[0]))
     bucket_cost = (rows_up_to - rows_up_to[:, None]) * edges.astype(np.float64)
     bucket_cost[np.tril_indices(len(edges))] = np.inf  # a bucket spans from one edge to a larger one
     least_cost, previous_edges = bucket_cost[0], []
@@ -72,76 +122,106 @@ def widths(rows: TokenBatch, buckets: int) -> Widths:
             break
         previous_edges.append(np.argmin(total_cost, axis=0))
         least_cost = np.min(total_cost, axis=0)
-    if least_cost[-1] > 0.8 * bucket_cost[0, -1]:
-        previous_edges = []
     chosen, edge = [widest], len(edges) - 1
     for previous_edge in reversed(previous_edges):
         edge = previous_edge[edge]
         chosen.append(int(edges[edge]))
-    label_counts = np.asarray(rows.label_weights).astype(bool).sum(axis=-1)
-    return tuple(
-        Width(width, int(_round_up(label_counts[row_lengths <= width].max())) if width < widest else most_labels)
-        for width in reversed(chosen)
-    )
+    return chosen[::-1]
 
 
-def computed_tokens(length: np.ndarray, bucket_widths: Widths) -> tuple[int, int]:
+def step_width(rows: Rows, picks: np.ndarray, bucket_widths: Widths, packed: bool) -> np.ndarray:
+    """At which of the widths each client's steps could run if it were alone, int64 ``[P, H]``.
+
+    Args:
+        rows: the table of examples.
+        picks: ``[P, H, batch]`` the examples of each step.
+        bucket_widths: ascending.
+        packed: whether a step's examples share a row, so that a width is that of all of them.
+    """
+    tokens, labels = np.transpose(bucket_widths)
+    needed = lengths(rows)[picks]
+    if not packed:
+        return np.searchsorted(tokens, needed.max(axis=-1))
+    needed_labels = label_counts(rows)[picks].sum(axis=-1)
+    return np.maximum(np.searchsorted(tokens, needed.sum(axis=-1)), np.searchsorted(labels, needed_labels))
+
+
+def computed_tokens(rows: Rows, picks: np.ndarray, bucket_widths: Widths, packed: bool = False) -> tuple[int, int]:
     """Counts the tokens of one pass over a round's batches.
 
     Args:
-        length: [clients, H, batch] tokens of the examples that :func:`batches.round_picks` picked.
+        rows: the table of examples.
+        picks: ``[P, H, batch]`` the examples that :func:`batches.round_picks` picked.
         bucket_widths: the widths at which steps run, with all clients together (in blocks of clients a little less is
             computed).
+        packed: see :func:`step_width`.
 
     Returns:
         The tokens of the examples, and the tokens computed with padding.
     """
-    token_widths = np.array([width.tokens for width in bucket_widths])
-    step_widths = token_widths[np.searchsorted(token_widths, length.max(axis=(0, 2)))]
-    return int(length.sum()), int(step_widths.sum()) * length.shape[0] * length.shape[2]
+    steps = step_width(rows, picks, bucket_widths, packed).max(axis=0)
+    computed = int(np.array([width.tokens for width in bucket_widths])[steps].sum()) * picks.shape[0]
+    return int(lengths(rows)[picks].sum()), computed * (1 if packed else picks.shape[2])
 
 
-def bucketed_loss(loss: Callable[..., Any], bucket_widths: Widths) -> Callable[..., Any]:
+def bucketed_loss(loss: Callable[..., Any], bucket_widths: Widths, packed: bool = False) -> Callable[..., Any]:
     """The same loss, computed at the narrowest width that fits the examples of all clients at this step.
 
     Args:
         loss: ``loss(params, rows, *rest)``, a ``Partial`` where it holds frozen weights. Its value must not depend on
             padding.
-        bucket_widths: from :func:`widths` of all examples. A single width leaves the loss as it is.
+        bucket_widths: from :func:`widths` of all examples, or from :func:`packed_widths`. A single width leaves the
+            loss of rows that are not packed as it is.
+        packed: pack the rows of a step before the loss, see :func:`packing.pack`.
 
     Returns:
         A ``Partial`` of the same signature. Its gradient with respect to ``params`` is computed inside the branch, so
         only the branch that runs takes memory.
     """
-    if len(bucket_widths) == 1:
-        return loss
-    return Partial(EqualPartial(_switched, (bucket_widths,)), loss if isinstance(loss, Partial) else Partial(loss))
+    return _bucketed(_switched, loss, bucket_widths, packed)
 
 
-def bucketed_point_loss(loss: Callable[..., Any], bucket_widths: Widths) -> Callable[..., Any]:
+def bucketed_point_loss(loss: Callable[..., Any], bucket_widths: Widths, packed: bool = False) -> Callable[..., Any]:
     """:func:`bucketed_loss` of a :data:`mezo.PointLoss`, for forward-mode differentiation."""
-    if len(bucket_widths) == 1:
+    return _bucketed(_switched_point, loss, bucket_widths, packed)
+
+
+def _bucketed(
+    switched: Callable[..., Any], loss: Callable[..., Any], bucket_widths: Widths, packed: bool
+) -> Callable[..., Any]:
+    if len(bucket_widths) == 1 and not packed:
         return loss
-    return Partial(
-        EqualPartial(_switched_point, (bucket_widths,)), loss if isinstance(loss, Partial) else Partial(loss)
-    )
+    bound = EqualPartial(switched, (_Steps(bucket_widths, packed),))
+    return Partial(bound, loss if isinstance(loss, Partial) else Partial(loss))
 
 
-def _switched_point(bucket_widths: Widths, loss, params, rows: TokenBatch, *rest):
-    return _switch(bucket_widths, rows, lambda narrow: loss(params, narrow, *rest))
+class _Steps(NamedTuple):
+    """What decides at which width a step runs.
+
+    Attributes:
+        widths: ascending.
+        packed: whether a step's rows are packed.
+    """
+
+    widths: Widths
+    packed: bool
+
+
+def _switched_point(steps: _Steps, loss, params, rows: Rows, *rest):
+    return _switch(steps, rows, lambda fitted: loss(params, fitted, *rest))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _switched(bucket_widths: Widths, loss, params, rows: TokenBatch, *rest):
-    return _switch(bucket_widths, rows, lambda narrow: loss(params, narrow, *rest))
+def _switched(steps: _Steps, loss, params, rows: Rows, *rest):
+    return _switch(steps, rows, lambda fitted: loss(params, fitted, *rest))
 
 
-def _with_gradient(bucket_widths, loss, params, rows, *rest):
-    value, gradient = _switch(bucket_widths, rows, lambda narrow: jax.value_and_grad(loss)(params, narrow, *rest))
+def _with_gradient(steps, loss, params, rows, *rest):
+    value, gradient = _switch(steps, rows, lambda fitted: jax.value_and_grad(loss)(params, fitted, *rest))
     return value, (gradient, len(rest))
 
 
-def _backward(bucket_widths, residuals, cotangent):
+def _backward(steps, residuals, cotangent):
     gradient, rest = residuals
     return (None, jax.tree.map(lambda leaf: cotangent * leaf, gradient), None, *[None] * rest)
 
@@ -149,10 +229,13 @@ def _backward(bucket_widths, residuals, cotangent):
 _switched.defvjp(_with_gradient, _backward)
 
 
-def _switch(bucket_widths: Widths, rows: TokenBatch, work: Callable[[TokenBatch], Any]):
-    needed = _largest_of_all(jnp.max(rows.label_positions)) + 2
-    index = sum((needed > width.tokens).astype(jnp.int32) for width in bucket_widths[:-1])
-    return jax.lax.switch(index, [partial(lambda width: work(narrow(rows, width)), width) for width in bucket_widths])
+def _switch(steps: _Steps, rows: Rows, work: Callable[[Any], Any]):
+    tokens = jnp.max(rows.label_positions, axis=-1) + 2
+    needed, labels = (jnp.sum(tokens), jnp.sum(rows.label_weights > 0)) if steps.packed else (jnp.max(tokens), 0)
+    exceeded = [(needed > width.tokens) | (labels > width.labels) for width in steps.widths[:-1]]
+    index = _largest_of_all(sum((jnp.int32(each) for each in exceeded), jnp.int32(0)))
+    fit: Callable[..., Any] = pack if steps.packed else narrow
+    return jax.lax.switch(index, [partial(lambda width: work(fit(rows, width)), width) for width in steps.widths])
 
 
 def narrow(rows: AnyRows, width: Width) -> AnyRows:

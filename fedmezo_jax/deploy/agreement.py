@@ -11,7 +11,7 @@ import numpy as np
 
 from fedmezo_jax import __version__
 from fedmezo_jax.core.blocks import block_width
-from fedmezo_jax.data.buckets import Width, widths
+from fedmezo_jax.data.buckets import Width, step_width
 from fedmezo_jax.data.examples import TokenBatch
 from fedmezo_jax.deploy.envelopes import Enrolment, Facts, Plan
 from fedmezo_jax.errors import UserError
@@ -102,12 +102,8 @@ def plan_of(config: RunConfig, task: LlamaTask, exact: bool) -> Plan:
             differ on models smaller than ``tiny``.
     """
     width = block_width(config.participants, task.block_size) if exact else 1
-    return Plan(task.widths, max(task.least_width, width))
-
-
-def table_widths(config: RunConfig, rows: TokenBatch) -> tuple[Width, ...]:
-    """At which widths the steps of a run with these examples go, see :func:`buckets.widths`."""
-    return widths(rows, config.length_buckets)
+    shape = Width(task.train[0].shape[1], task.train.labels.shape[-1])
+    return Plan(shape, task.widths, max(task.least_width, width))
 
 
 def step_widths(config: RunConfig, task: LlamaTask, ids: np.ndarray, picks: np.ndarray) -> dict[int, bytes]:
@@ -123,9 +119,8 @@ def step_widths(config: RunConfig, task: LlamaTask, ids: np.ndarray, picks: np.n
     """
     if len(task.widths) == 1:
         return dict.fromkeys(map(int, ids), b"")
-    longest = (np.max(task.train.label_positions[picks], axis=-1) + 2).max(axis=-1)  # [P, H]
+    alone = step_width(task.train, picks, task.widths, task.packed)
     size = max(task.least_width, block_width(len(ids), task.block_size))
-    filled = np.concatenate([longest, np.repeat(longest[:1], -len(ids) % size, axis=0)])
-    blocks = filled.reshape(-1, size, config.local_steps).max(axis=1)
-    index = np.searchsorted([width.tokens for width in task.widths], blocks).astype(np.uint8)
+    filled = np.concatenate([alone, np.repeat(alone[:1], -len(ids) % size, axis=0)])
+    index = filled.reshape(-1, size, config.local_steps).max(axis=1).astype(np.uint8)
     return {int(id): index[i // size].tobytes() for i, id in enumerate(ids)}

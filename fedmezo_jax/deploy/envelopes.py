@@ -40,10 +40,12 @@ class Plan(NamedTuple):
     """What clients do alike that follows from the examples of all of them.
 
     Attributes:
-        widths: at which steps run; the last one is that of the table of examples.
+        shape: of the table of examples.
+        widths: at which steps run.
         at_once: how many copies of itself a client runs side by side, see :func:`federated.federated`.
     """
 
+    shape: Width
     widths: Widths
     at_once: int
 
@@ -336,10 +338,10 @@ def _plan(reader: Reader) -> Plan | None:
     if not reader.at_array():
         return reader.value(type(None))
     reader.array(len(Plan._fields))
-    widths = tuple(_width(reader) for _ in range(reader.array()))
+    shape, widths = _width(reader), tuple(_width(reader) for _ in range(reader.array()))
     if not widths:
         raise reader.error("its plan has no widths")
-    return Plan(widths, reader.integer())
+    return Plan(shape, widths, reader.integer())
 
 
 def _progressed(reader: Reader) -> Progressed:

@@ -15,7 +15,7 @@ import numpy as np
 from fedmezo_jax.data.buckets import Width, lengths
 from fedmezo_jax.data.examples import Chat, Example, TokenBatch
 from fedmezo_jax.data.table import data_named, deal, tabulate
-from fedmezo_jax.deploy.agreement import blank_examples, table_widths
+from fedmezo_jax.deploy.agreement import blank_examples
 from fedmezo_jax.deploy.envelopes import Enrolment, Plan
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.registry import cache_folder
@@ -30,6 +30,7 @@ from fedmezo_jax.run.prepare import (
     open_model,
     resolve_defaults,
     spare,
+    step_widths,
     table_of,
     task_of,
 )
@@ -61,11 +62,6 @@ def read_rows(config: RunConfig, model: OpenModel, file: Path) -> TokenBatch:
 def shape_of(*tables: TokenBatch) -> Width:
     """The shape that holds the rows of all tables."""
     return Width(max(rows.tokens.shape[-1] for rows in tables), max(rows.labels.shape[-1] for rows in tables))
-
-
-def label_counts(rows: TokenBatch) -> np.ndarray:
-    """``[n]`` int64, labels of each row."""
-    return np.asarray(rows.label_weights).astype(bool).sum(axis=-1).astype(np.int64)
 
 
 def widened(rows: TokenBatch, shape: Width, padding: int) -> TokenBatch:
@@ -123,9 +119,8 @@ class OwnExamples:
 
 def client_task(own: OwnExamples, client: int, plan: Plan, notify: Callable[[str], None]) -> LlamaTask:
     """A client's task: its own examples, and neither test examples nor other clients'."""
-    shape = plan.widths[-1]
     (rows,) = own.tables
-    train = own.widened(rows, shape)
+    train = own.widened(rows, plan.shape)
     nothing = TokenBatch(*(leaf[:0] for leaf in train))
     all_of_them, none = np.arange(len(train.tokens)), np.arange(0)
     parts = [all_of_them if i == client else none for i in range(own.config.clients)]
@@ -139,8 +134,7 @@ def server_task(own: OwnExamples, enrolments: list[Enrolment], notify: Callable[
     test, *rest = (own.widened(rows, shape) for rows in own.tables)
     validation = rest[0] if rest else TokenBatch(*(leaf[:0] for leaf in test))
     train, parts = blank_examples(enrolments, shape)
-    widths = table_widths(own.config, train)
-    examples = Examples(train, validation, test, parts, widths)
+    examples = Examples(train, validation, test, parts, step_widths(own.config, train))
     return own.task(examples, own.config.participants, np.arange(0), notify)
 
 

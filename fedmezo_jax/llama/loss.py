@@ -15,6 +15,7 @@ from jax.tree_util import Partial
 from fedmezo_jax.core import mezo
 from fedmezo_jax.core.equal_partial import EqualPartial
 from fedmezo_jax.data.examples import HiddenBatch, Rows
+from fedmezo_jax.data.packing import PackedBatch
 from fedmezo_jax.llama.model import Base, Llama, Lora
 from fedmezo_jax.llama.precision import PAIR
 
@@ -44,7 +45,7 @@ def loss_sums(
     model: Llama,
     base: Base,
     lora: Lora,
-    rows: Rows,
+    rows: Rows | PackedBatch,
     perturbation: mezo.Perturbation | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Summed negative log-likelihood of the labels in nats, and the number of labels, float32 scalars.
@@ -53,8 +54,8 @@ def loss_sums(
         model: the decoder.
         base: its frozen weights.
         lora: θ.
-        rows: B examples, leaves ``[B, S]`` and ``[B, M]``; with hidden states for tokens, ``[B, S, D]``, the layers
-            below the first trained one are not run.
+        rows: B examples, leaves ``[B, S]`` and ``[B, M]``, or packed ones; with hidden states for tokens,
+            ``[B, S, D]``, the layers below the first trained one are not run.
         perturbation: if given, the loss is taken at θ + scale·z.
     """
     losses = _at_labels("label_losses", model, base, lora, rows, perturbation)
@@ -70,9 +71,14 @@ def label_scores(model: Llama, base: Base, lora: Lora, rows: Rows) -> tuple[jax.
     return losses.reshape(rows.labels.shape), is_best.reshape(rows.labels.shape)
 
 
-def _at_labels(method: str, model: Llama, base: Base, lora: Lora, rows: Rows, perturbation=None) -> Any:
+def _at_labels(method: str, model: Llama, base: Base, lora: Lora, rows: Rows | PackedBatch, perturbation=None) -> Any:
     """A method of the model's head, at the hidden states and labels of all examples: [B·M, D] and [B·M]."""
     variables = {"params": base}
+    if isinstance(rows, PackedBatch):
+        entry = "suffix" if jnp.issubdtype(rows.inputs.dtype, jnp.floating) else "hidden"
+        inputs = rows.inputs.astype(jnp.float32) if entry == "suffix" else rows.inputs
+        hidden = model.apply(variables, inputs, lora, perturbation, rows.layout, method=entry)
+        return model.apply(variables, cast(jax.Array, hidden)[0, rows.label_positions], rows.labels, method=method)
     if isinstance(rows, HiddenBatch):
         below = rows.hidden.astype(jnp.float32)
         hidden = cast(jax.Array, model.apply(variables, below, lora, perturbation, method="suffix"))
@@ -83,12 +89,12 @@ def _at_labels(method: str, model: Llama, base: Base, lora: Lora, rows: Rows, pe
     return model.apply(variables, flat, rows.labels.reshape(-1), method=method)
 
 
-def _mean_loss(model: Llama, base: Base, lora: Lora, rows: Rows, perturbation=None) -> jax.Array:
+def _mean_loss(model: Llama, base: Base, lora: Lora, rows: Rows | PackedBatch, perturbation=None) -> jax.Array:
     total, count = loss_sums(model, base, lora, rows, perturbation)
     return total / jnp.maximum(count, 1)
 
 
-def _pair_loss(model: Llama, base: Base, lora: Lora, rows: Rows, perturbation: mezo.Perturbation):
+def _pair_loss(model: Llama, base: Base, lora: Lora, rows: Rows | PackedBatch, perturbation: mezo.Perturbation):
     def at(sign):
         return _mean_loss(model, base, lora, rows, replace(perturbation, scale=sign * perturbation.scale))
 

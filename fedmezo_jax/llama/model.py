@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from fedmezo_jax.core.mezo import Perturbation, shift_row
+from fedmezo_jax.data.packing import Layout
 from fedmezo_jax.llama.attention import causal_attention, layer_rope, layer_window, rotary_table, rotate
 from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.precision import Precision, frozen_product, keep_in_loop, product, unfused
@@ -96,15 +97,28 @@ class SelfAttention(Projections):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, lora: Lora, rope: tuple[jax.Array, jax.Array], window: jax.Array | int | None = None
+        self,
+        x: jax.Array,
+        lora: Lora,
+        rope: tuple[jax.Array, jax.Array],
+        window: jax.Array | int | None = None,
+        layout: Layout | None = None,
     ) -> jax.Array:
-        """Attends over ``[B, S, D]``. Padding belongs on the right, where causality alone keeps it unseen."""
+        """Attends over ``[B, S, D]``. Padding belongs on the right, where causality alone keeps it unseen.
+
+        With a layout, over the ``[B, S]`` examples that are packed in ``[1, T, D]``.
+        """
         c = self.config
-        query = rotate(self.heads("q_proj", c.num_attention_heads, x, lora), rope)
-        key = rotate(self.heads("k_proj", c.num_key_value_heads, x, lora), rope)
-        value = self.heads("v_proj", c.num_key_value_heads, x, lora)
-        mixed = causal_attention(query, key, value, window).reshape(*x.shape[:2], -1)
-        return self.project("o_proj", c.hidden_size, mixed, lora)
+
+        def heads(name, count):
+            projected = self.heads(name, count, x, lora)
+            return projected if layout is None else layout.spread(projected)
+
+        query = rotate(heads("q_proj", c.num_attention_heads), rope)
+        key = rotate(heads("k_proj", c.num_key_value_heads), rope)
+        mixed = causal_attention(query, key, heads("v_proj", c.num_key_value_heads), window)
+        mixed = mixed if layout is None else layout.gather(mixed)
+        return self.project("o_proj", c.hidden_size, mixed.reshape(*x.shape[:2], -1), lora)
 
 
 class Mlp(nn.Module):
@@ -146,9 +160,11 @@ class Block(nn.Module):
         rope: tuple[jax.Array, jax.Array],
         perturbation: Perturbation | None,
         window: jax.Array | int | None = None,
+        layout: Layout | None = None,
     ) -> tuple[jax.Array, None]:
         """Maps ``[B, S, D]`` to itself; ``lora`` is this layer's share (no L axis), moved here if a perturbation is
-        given. ``layer`` is the share's index in the whole LoRA tree; ``rope`` and ``window`` are this layer's.
+        given. ``layer`` is the share's index in the whole LoRA tree; ``rope`` and ``window`` are this layer's, and
+        ``layout`` is that of packed examples.
 
         Drawing the layer's z inside the scan is what keeps a step in the memory of a forward pass.
         """
@@ -157,7 +173,7 @@ class Block(nn.Module):
         c = self.config
         attention = SelfAttention(c, self.lora_scale, self.precision, self.least_rows, name="self_attn")
         mlp = Mlp(c, self.lora_scale, self.precision, self.least_rows, name="mlp")
-        x = x + attention(RMSNorm(c.rms_norm_eps, name="input_layernorm")(x), lora, rope, window)
+        x = x + attention(RMSNorm(c.rms_norm_eps, name="input_layernorm")(x), lora, rope, window, layout)
         x = x + mlp(RMSNorm(c.rms_norm_eps, name="post_attention_layernorm")(x), lora)
         return x, None
 
@@ -203,19 +219,21 @@ class Llama(nn.Module):
         """``trained``, with all layers for None."""
         return tuple(range(self.config.num_hidden_layers)) if self.trained is None else self.trained
 
-    def hidden(self, tokens: jax.Array, lora: Lora, perturbation: Perturbation | None = None) -> jax.Array:
+    def hidden(
+        self, tokens: jax.Array, lora: Lora, perturbation: Perturbation | None = None, layout: Layout | None = None
+    ) -> jax.Array:
         """Residual stream after the last layer, ``[B, S, D]`` float32, for ``[B, S]`` int32 tokens.
 
-        With a perturbation, at LoRA parameters ``lora + scale·z``.
+        With a perturbation, at LoRA parameters ``lora + scale·z``. With a layout, of examples packed in ``[1, T]``.
         """
         if self.is_initializing():
             x, rope = self.embed_tokens(tokens).astype(jnp.float32), rotary_table(self.config, tokens.shape[1])
             return self.layers(x, lora, jnp.arange(self.config.num_hidden_layers), rope, perturbation)[0]
-        return self.suffix(self.prefix(tokens), lora, perturbation)
+        return self.suffix(self.prefix(tokens, layout), lora, perturbation, layout)
 
-    def prefix(self, tokens: jax.Array) -> jax.Array:
+    def prefix(self, tokens: jax.Array, layout: Layout | None = None) -> jax.Array:
         """Residual stream below the first trained layer, ``[B, S, D]`` float32: the same whatever the LoRA is."""
-        return self._run(self.embed_tokens(tokens).astype(jnp.float32), 0, self.trained_layers[0])
+        return self._run(self.embed_tokens(tokens).astype(jnp.float32), 0, self.trained_layers[0], layout=layout)
 
     def frozen(self, x: jax.Array, start: jax.Array, count: jax.Array) -> jax.Array:
         """Residual stream after the layers ``start`` to ``start + count − 1``, from that before them.
@@ -234,7 +252,9 @@ class Llama(nn.Module):
 
         return jax.lax.fori_loop(0, count, run_layer, x)
 
-    def suffix(self, x: jax.Array, lora: Lora, perturbation: Perturbation | None = None) -> jax.Array:
+    def suffix(
+        self, x: jax.Array, lora: Lora, perturbation: Perturbation | None = None, layout: Layout | None = None
+    ) -> jax.Array:
         """Residual stream after the last layer, from that of :meth:`prefix`.
 
         Of the base's layers only those from the first trained one on are used, and the others may be missing from it.
@@ -247,9 +267,9 @@ class Llama(nn.Module):
             if adapted:
                 row = trained.index(start)
                 share = jax.tree.map(itemgetter(slice(row, row + end - start)), lora)
-                x = self._run(x, start, end, share, row, perturbation)
+                x = self._run(x, start, end, share, row, perturbation, layout)
             else:
-                x = self._run(x, start, end)
+                x = self._run(x, start, end, layout=layout)
             start = end
         return x
 
@@ -261,11 +281,13 @@ class Llama(nn.Module):
         lora: Lora | None = None,
         row: int = 0,
         perturbation: Perturbation | None = None,
+        layout: Layout | None = None,
     ) -> jax.Array:
         """Layers ``start`` to ``stop − 1``; ``lora`` is theirs, from entry ``row`` of the whole LoRA tree on."""
         if start == stop:
             return x
-        rope = rotary_table(self.config, x.shape[1])
+        length = x.shape[1] if layout is None else layout.place.shape[1]
+        rope = rotary_table(self.config, length)
         # The scan of setup, but slicing the weights itself: see keep_in_loop.
         stacked = self.variables["params"]["layers"]
         missing = self.config.num_hidden_layers - jax.tree.leaves(stacked)[0].shape[0]
@@ -274,8 +296,9 @@ class Llama(nn.Module):
         def run_layer(x, layer_and_lora):
             layer, lora = layer_and_lora
             weights = jax.tree.map(lambda leaf: checkpoint_name(leaf, "weights"), _sliced(stacked, layer - missing))
-            own_rope, window = layer_rope(self.config, rope, layer), layer_window(self.config, layer, x.shape[1])
-            return block.apply({"params": weights}, x, lora, layer - start + row, own_rope, perturbation, window)
+            own_rope, window = layer_rope(self.config, rope, layer), layer_window(self.config, layer, length)
+            at = layer - start + row
+            return block.apply({"params": weights}, x, lora, at, own_rope, perturbation, window, layout)
 
         policy = None if self.checkpointed else jax.checkpoint_policies.save_anything_except_these_names("weights")
         run_layer = jax.checkpoint(run_layer, prevent_cse=False, policy=policy)

@@ -17,7 +17,7 @@ from fedmezo_jax.core import mezo
 from fedmezo_jax.core.blocks import block_width
 from fedmezo_jax.core.task import Task
 from fedmezo_jax.data.batches import TOKENS_AT_ONCE
-from fedmezo_jax.data.buckets import Widths, bucketed_loss, bucketed_point_loss, computed_tokens, lengths
+from fedmezo_jax.data.buckets import Widths, bucketed_loss, bucketed_point_loss, computed_tokens
 from fedmezo_jax.data.examples import HiddenBatch, Rows, TokenBatch
 from fedmezo_jax.llama.checkpoints.adapter import save_adapter
 from fedmezo_jax.llama.checkpoints.stored_base import StoredBase
@@ -53,6 +53,7 @@ class LlamaTask(Task):
         parts: for each client the indices of its rows in ``train``.
         widths: at which steps run.
         batch_size: rows of a step.
+        packed: whether a step's rows are packed into one.
         group_size: clients of a round that one group of devices works on.
         place: puts the test rows on the devices.
     """
@@ -70,6 +71,7 @@ class LlamaTask(Task):
     parts: list[np.ndarray]
     widths: Widths
     batch_size: int
+    packed: bool
     group_size: int
     place: Callable[[Any], Any] = jax.device_put
 
@@ -117,7 +119,7 @@ class LlamaTask(Task):
     @property
     def least_width(self) -> int:
         """See :func:`least_clients`."""
-        return least_clients(self.model.precision, self.batch_size)
+        return least_clients(self.model.precision, 1 if self.packed else self.batch_size)
 
     @property
     def block_size(self) -> int:
@@ -127,8 +129,8 @@ class LlamaTask(Task):
 
     @property
     def by_length(self) -> bool:
-        """Where steps run at several widths."""
-        return len(self.widths) > 1
+        """Where steps run at several widths of rows."""
+        return len(self.widths) > 1 and not self.packed
 
     @property
     def _filled(self) -> Llama:
@@ -138,17 +140,17 @@ class LlamaTask(Task):
     @property
     def loss(self) -> mezo.LossFn:
         """See :func:`loss.loss_of`."""
-        return bucketed_loss(loss_of(unpaired(self._filled), self.base), self.widths)
+        return bucketed_loss(loss_of(unpaired(self._filled), self.base), self.widths, self.packed)
 
     @property
     def pair_loss(self) -> mezo.PairLoss:
         """See :func:`loss.pair_loss_of`."""
-        return bucketed_loss(pair_loss_of(self._filled, self.base), self.widths)
+        return bucketed_loss(pair_loss_of(self._filled, self.base), self.widths, self.packed)
 
     @property
     def point_loss(self) -> mezo.PointLoss:
         """See :func:`loss.point_loss_of`."""
-        return bucketed_point_loss(point_loss_of(unpaired(self._filled), self.base), self.widths)
+        return bucketed_point_loss(point_loss_of(unpaired(self._filled), self.base), self.widths, self.packed)
 
     def init_params(self, key: jax.Array) -> mezo.Params:
         """See :func:`lora.init_lora`."""
@@ -191,11 +193,7 @@ class LlamaTask(Task):
 
     def count_tokens(self, picks: np.ndarray) -> tuple[int, int]:
         """See :func:`computed_tokens`."""
-        return computed_tokens(self._lengths[picks], self.widths)
-
-    @cached_property
-    def _lengths(self) -> np.ndarray:
-        return lengths(self.train)
+        return computed_tokens(self.train, picks, self.widths, self.packed)
 
 
 def _batched(rows: Rows) -> Rows:

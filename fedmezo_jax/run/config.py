@@ -63,6 +63,8 @@ class RunConfig(
                 "--aggregation norm-clip bounds coefficients, which are not sent with --uplink lora or --algorithm "
                 "fedavg: give geometric-median"
             )
+        if self.pack and self.protects_examples:
+            raise UserError("--pack puts examples together, and --dp-unit example measures each alone: leave it out")
         liars = int(self.byzantine_share * self.participants)
         if self.aggregation in ("krum", "multi-krum") and self.participants < 2 * liars + 3:
             raise UserError(

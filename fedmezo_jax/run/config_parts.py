@@ -145,6 +145,9 @@ class LocalConfig(Options):
     length_buckets: int = 4
     """most row widths that steps run at, where that saves a fifth of the tokens or more, which would be padding; then
     rows of like length share a step. 1 pads all rows to the longest"""
+    pack: bool = False
+    """pack the rows of a local step into one row, so that little is computed on padding; a step then runs at one of
+    --length-buckets sizes of that row"""
     learning_rate: float | Literal["auto"] = "auto"
     """base learning rate η₀ of the clients; auto raises it for as long as the server's validation loss does not rise,
     and undoes a round after which it has"""

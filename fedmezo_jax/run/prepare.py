@@ -19,7 +19,8 @@ from jax.sharding import Mesh
 from fedmezo_jax.core import federated, mezo
 from fedmezo_jax.core.random import init_key
 from fedmezo_jax.core.task import Task
-from fedmezo_jax.data.buckets import Widths, lengths, widths
+from fedmezo_jax.data.batches import TOKENS_AT_ONCE
+from fedmezo_jax.data.buckets import Widths, lengths, packed_widths, widths
 from fedmezo_jax.data.examples import TokenBatch
 from fedmezo_jax.data.table import Table, data_named, deal, tabulate
 from fedmezo_jax.errors import UserError
@@ -66,7 +67,7 @@ def prepare(
     with data_named(config.data):
         parts, categories = deal(config.partition, [table.examples[i] for i in kept], lengths(train), *how)
 
-    examples = Examples(train, validation, test, parts, widths(train, config.length_buckets))
+    examples = Examples(train, validation, test, parts, step_widths(config, train))
     task = task_of(config, model, *model.load(), examples, mesh)
     task = from_hidden_states(config, task, model, lambda: used_examples(config, task, mesh), notify)
     lora = sharding.replicate(mesh, task.init_params(init_key(config.seed)))
@@ -151,6 +152,7 @@ def task_of(
         config.target_names,
         *examples,
         config.batch_size,
+        config.pack,
         -(-config.participants // (1 if mesh is None else mesh.shape[federated.CLIENTS])),
         jax.device_put if mesh is None else partial(sharding.replicate, mesh),
     )
@@ -170,6 +172,14 @@ def from_hidden_states(
     if not model.first:
         return task
     return task.from_hidden_states(model.stored, cache_folder() / "hidden", used(), config.hidden_states, notify)
+
+
+def step_widths(config: RunConfig, rows: TokenBatch) -> Widths:
+    """At which widths the steps of a run with these examples go."""
+    if not config.pack:
+        return widths(rows, config.length_buckets)
+    at_once = max(1, TOKENS_AT_ONCE // (config.batch_size * rows.tokens.shape[1]))
+    return packed_widths(rows, config.batch_size, min(config.participants, at_once), config.length_buckets)
 
 
 def resolve_defaults(config: RunConfig, notify: Callable[[str], None] = lambda notice: None) -> RunConfig:

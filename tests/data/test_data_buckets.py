@@ -16,7 +16,6 @@ from token_data import table
 from fedmezo_jax.core import client, federated, mezo, personalization
 from fedmezo_jax.data.batches import round_batches
 from fedmezo_jax.data.buckets import Width, bucketed_loss, computed_tokens, lengths, widths
-from fedmezo_jax.data.examples import TokenBatch
 from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.lora import init_lora
 from fedmezo_jax.llama.loss import pair_loss_of
@@ -205,6 +204,6 @@ def test_steps_do_not_always_run_from_short_to_long():
 def test_computed_tokens_by_hand():
     # Two clients, two steps of one row each: step 0 needs 16 for both, step 1 only 8.
     rows = table([5, 9, 10, 3])
-    batches = TokenBatch(*(leaf[np.array([[[1], [0]], [[2], [3]]])] for leaf in rows))
-    assert computed_tokens(lengths(batches), (Width(8, 8), Width(16, 8))) == (27, 48)
-    assert computed_tokens(lengths(batches), (Width(16, 8),)) == (27, 64)
+    picks = np.array([[[1], [0]], [[2], [3]]])
+    assert computed_tokens(rows, picks, (Width(8, 8), Width(16, 8))) == (27, 48)
+    assert computed_tokens(rows, picks, (Width(16, 8),)) == (27, 64)

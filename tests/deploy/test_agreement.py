@@ -120,7 +120,7 @@ def test_other_examples_than_before(place, tmp_path):
 
 def test_examples_that_do_not_fit_the_plan(place):
     client = client_of(small_run.configuration(place), place / "dealt", 0)
-    hello = Hello(bytes(8), client._facts, Plan((Width(16, 8),), 1))
+    hello = Hello(bytes(8), client._facts, Plan(Width(16, 8), (Width(16, 8),), 1))
     response = envelopes.unpack_response(client.handle(envelopes.pack(hello)))
     assert isinstance(response, Refusal)
     assert "was agreed on" in response.reason

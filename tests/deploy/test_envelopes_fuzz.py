@@ -27,7 +27,7 @@ from fedmezo_jax.deploy.envelopes import (
 from fedmezo_jax.errors import UserError
 
 TICKET, FACTS = b"a ticket", {"jax": "0.10", "--seed": 0, "--deadline": None, "--clip": 0.5}
-PLAN = Plan((Width(16, 8), Width(64, 32)), 2)
+PLAN = Plan(Width(64, 32), (Width(16, 8), Width(64, 32)), 2)
 PROGRESSED = Progressed(3, [Result(0, b"mean"), Result(1, None)], b"ledger")
 REQUESTS = [
     Hello(TICKET, FACTS, None),

@@ -71,9 +71,16 @@ def test_it_is_the_simulation_bit_for_bit(name, place, tmp_path, monkeypatch):
         assert any(record["clipped"] for record in result.metrics)
 
 
-@pytest.mark.parametrize("changed", [{}, {"clients": 6, "participation": 0.5, "directions_shared": True}])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"batch_size": 1},
+        {"batch_size": 1, "clients": 6, "participation": 0.5, "directions_shared": True},
+        {"batch_size": 2, "pack": True},
+    ],
+)
 def test_steps_of_several_widths(changed, place, tmp_path):
-    """A step is as wide as the longest example of the round's clients, which no client knows by itself."""
+    """A step is as wide as the examples of the round's clients need, which no client knows by itself."""
     rows = (
         {
             "instruction": " ".join([example.instruction] * (1 + i % 40 // 13)),
@@ -84,7 +91,7 @@ def test_steps_of_several_widths(changed, place, tmp_path):
     )
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = replace(small_run.configuration(place, **changed), data=str(data), length_buckets=3, batch_size=1)
+    config = replace(small_run.configuration(place, **changed), data=str(data), length_buckets=3)
     seen = []
 
     def note(client, request):

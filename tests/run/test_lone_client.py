@@ -27,18 +27,19 @@ def check_fewer_clients_give_the_same(report, everyone):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "precision", "batch_size"),
+    ("recipe", "precision", "batch_size", "pack"),
     [
-        (paper_config, "float32", 2),
-        (paper_config, "float32", 1),
-        (paper_config, "paired", 2),
-        (paper_config, "paired", 1),
-        (RunConfig, "float32", 2),
-        (RunConfig, "float32", 1),
-        (RunConfig, "bfloat16", 1),
+        (paper_config, "float32", 2, False),
+        (paper_config, "float32", 1, False),
+        (paper_config, "paired", 2, False),
+        (paper_config, "paired", 1, False),
+        (RunConfig, "float32", 2, False),
+        (RunConfig, "float32", 1, False),
+        (RunConfig, "bfloat16", 1, False),
+        (RunConfig, "float32", 2, True),
     ],
 )
-def test_a_client_alone_gives_the_numbers_that_it_gives_among_eight(recipe, precision, batch_size):
+def test_a_client_alone_gives_the_numbers_that_it_gives_among_eight(recipe, precision, batch_size, pack):
     config = recipe(
         clients=CLIENTS,
         local_steps=STEPS,
@@ -47,6 +48,7 @@ def test_a_client_alone_gives_the_numbers_that_it_gives_among_eight(recipe, prec
         partition="iid",
         test_examples=8,
         length_buckets=1,
+        pack=pack,
     )
     setup = prepare(config)
     everyone = np.arange(CLIENTS, dtype=np.int32)

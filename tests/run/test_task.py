@@ -67,11 +67,11 @@ def llama_config(tmp_path_factory):
     )
 
 
-@pytest.fixture(scope="module", params=["network", "llama", "llama in buckets"])
+@pytest.fixture(scope="module", params=["network", "llama", "llama in buckets", "llama, packed"])
 def task(request, llama_config):
     if request.param == "network":
         return Network()
-    task = prepare(llama_config).task
+    task = prepare(replace(llama_config, pack="packed" in request.param)).task
     if request.param == "llama in buckets":
         wide = task.train[0].shape[1]
         first = task.widths[-1]._replace(tokens=wide - 8)
