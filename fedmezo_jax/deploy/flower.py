@@ -67,7 +67,8 @@ class FlowerTransport:
         """See :class:`Transport`."""
         message = self._packed(self._nodes[client], request, self._seconds)
         (sent,) = self._grid.push_messages([message])
-        self._sent[sent] = client, request
+        if sent:  # else the SuperLink has not taken it
+            self._sent[sent] = client, request
 
     def poll(self, seconds: float) -> list[Reply]:
         """See :class:`Transport`. A SuperNode that has died is told of under the message that it had got."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -161,7 +162,7 @@ class SuperLink:
                 raise UserError(f"the SuperLink does not listen at port {self._port} after {_START:g} s")
             time.sleep(0.2)
         here = ["--runtime-api-address", f"{self._host}:{self._port}", "--root-certificates", folder / "ca.crt"]
-        self._processes.start("superexec", [_program("flower-superexec"), *here, *secret], AGAIN)
+        self._processes.start("superexec", [_program("flower-superexec"), *here, *secret])
 
     def register(self, public_key: Path, name: str) -> str:
         """Lets the SuperNode with this key in; returns its id.
@@ -179,8 +180,10 @@ class SuperLink:
         self._processes.call([_program("flwr"), "run", APP, "local", "--run-config", setting, "--format", "json"])
 
 
-def start_node(processes: Processes, name: str, server: str, authority: Path, key: Path, worker_socket: Path) -> None:
-    """Starts a client's SuperNode.
+def start_node(
+    processes: Processes, name: str, server: str, authority: Path, key: Path, worker_socket: Path, programs: Path
+) -> None:
+    """Starts a client's SuperNode, which runs no program but those of :func:`write_programs`.
 
     Args:
         processes: where.
@@ -189,10 +192,29 @@ def start_node(processes: Processes, name: str, server: str, authority: Path, ke
         authority: certificate of the authority that has signed the SuperLink's.
         key: its private key.
         worker_socket: where the client's worker listens.
+        programs: folder of the programs.
     """
     where = ["--superlink", server, "--root-certificates", authority, "--auth-supernode-private-key", key]
     worker = ["--node-config", f'socket="{worker_socket}"', "--port", free_port()]
-    processes.start(name, [_program("flower-supernode"), *where, *worker], AGAIN)
+    alone = ["/usr/bin/env", f"PATH={programs}"]
+    processes.start(name, [*alone, _program("flower-supernode"), *where, *worker], AGAIN)
+
+
+def write_programs(folder: Path) -> Path:
+    """Makes the programs that a SuperNode may run, all others being unknown to it.
+
+    Flower starts them by name. ``flwr-clientapp`` is our own (:mod:`fedmezo_app.installed`), which runs the app that is
+    installed here and not the one that the server sends.
+
+    Returns:
+        The folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    app = [sys.executable, str(APP / "fedmezo_app" / "installed.py")]
+    for name, command in (("flwr-clientapp", app), ("flower-superexec", [str(_program("flower-superexec"))])):
+        (folder / name).write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
+        (folder / name).chmod(0o700)
+    return folder
 
 
 def _write_secret(file: Path) -> None:
