@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fedmezo_jax.deploy.flower import RUNNING, has_died, read_status, write_settings
+from fedmezo_jax.deploy.flower import APP, RUNNING, has_died, read_status, write_settings
 from fedmezo_jax.deploy.local_network import Processes, SuperLink
 from fedmezo_jax.deploy.server import Patience
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.registry import cache_folder
 from fedmezo_jax.run import run_folder
 from fedmezo_jax.run.config import read_config
+
+SETTINGS = "settings.json"
 
 
 def start_and_show(
@@ -43,7 +46,7 @@ def start_and_show(
     Raises:
         UserError: how the run ended, if not well.
     """
-    settings = out / "network" / "settings.json"
+    settings = out / "network" / SETTINGS
     write_settings(
         settings,
         config=str(out / "config.json"),
@@ -55,12 +58,26 @@ def start_and_show(
         cache=str(cache_folder() / "compiled"),
         keys=keys,
     )
-    link.run(settings)
+    link.run(APP, {"settings": str(settings)})
     ended = _follow(out / "run", settings.parent, read_config(out / "config.json").rounds, processes)
     if error := ended.get("error"):
         raise UserError(error)
     print(f"test loss {ended['loss_before']:.4f} -> {ended['loss_after']:.4f}")
     print(f"{out / 'run'}: run.ledger, metrics.jsonl, adapter/, checkpoints/")
+
+
+def check_options(out: Path, options: Mapping[str, bool]) -> None:
+    """Refuses to go on with a run with other options than it was started with.
+
+    Raises:
+        UserError: names the option.
+    """
+    file = out / "network" / SETTINGS
+    before = json.loads(file.read_text(encoding="utf-8"))["options"] if file.exists() else {}
+    for name, switch in (("exact", "exact"), ("seeded_noise", "seeded-noise")):
+        if name in before and before[name] != options[name]:
+            now = "" if options[name] else "no-"
+            raise UserError(f"--resume: the run in {out} was started otherwise than with --{now}{switch}: do as then")
 
 
 def _follow(folder: Path, network: Path, rounds: int, processes: Processes) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from experiments import _cli
-from experiments._deployed_run import start_and_show
+from experiments._deployed_run import check_options, start_and_show
 from fedmezo_jax.deploy.admission import check_node_key, check_server, why_refused
 from fedmezo_jax.deploy.client import Client
 from fedmezo_jax.deploy.credentials import make_certificates, make_node_key, read_signing_key, write_key
@@ -134,8 +134,15 @@ def work(config: Config) -> None:
     answer_at(config.socket, client)
 
 
-def run_here(config: Config, out: Path, sockets: Path) -> None:
-    """A whole run on this machine, with its progress as the main job shows it."""
+def run_here(config: Config, out: Path, sockets: Path, through: Callable[[str], str] = str) -> None:
+    """A whole run on this machine, with its progress as the main job shows it.
+
+    Args:
+        config: of the command.
+        out: its folder.
+        sockets: folder of the workers' sockets, with a short path.
+        through: where SuperNodes connect to reach the SuperLink at an address; by default there.
+    """
     run = _settle(config, out)
     data, network, clients = out / "data", out / "network", range(run.clients)
     if not data.exists():
@@ -157,10 +164,10 @@ def run_here(config: Config, out: Path, sockets: Path) -> None:
         link = SuperLink(network, address, processes)
         link.start()
         nodes = [link.register(network / f"node-{client}.pub", f"client-{client}") for client in clients]
-        programs = write_programs(network / "programs")
+        programs, entrance = write_programs(network / "programs"), through(address)
         for client in clients:
             party = network / f"node-{client}", sockets / str(client)
-            start_node(processes, f"supernode-{client}", address, network / "ca.crt", *party, programs)
+            start_node(processes, f"supernode-{client}", entrance, network / "ca.crt", *party, programs)
         _wait_for([sockets / str(client) for client in clients], processes)
         files = [data / name for name in (TEST, VALIDATION_FILE) if (data / name).exists()]
         start_and_show(out, files, nodes, keys, _options(config), _patience(config), link, processes)
@@ -228,11 +235,12 @@ def _settle(config: Config, out: Path) -> RunConfig:
     """The run's configuration, in its file.
 
     Raises:
-        UserError: the folder holds another run, or this one and it is not to be resumed.
+        UserError: the folder holds another run, or this one and it is not to be resumed, or not in this way.
     """
     run = resolve_defaults(config.run, print)
     for notice in run_folder.check_folder(out, run, config.resume):
         print(f"notice: {notice}")
+    check_options(out, _options(config))
     run_folder.write_json(out / "config.json", asdict(run))
     return run
 

@@ -174,10 +174,10 @@ class SuperLink:
         said = self._processes.call([_program("flwr"), "supernode", "register", public_key, "local", *options])
         return str(json.loads(said)["node-id"])
 
-    def run(self, settings: Path) -> None:
-        """Starts the run of these settings."""
-        setting = f"settings={json.dumps(str(settings))}"
-        self._processes.call([_program("flwr"), "run", APP, "local", "--run-config", setting, "--format", "json"])
+    def run(self, app: Path, settings: Mapping[str, object]) -> None:
+        """Starts a run of an app with these settings."""
+        given = " ".join(f"{name}={json.dumps(value)}" for name, value in settings.items())
+        self._processes.call([_program("flwr"), "run", app, "local", "--run-config", given, "--format", "json"])
 
 
 def start_node(

@@ -4,6 +4,7 @@ Flower's ``flwr-clientapp`` unpacks the app that the server sent, and runs it. W
 that name it is run instead: everything is Flower's but which app is loaded.
 """
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -16,8 +17,7 @@ HERE = Path(__file__).resolve().parents[1]
 def main() -> None:
     """Runs ``flwr-clientapp`` so."""
     sys.path.insert(0, str(HERE))
-    from fedmezo_app.client_app import app
-
+    app = importlib.import_module("fedmezo_app.client_app").app
     replaced = {"install_from_fab": lambda *_, **__: None, "get_load_client_app_fn": lambda **_: lambda *_: app}
     for name, own in replaced.items():
         getattr(run_clientapp, name)  # a release of Flower that calls it otherwise is not run at all

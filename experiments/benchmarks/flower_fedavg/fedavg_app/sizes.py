@@ -1,0 +1,24 @@
+"""What Flower makes of a payload."""
+
+import json
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+
+
+def serialised(content: RecordDict) -> int:
+    """Bytes of a message with this content, before TLS and HTTP."""
+    message = Message(content, dst_node_id=1, message_type="train")
+    return sum(len(part.deflate()) for part in get_all_nested_objects(message).values())
+
+
+def of_bytes(count: int) -> int:
+    """Bytes of a message with so many bytes of payload, as a run's messages go."""
+    return serialised(RecordDict({"fedmezo": ConfigRecord({"message": bytes(count)})}))
+
+
+def of_arrays(shapes: str) -> int:
+    """Bytes of a message with float32 arrays of these shapes, in JSON, as FedAvg's go."""
+    arrays = {str(i): Array(np.zeros(shape, np.float32)) for i, shape in enumerate(json.loads(shapes))}
+    return serialised(RecordDict({"arrays": ArrayRecord(arrays)}))
