@@ -75,7 +75,8 @@ def test_a_signed_run_whose_worker_and_command_are_killed(run_of, tmp_path, monk
 def test_a_process_that_is_killed_at_any_moment(name, seed, run_of, tmp_path, monkeypatch):
     """It is the run in which clients dropped out until all was back; without the server there is a clear line."""
     draw = random.Random(f"{name} {seed}")
-    run = run_of("--round-seconds", "60", rounds=4)
+    rounds = 10 if name == "supernode" else 4  # so that it is let in again after about a minute
+    run = run_of("--round-seconds", "60", rounds=rounds)
     run.start()
     run.wait_for_round(1)
     time.sleep(draw.uniform(0, 10))
@@ -91,4 +92,5 @@ def test_a_process_that_is_killed_at_any_moment(name, seed, run_of, tmp_path, mo
     assert len(run.logged("superlink", "starting it again")) == (name == "superlink")
     dropped = run.check_same_as_simulation(tmp_path / "simulated", monkeypatch)
     assert name == "superlink" or {client for _, client in dropped} <= {client}
+    assert rounds - 1 not in {t for (t, _), _ in dropped}
     print(f"{name} {client} killed; dropped: {dropped}")
