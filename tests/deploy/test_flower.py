@@ -75,7 +75,7 @@ def test_a_signed_run_whose_worker_and_command_are_killed(run_of, tmp_path, monk
 def test_a_process_that_is_killed_at_any_moment(name, seed, run_of, tmp_path, monkeypatch):
     """It is the run in which clients dropped out until all was back; without the server there is a clear line."""
     draw = random.Random(f"{name} {seed}")
-    rounds = 10 if name == "supernode" else 4  # so that it is let in again after about a minute
+    rounds = 10 if name in ("worker", "supernode") else 4  # so that it is let in again after about a minute
     run = run_of("--round-seconds", "60", rounds=rounds)
     run.start()
     run.wait_for_round(1)
