@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import small_run
-from flower_network import CADDY, FlowerNetwork
+from flower_network import CADDY, FlowerNetwork, Replaying, refused
 from foreign_app import write_foreign_app
 from loopback import simulated_without
 
@@ -28,19 +28,16 @@ def network(tmp_path_factory):
     with small_run.place(tmp_path_factory, "refusals") as folder:
         made = FlowerNetwork(small_run.configuration(folder, precision="float32", rounds=3), folder)
         try:
-            made.start()
+            made.start_server()
+            made.serve(0)
+            made.serve(1, Replaying)
+            for client in (0, 1):
+                made.start_node(client)
+            if CADDY:
+                made.start_proxy()
             yield made
         finally:
             made.stop()
-
-
-def refused(process):
-    """The one line with which a client's command has ended."""
-    said = process.communicate(timeout=60)[0].splitlines()
-    assert process.returncode == 2, said
-    assert said[-1].startswith("error: ")
-    assert not any("Traceback" in line for line in said)
-    return said[-1]
 
 
 def test_a_key_that_is_not_registered(network, tmp_path):

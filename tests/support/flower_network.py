@@ -47,10 +47,19 @@ class Replaying:
         return self.answers[0] if len(self.answers) == 2 else answer
 
 
-class FlowerNetwork:
-    """The server's command, and clients with keys ``node-0`` and so on in its folder.
+def refused(process):
+    """The one line with which a client's command has ended."""
+    said = process.communicate(timeout=120)[0].splitlines()
+    assert process.returncode == 2, said
+    assert said[-1].startswith("error: ")
+    assert not any("Traceback" in line for line in said)
+    return said[-1]
 
-    Clients 0 and 1 have workers in this process; client 1 replays. The last client is for the test to start.
+
+class FlowerNetwork:
+    """The server's command and its clients, with keys ``node-0`` and so on in a folder.
+
+    A client is a command, or a SuperNode that is answered for in this process.
     """
 
     def __init__(self, config, folder):
@@ -72,21 +81,27 @@ class FlowerNetwork:
         self.commands.append(subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
         return self.commands[-1]
 
-    def start(self):
+    def start_server(self, *more):
+        """Starts the server's command, and returns when it listens and knows the keys."""
+        known = len(self.lines("register-node"))
         public = [key.with_suffix(".pub") for key in self.keys]
         options = ["--examples", self.folder / "data/test.jsonl", "--address", self.address, "--out", self.out]
-        self.server = self.command("server", *options, "--round-seconds", "100", "--node-keys", *public)
-        for client in (0, 1):
-            self._serve(client)
-        self.wait_for(lambda: len(self.lines("register-node")) == self.config.clients)
-        programs = write_programs(self.folder / "programs")
-        if CADDY:
-            self._start_proxy()
-        for client in (0, 1):
-            party = self.network / "ca.crt", self.keys[client], self.folder / f"worker-{client}", programs
-            start_node(self.nodes, f"node-{client}", self.address, *party)
+        self.server = self.command("server", *options, "--round-seconds", "100", *more, "--node-keys", *public)
+        self.wait_for(lambda: len(self.lines("register-node")) == known + self.config.clients)
 
-    def _start_proxy(self):
+    def serve(self, client, change=lambda client: client):
+        """Answers for a client in this process, as a worker does; what ``change`` makes of the client answers."""
+        answering = change(client_of(self.config, self.folder / "data", client))
+        arguments = self.folder / f"worker-{client}", answering
+        threading.Thread(target=answer_at, args=arguments, daemon=True).start()
+
+    def start_node(self, client):
+        """Starts the SuperNode of a client that is answered for here."""
+        programs = write_programs(self.folder / "programs")
+        party = self.network / "ca.crt", self.keys[client], self.folder / f"worker-{client}", programs
+        start_node(self.nodes, f"node-{client}-{len(self.commands)}", self.address, *party)
+
+    def start_proxy(self):
         """Caddy as the document has it, at another port and with the addresses of this network."""
         folder, self.proxy = self.folder / "proxy", f"127.0.0.1:{free_port()}"
         folder.mkdir()
@@ -110,12 +125,6 @@ class FlowerNetwork:
         with contextlib.closing(connection):
             connection.request("POST", path, b"")
             return connection.getresponse().status
-
-    def _serve(self, client):
-        answering = client_of(self.config, self.folder / "data", client)
-        socket = self.folder / f"worker-{client}"
-        answering = Replaying(answering) if client == 1 else answering
-        threading.Thread(target=answer_at, args=(socket, answering), daemon=True).start()
 
     def client(self, client, out, **changed):
         """Starts the command of a client, with options that are changed; returns its process."""
