@@ -1,13 +1,13 @@
 """Flower's FedAvg of arrays with the shapes of a LoRA adapter. A line in a file for each round shows its progress."""
 
-import json
 import time
 from pathlib import Path
 
-import numpy as np
-from flwr.app import Array, ArrayRecord, Context
+from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
+
+from fedavg_app.sizes import random_arrays
 
 app = ServerApp()
 
@@ -34,7 +34,6 @@ class Noted(FedAvg):
 def main(grid: Grid, context: Context) -> None:
     """All rounds."""
     given = context.run_config
-    arrays = [Array(np.zeros(shape, np.float32)) for shape in json.loads(str(given["shapes"]))]
     strategy = Noted(str(given["progress"]), int(given["clients"]))
-    initial = ArrayRecord({str(i): array for i, array in enumerate(arrays)})
+    initial = random_arrays(str(given["shapes"]))
     strategy.start(grid=grid, initial_arrays=initial, num_rounds=int(given["rounds"]))

@@ -22,5 +22,11 @@ def of_bytes(count: int) -> int:
 
 def of_arrays(shapes: str) -> int:
     """Bytes of a message with float32 arrays of these shapes, in JSON, as FedAvg's go."""
-    arrays = {str(i): Array(np.zeros(shape, np.float32)) for i, shape in enumerate(json.loads(shapes))}
-    return serialised(RecordDict({"arrays": ArrayRecord(arrays)}))
+    return serialised(RecordDict({"arrays": random_arrays(shapes)}))
+
+
+def random_arrays(shapes: str) -> ArrayRecord:
+    """Arrays of these shapes: Flower sends arrays that are equal once."""
+    draw = np.random.default_rng()
+    arrays = [draw.standard_normal(shape, np.float32) for shape in json.loads(shapes)]
+    return ArrayRecord({str(i): Array(array) for i, array in enumerate(arrays)})
