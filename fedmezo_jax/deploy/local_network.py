@@ -24,8 +24,8 @@ _GRACE = 10.0
 """Seconds for a process to end by itself."""
 _STATE, _SECRET = "state.db", "superexec.secret"
 AGAIN = 20
-"""How often in a row a process is started again. A SuperLink refuses a SuperNode whose predecessor has
-died until that one's heartbeat has lapsed, after about a minute."""
+"""How often in a row a process is started again. A SuperLink refuses a SuperNode whose predecessor has died until that
+one's heartbeat has lapsed, after about a minute."""
 
 
 def free_port() -> int:
