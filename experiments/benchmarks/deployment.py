@@ -202,7 +202,7 @@ def plot(file: Path, rows: list[dict[str, Any]]) -> None:
         for style, names in (("o-", ours), ("s--", other)):
             for name, said in names.items():
                 panel.plot(clients, [row[name] for row in rows], style, label=said)
-        panel.set(xlabel="clients", ylabel=label, yscale="log")
+        panel.set(xlabel="clients", ylabel=label, **({"yscale": "log"} if panel is axes[0] else {"ylim": (0, None)}))
         _plots.ticks_at(panel, clients, log=False)
         panel.grid(alpha=0.3)
         panel.legend(fontsize="x-small")
