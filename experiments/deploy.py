@@ -16,16 +16,17 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from experiments import _cli
+from experiments._deployed_run import check_options, start_and_show
+from fedmezo_jax.deploy.admission import check_node_key, check_server, why_refused
 from fedmezo_jax.deploy.client import Client
 from fedmezo_jax.deploy.credentials import (
     make_certificates,
@@ -35,7 +36,7 @@ from fedmezo_jax.deploy.credentials import (
     write_key,
 )
 from fedmezo_jax.deploy.examples import TEST, VALIDATION_FILE, OwnExamples, deal_out
-from fedmezo_jax.deploy.flower import RUNNING, STATUS, answer_at, has_died, read_status, write_settings
+from fedmezo_jax.deploy.flower import STATUS, answer_at
 from fedmezo_jax.deploy.local_network import (
     AGAIN,
     Processes,
@@ -44,10 +45,10 @@ from fedmezo_jax.deploy.local_network import (
     free_port,
     split_address,
     start_node,
+    write_programs,
 )
 from fedmezo_jax.deploy.server import Patience
 from fedmezo_jax.errors import UserError
-from fedmezo_jax.llama.registry import cache_folder
 from fedmezo_jax.out_folder import out_folder
 from fedmezo_jax.run import run_folder
 from fedmezo_jax.run.config import RunConfig, read_config
@@ -141,8 +142,15 @@ def work(config: Config) -> None:
     answer_at(config.socket, client)
 
 
-def run_here(config: Config, out: Path, sockets: Path) -> None:
-    """A whole run on this machine, with its progress as the main job shows it."""
+def run_here(config: Config, out: Path, sockets: Path, through: Callable[[str], str] = str) -> None:
+    """A whole run on this machine, with its progress as the main job shows it.
+
+    Args:
+        config: of the command.
+        out: its folder.
+        sockets: folder of the workers' sockets, with a short path.
+        through: where SuperNodes connect to reach the SuperLink at an address; by default there.
+    """
     run = _settle(config, out)
     data, network, clients = out / "data", out / "network", range(run.clients)
     if not data.exists():
@@ -166,12 +174,13 @@ def run_here(config: Config, out: Path, sockets: Path) -> None:
         link = SuperLink(network, address, processes)
         link.start()
         nodes = [link.register(network / f"node-{client}.pub", f"client-{client}") for client in clients]
+        programs, entrance = write_programs(network / "programs"), through(address)
         for client in clients:
-            node = network / f"node-{client}"
-            start_node(processes, f"supernode-{client}", address, network / "ca.crt", node, sockets / str(client))
+            party = network / f"node-{client}", sockets / str(client)
+            start_node(processes, f"supernode-{client}", entrance, network / "ca.crt", *party, programs)
         _wait_for([sockets / str(client) for client in clients], processes)
         files = [data / name for name in (TEST, VALIDATION_FILE) if (data / name).exists()]
-        _run(config, out, files, nodes, keys, link, processes)
+        start_and_show(out, files, nodes, keys, _options(config), _patience(config), link, processes)
 
 
 def serve(config: Config, out: Path) -> None:
@@ -199,7 +208,7 @@ def serve(config: Config, out: Path) -> None:
         link.start()
         nodes = [link.register(file, f"client-{client}") for client, file in enumerate(config.node_keys)]
         print(f"waiting for {run.clients} clients at {config.address}; they need {network / 'ca.crt'}")
-        _run(config, out, files, nodes, keys, link, processes)
+        start_and_show(out, files, nodes, keys, _options(config), _patience(config), link, processes)
 
 
 def join(config: Config, out: Path, socket: Path) -> None:
@@ -207,25 +216,42 @@ def join(config: Config, out: Path, socket: Path) -> None:
     file, server = config.config, config.address
     if file is None or server is None or config.authority is None or config.node_key is None or not config.examples:
         raise UserError("client: give --config, --address of the server, --authority, --node-key and --examples")
-    split_address(server)
+    check_node_key(config.node_key)
+    if unreachable := check_server(server, config.authority):
+        print(f"notice: {unreachable}", flush=True)
+    log = out / "supernode.log"
+    earlier = log.read_text(errors="replace") if log.exists() else ""
     with Processes(out, environment(out)) as processes:
         _start_worker(config, file.absolute(), socket, processes)
-        start_node(processes, "supernode", server, config.authority, config.node_key, socket)
-        print(f"client {config.client} joins the run at {server}; stop it with Ctrl-C; logs: {out}")
+        programs = write_programs(out / "programs")
+        start_node(processes, "supernode", server, config.authority, config.node_key, socket, programs)
+        print(f"client {config.client} joins the run at {server}; stop it with Ctrl-C; logs: {out}", flush=True)
         while True:
+            said = log.read_text(errors="replace")[len(earlier) :]
+            if refused := why_refused(earlier, said, server):
+                raise UserError(refused)
             processes.check()
             time.sleep(0.5)
+
+
+def _options(config: Config) -> dict[str, bool]:
+    return {"exact": config.exact, "seeded_noise": config.seeded_noise, "resume": config.resume}
+
+
+def _patience(config: Config) -> Patience:
+    return Patience(max(config.round_seconds, Patience().enrolment), config.round_seconds)
 
 
 def _settle(config: Config, out: Path) -> RunConfig:
     """The run's configuration, in its file.
 
     Raises:
-        UserError: the folder holds another run, or this one and it is not to be resumed.
+        UserError: the folder holds another run, or this one and it is not to be resumed, or not in this way.
     """
     run = resolve_defaults(config.run, print)
     for notice in run_folder.check_folder(out, run, config.resume):
         print(f"notice: {notice}")
+    check_options(out, _options(config))
     run_folder.write_json(out / "config.json", asdict(run))
     return run
 
@@ -238,40 +264,6 @@ def _start_worker(config: Config, file: Path, socket: Path, processes: Processes
     worker += ["--client-signing-keys", *config.client_signing_keys] if config.client_signing_keys else []
     worker += ["--model-here", config.model_here] if config.model_here else []
     processes.start(f"worker-{config.client}", worker, AGAIN)
-
-
-def _run(
-    config: Config,
-    out: Path,
-    files: Sequence[Path],
-    nodes: Sequence[str],
-    keys: dict[str, Any] | None,
-    link: SuperLink,
-    processes: Processes,
-) -> None:
-    """Has the SuperLink start the run, and shows it to its end.
-
-    Raises:
-        UserError: how the run ended, if not well.
-    """
-    settings = out / "network" / "settings.json"
-    write_settings(
-        settings,
-        config=str(out / "config.json"),
-        out=str(out / "run"),
-        files=list(map(str, files)),
-        nodes=nodes,
-        options={"exact": config.exact, "seeded_noise": config.seeded_noise, "resume": config.resume},
-        patience=Patience(max(config.round_seconds, Patience().enrolment), config.round_seconds)._asdict(),
-        cache=str(cache_folder() / "compiled"),
-        keys=keys,
-    )
-    link.run(settings)
-    ended = _follow(out / "run", settings.parent, config.run.rounds, processes)
-    if error := ended.get("error"):
-        raise UserError(error)
-    print(f"test loss {ended['loss_before']:.4f} -> {ended['loss_after']:.4f}")
-    print(f"{out / 'run'}: run.ledger, metrics.jsonl, adapter/, checkpoints/")
 
 
 def _write_signing_keys(run: RunConfig, folder: Path) -> dict[str, Any]:
@@ -287,28 +279,6 @@ def _wait_for(files: Sequence[Path], processes: Processes) -> None:
     while not all(file.exists() for file in files):
         processes.check()
         time.sleep(0.2)
-
-
-def _follow(folder: Path, network: Path, rounds: int, processes: Processes) -> dict[str, Any]:
-    """Shows the rounds as they are recorded, and returns how the run ended.
-
-    Raises:
-        UserError: a process has ended before.
-    """
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"))
-    with Progress(*columns, TextColumn("{task.fields[pace]}"), TimeRemainingColumn()) as bar:
-        task = bar.add_task("rounds", total=rounds, loss="", pace="")
-        while (ended := read_status(network)) in (None, RUNNING):
-            processes.check(", and go on with --resume")
-            if has_died(network):
-                raise UserError(f"the server was ended: see {network / 'superlink.log'}, and go on with --resume")
-            for record in run_folder.read_metrics(folder)[-1:]:
-                pace = f"{record['seconds']:.2f} s/round"
-                loss = "no loss" if record["train_loss"] is None else f"loss {record['train_loss']:.4f}"
-                bar.update(task, completed=record["round"], loss=loss, pace=pace)
-            time.sleep(0.5)
-        bar.update(task, completed=len(run_folder.read_metrics(folder)))
-    return ended
 
 
 if __name__ == "__main__":

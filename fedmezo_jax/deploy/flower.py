@@ -67,7 +67,8 @@ class FlowerTransport:
         """See :class:`Transport`."""
         message = self._packed(self._nodes[client], request, self._seconds)
         (sent,) = self._grid.push_messages([message])
-        self._sent[sent] = client, request
+        if sent:  # else the SuperLink has not taken it
+            self._sent[sent] = client, request
 
     def poll(self, seconds: float) -> list[Reply]:
         """See :class:`Transport`. A SuperNode that has died is told of under the message that it had got."""
@@ -108,7 +109,7 @@ def serve_from_file(file: str, transport_of: Callable[[Sequence[int], float], Tr
 
 
 def _end_with(parent: int) -> None:
-    """Ends this process when Flower's has ended that started it. Without a SuperLink it would try again for long."""
+    """Ends this process when Flower's has ended that started it: nobody else would."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGKILL)  # what is on the disk can be resumed at any moment

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -21,9 +22,10 @@ _START = 60.0
 """Seconds for a process to listen."""
 _GRACE = 10.0
 """Seconds for a process to end by itself."""
+_STATE, _SECRET = "state.db", "superexec.secret"
 AGAIN = 20
-"""How often in a row a worker or a SuperNode is started again. A SuperLink refuses a SuperNode whose predecessor has
-died until that one's heartbeat has lapsed, after about a minute."""
+"""How often in a row a process is started again. A SuperLink refuses a SuperNode whose predecessor has died until that
+one's heartbeat has lapsed, after about a minute."""
 
 
 def free_port() -> int:
@@ -111,7 +113,10 @@ class Processes:
 
 
 class SuperLink:
-    """The SuperLink of a run, with a state that ends with it."""
+    """The SuperLink of a run, with its state in a file: one that dies is started again and goes on.
+
+    The server's process is started by a SuperExec beside it, and so outlives it.
+    """
 
     def __init__(self, folder: Path, address: str, processes: Processes):
         """Starts nothing yet.
@@ -131,23 +136,33 @@ class SuperLink:
         )
 
     def start(self) -> None:
-        """Starts it.
+        """Starts it, without what an earlier one knew.
 
         Raises:
-            UserError: it does not listen.
+            UserError: it does not listen, or another program does.
         """
         folder = self._folder
+        if _listens(self._host, self._port):
+            raise UserError(f"another program listens at {self._host}:{self._port}: give another --address")
+        for file in folder.glob(f"{_STATE}*"):
+            file.unlink()
+        _write_secret(folder / _SECRET)
         tls = ["--ssl-ca-certfile", folder / "ca.crt", "--ssl-certfile", folder / "server.crt"]
         tls += ["--ssl-keyfile", folder / "server.key"]
         where = ["--host", self._host, "--port", self._port]
         switches = ["--enable-supernode-auth", "--disable-runtime-dependency-installation"]
-        self._processes.start("superlink", [_program("flower-superlink"), *tls, *where, *switches])
+        apart = ["--isolation", "process", "--database", folder / _STATE]
+        secret = ["--superexec-auth-secret-file", folder / _SECRET]
+        command = [_program("flower-superlink"), *tls, *where, *switches, *apart, *secret]
+        self._processes.start("superlink", command, AGAIN)
         until = time.monotonic() + _START
         while not _listens(self._host, self._port):
             self._processes.check()
             if time.monotonic() > until:
                 raise UserError(f"the SuperLink does not listen at port {self._port} after {_START:g} s")
             time.sleep(0.2)
+        here = ["--runtime-api-address", f"{self._host}:{self._port}", "--root-certificates", folder / "ca.crt"]
+        self._processes.start("superexec", [_program("flower-superexec"), *here, *secret])
 
     def register(self, public_key: Path, name: str) -> str:
         """Lets the SuperNode with this key in; returns its id.
@@ -159,14 +174,16 @@ class SuperLink:
         said = self._processes.call([_program("flwr"), "supernode", "register", public_key, "local", *options])
         return str(json.loads(said)["node-id"])
 
-    def run(self, settings: Path) -> None:
-        """Starts the run of these settings."""
-        setting = f"settings={json.dumps(str(settings))}"
-        self._processes.call([_program("flwr"), "run", APP, "local", "--run-config", setting, "--format", "json"])
+    def run(self, app: Path, settings: Mapping[str, object]) -> None:
+        """Starts a run of an app with these settings."""
+        given = " ".join(f"{name}={json.dumps(value)}" for name, value in settings.items())
+        self._processes.call([_program("flwr"), "run", app, "local", "--run-config", given, "--format", "json"])
 
 
-def start_node(processes: Processes, name: str, server: str, authority: Path, key: Path, worker_socket: Path) -> None:
-    """Starts a client's SuperNode.
+def start_node(
+    processes: Processes, name: str, server: str, authority: Path, key: Path, worker_socket: Path, programs: Path
+) -> None:
+    """Starts a client's SuperNode, which runs no program but those of :func:`write_programs`.
 
     Args:
         processes: where.
@@ -175,10 +192,36 @@ def start_node(processes: Processes, name: str, server: str, authority: Path, ke
         authority: certificate of the authority that has signed the SuperLink's.
         key: its private key.
         worker_socket: where the client's worker listens.
+        programs: folder of the programs.
     """
     where = ["--superlink", server, "--root-certificates", authority, "--auth-supernode-private-key", key]
     worker = ["--node-config", f'socket="{worker_socket}"', "--port", free_port()]
-    processes.start(name, [_program("flower-supernode"), *where, *worker], AGAIN)
+    alone = ["/usr/bin/env", f"PATH={programs}"]
+    processes.start(name, [*alone, _program("flower-supernode"), *where, *worker], AGAIN)
+
+
+def write_programs(folder: Path) -> Path:
+    """Makes the programs that a SuperNode may run, all others being unknown to it.
+
+    Flower starts them by name. ``flwr-clientapp`` is our own (:mod:`fedmezo_app.installed`), which runs the app that is
+    installed here and not the one that the server sends.
+
+    Returns:
+        The folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    app = [sys.executable, str(APP / "fedmezo_app" / "installed.py")]
+    for name, command in (("flwr-clientapp", app), ("flower-superexec", [str(_program("flower-superexec"))])):
+        (folder / name).write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
+        (folder / name).chmod(0o700)
+    return folder
+
+
+def _write_secret(file: Path) -> None:
+    """Makes what a SuperExec must know to be given the server's process."""
+    file.unlink(missing_ok=True)
+    file.touch(0o600)
+    file.write_bytes(os.urandom(32))
 
 
 def split_address(address: str) -> tuple[str, int]:

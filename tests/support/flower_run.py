@@ -16,6 +16,7 @@ NAMES = {
     "worker": "experiments.deploy worker .*--client {} .*{}",
     "supernode": "flower-supernode .*{1}/network/node-{0} ",
     "superlink": "flower-superlink .*{1}/network",
+    "superexec": "flower-superexec .*{1}/network",
 }
 """What the command line of a process of a client and a folder looks like."""
 
@@ -61,11 +62,9 @@ class FlowerRun:
     def find(self, name, client=""):
         """The id of a process of this run, and not that of its guard; None if there is none."""
         processes = self.processes()
-        if name == "server":  # its command line does not name the folder, and the SuperLink is its grandparent
-            parents, link = {pid: parent for pid, parent, _ in processes}, self.find("superlink")
-            servers = [
-                pid for pid, parent, args in processes if "flwr-serverapp" in args and parents.get(parent) == link
-            ]
+        if name == "server":  # its command line does not name the folder
+            starter = self.find("superexec")
+            servers = [pid for pid, parent, args in processes if "flwr-serverapp" in args and parent == starter]
             return servers[0] if servers else None
         pattern = re.compile(NAMES[name].format(client, re.escape(str(self.out))))
         found = [pid for pid, _, args in processes if pattern.search(args + " ") and "guard.py" not in args]
@@ -78,16 +77,27 @@ class FlowerRun:
             time.sleep(0.1)
         os.kill(pid, signal.SIGKILL)
 
-    def check_same_as_simulation(self, folder, patch):
-        """It left what the simulation leaves in which the same clients dropped out; returns these.
+    def logged(self, name, part):
+        """The lines of a process's log with this part."""
+        log = self.out / f"network/{name}.log"
+        return [line for line in log.read_text(errors="replace").splitlines() if part in line]
 
-        They are ((round, attempt), client), of the ledger.
-        """
-        entries = list(ledger.entries(self.run / "run.ledger"))
-        dropped = [((entry.round, attempt), client) for entry in entries for attempt, client, _ in entry.failed]
-        simulated_without(read_config(self.out / "config.json"), dropped, folder, patch)
-        for name in ("run.ledger", "adapter/adapter_model.safetensors"):
-            assert (self.run / name).read_bytes() == (folder / name).read_bytes(), name
-        records = [run_folder.read_metrics(each) for each in (self.run, folder)]
-        assert without_seconds(records[0]) == without_seconds(records[1])
-        return dropped
+    def check_same_as_simulation(self, folder, patch):
+        """See :func:`check_same_as_simulation`."""
+        return check_same_as_simulation(self.out, folder, patch)
+
+
+def check_same_as_simulation(out, folder, patch):
+    """A command's run left what the simulation leaves in which the same clients dropped out; returns these.
+
+    They are ((round, attempt), client), of the ledger.
+    """
+    run, config = out / "run", read_config(out / "config.json")
+    entries = list(ledger.entries(run / "run.ledger"))
+    dropped = [((entry.round, attempt), client) for entry in entries for attempt, client, _ in entry.failed]
+    simulated_without(config, dropped, folder, patch)
+    for name in ("run.ledger", "adapter/adapter_model.safetensors"):
+        assert (run / name).read_bytes() == (folder / name).read_bytes(), name
+    records = [run_folder.read_metrics(each) for each in (run, folder)]
+    assert without_seconds(records[0]) == without_seconds(records[1])
+    return dropped
