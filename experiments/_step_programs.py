@@ -49,7 +49,7 @@ class StepConfig:
     """of the step's products with frozen weights; with paired, the step in plain bfloat16 is shown beside it"""
 
     base: BaseType | None = None
-    """how the frozen weights are held: float32, bfloat16, int8 or int4; by default as the precision"""
+    """how the frozen weights are held: float32, bfloat16, int8, fp8 or int4; by default as the precision"""
 
     def __post_init__(self):
         """Checks the counts."""

@@ -55,7 +55,7 @@ class ModelConfig(Options):
     default paired where the weights have at most sixteen bits and the device multiplies bfloat16, and else float32"""
     base: BaseType | None = None
     """how the frozen weights are held: float32, bfloat16, or with the layers' projections in eight or four bits, or in
-    the Q8_0 or Q4_0 of a .gguf file; by default float32 where that is the precision, and else bfloat16"""
+    the blocks of a .gguf file; by default float32 where that is the precision, and else bfloat16"""
 
 
 @dataclass(frozen=True)

@@ -42,5 +42,7 @@ def test_a_base_in_few_bits_is_multiplied_as_one_in_sixteen(monkeypatch, tmp_pat
         assert resolve_defaults(asked()).precision == "float32"  # as the file's weights are
         for base, precision in (("int8", "paired"), ("bfloat16", "paired"), ("float32", "float32")):
             assert resolve_defaults(asked(base=base)).precision == precision
-    with pytest.raises(UserError, match="--base must be one of float32, bfloat16, int8, int4, as-stored, not int2"):
+    with pytest.raises(
+        UserError, match="--base must be one of float32, bfloat16, int8, fp8, int4, as-stored, not int2"
+    ):
         RunConfig(base="int2")
