@@ -115,6 +115,16 @@ def held_as(config: _Options) -> tuple[str, OwnType | Literal["as-stored"] | Non
     return "float32" if config.precision in (None, "float32") else "bfloat16", config.base
 
 
+def check_eight_bit(eight_bit: bool, base: BaseType | None) -> None:
+    """Refuses eight-bit products of kernels without one scale for each output.
+
+    Raises:
+        UserError: the base is neither int8 nor fp8.
+    """
+    if eight_bit and base not in ("int8", "fp8"):
+        raise UserError("--eight-bit-products needs --base int8 or fp8, which have one scale for each output")
+
+
 def quantised_shape(shape: tuple[int, ...], kind: KernelType | Literal["as-stored"]) -> Quantised:
     """The parts of a kernel ``[…, in, out]`` of a type as ``jax.ShapeDtypeStruct``.
 

@@ -25,7 +25,7 @@ def test_errors_are_measured_against_the_derivative(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(sys, "argv", ["precision", *map(str, arguments)])
     _cli.run(experiment.main, experiment.Config, experiment.__doc__)
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
-    assert len(rows) == 16
+    assert len(rows) == 24
     for base in ("bfloat16", "int8"):
         found = {(row["precision"], row["perturbation_scale"]): row["error"] for row in rows if row["base"] == base}
         kinds = {row["estimator"]: row for row in rows if row["base"] == base}

@@ -1,5 +1,6 @@
 """Kernels in eight and four bits: their errors, and that a model on them is the float model of the same weights."""
 
+import re
 from typing import get_args
 
 import jax
@@ -24,8 +25,9 @@ from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.generate import generate
 from fedmezo_jax.llama.loss import loss_of, pair_loss_of, point_loss_of
 from fedmezo_jax.llama.model import Llama
+from fedmezo_jax.llama.precision import Products, frozen_product
 from fedmezo_jax.llama.prefix import trained_part
-from fedmezo_jax.llama.quantised import OwnType, Quantised, StoredType, dequantised
+from fedmezo_jax.llama.quantised import OwnType, Quantised, StoredType, dequantised, quantise, quantised_shape
 from fedmezo_jax.llama.registry import TINY
 
 KERNELS = get_args(OwnType)
@@ -197,6 +199,59 @@ def test_projected_gradients_are_those_of_the_quantised_model(kind):
     assert error(two_point("float32", base), exact) < 0.01
     assert error(two_point("paired", base), exact) < 0.05
     assert error(tangent(base), exact) < 0.05
+
+
+@pytest.fixture(params=["int8", "fp8"])
+def eight_bit(request):
+    """A kernel in eight bits, activations of very different sizes, and how numpy rounds to the type."""
+    kind, draw = request.param, np.random.default_rng(0)
+    weights = draw.standard_normal((64, 48)).astype(np.float32)
+    kernel = jax.tree.map(lambda part: np.empty(part.shape, part.dtype), quantised_shape((48, 64), kind))
+    quantise(weights, kernel)
+    x = draw.standard_normal((5, 48)).astype(np.float32) * np.array([[1], [1e3], [0], [1e-4], [1]], np.float32)
+    x[4, 7] = 100  # one activation that rules its row
+    if kind == "int8":
+        return x, kernel, 127, lambda numbers: np.rint(numbers).astype(np.int64)
+    return x, kernel, 448, lambda numbers: numbers.astype(jnp.float8_e4m3fn).astype(np.float64)
+
+
+def test_eight_bit_products_round_each_row_at_its_own_scale(eight_bit):
+    """By numpy, whose integers are exact: the result is of rounded activations and of the weights as they are held."""
+    x, kernel, largest, rounded = eight_bit
+    scale = np.max(np.abs(x), axis=1, keepdims=True) / np.float32(largest)
+    numbers = rounded(np.divide(x, scale, out=np.zeros_like(x), where=scale > 0))
+    values = np.asarray(kernel.values).astype(numbers.dtype)
+    expected = (numbers @ values) * scale.astype(float) * np.asarray(kernel.scale, float)
+    found = np.asarray(frozen_product(x, jax.device_put(kernel), Products("float32", eight_bit=True)))
+    assert np.all(np.abs(found - expected) <= 2e-6 * np.abs(expected).max(axis=1, keepdims=True))
+    assert not found[2].any()
+    exact = x.astype(float) @ np.asarray(dequantised(kernel), float)
+    assert np.abs(found - exact)[4].max() > 1e-3 * np.abs(exact[4]).max()  # it does round
+
+
+def test_the_tangent_of_an_eight_bit_product_is_that_of_the_product_without_rounding(eight_bit):
+    x, kernel = eight_bit[:2]
+    kernel, moved = jax.device_put(kernel), np.random.default_rng(1).standard_normal(x.shape).astype(np.float32)
+    products = Products("float32", eight_bit=True)
+    primal, tangent = jax.jvp(lambda x: frozen_product(x, kernel, products), (x,), (moved,))
+    np.testing.assert_array_equal(primal, frozen_product(x, kernel, products))
+    expected = moved.astype(float) @ np.asarray(dequantised(kernel), float)
+    np.testing.assert_allclose(tangent, expected, rtol=1e-4, atol=1e-5)
+    _, pull = jax.vjp(lambda x: frozen_product(x, kernel, products), x)
+    cotangent = np.ones((5, 64), np.float32)
+    np.testing.assert_allclose(pull(cotangent)[0], cotangent @ np.asarray(dequantised(kernel)).T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize("eight_bit", [False, True])
+def test_every_projection_is_an_eight_bit_product_where_it_is_asked_for(kind, eight_bit, folder):
+    config = LlamaConfig.from_json(folder)
+    model = Llama(config, precision="bfloat16", eight_bit=eight_bit)
+    loss, rows = loss_of(model, load_base(folder, config, "bfloat16", kind)), random_rows(2)
+    text = jax.jit(loss).lower(random_lora(config, TARGETS), rows).as_text()
+    number, total = {"int8": ("i8", "i32"), "fp8": ("f8E4M3FN", "f32")}[kind]
+    pattern = rf"dot_general.*\(tensor<[\dx]+x{number}>, tensor<[\dx]+x{number}>\) -> tensor<[\dx]+x{total}>"
+    assert len(re.findall(pattern, text)) == (7 if eight_bit else 0)
 
 
 def test_a_saved_base_is_dequantised(case, tmp_path):
