@@ -21,7 +21,7 @@ from fedmezo_jax.llama.lora import lora_shapes, trained_layers
 from fedmezo_jax.llama.loss import loss_of, pair_loss_of, point_loss_of
 from fedmezo_jax.llama.model import Llama
 from fedmezo_jax.llama.precision import Precision
-from fedmezo_jax.llama.quantised import BaseType, held_as
+from fedmezo_jax.llama.quantised import BaseType, check_eight_bit, held_as
 from fedmezo_jax.llama.shapes import named_shape
 
 
@@ -49,10 +49,15 @@ class StepConfig:
     """of the step's products with frozen weights; with paired, the step in plain bfloat16 is shown beside it"""
 
     base: BaseType | None = None
-    """how the frozen weights are held: float32, bfloat16, int8 or int4; by default as the precision"""
+    """how the frozen weights are held: float32, bfloat16, int8, fp8 or int4; by default as the precision"""
+
+    eight_bit_products: bool = False
+    """whether projections in int8 or fp8 are multiplied by activations in eight bits; the two-point step is shown then
+    as the benchmark of the precision measures it, though runs refuse it"""
 
     def __post_init__(self):
-        """Checks the counts."""
+        """Checks the options."""
+        check_eight_bit(self.eight_bit_products, self.base)
         for name in ("length", "rank", "clients_per_device", "directions"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
@@ -90,7 +95,7 @@ def programs(config: StepConfig, device: Any) -> list[tuple[str, Precision, Call
     keys = abstract(keys.dtype, keys.shape)
 
     unpaired: Precision = "bfloat16" if config.precision == "paired" else config.precision
-    single = Llama(llama, 2.0, unpaired, trained=trained)
+    single = Llama(llama, 2.0, unpaired, eight_bit=config.eight_bit_products, trained=trained)
     checkpointed = single.clone(checkpointed=True)
 
     first, inputs = single.trained_layers[0], rows

@@ -134,7 +134,7 @@ def main(config: Config) -> None:
         problems = problems[: config.test_examples]
     harness = _harness(config) if config.tasks else None
     base = load_base(folder, llama, *held_as(config))
-    model = Llama(llama, scale, config.precision, trained=trained)
+    model = Llama(llama, scale, config.precision, eight_bit=config.eight_bit_products, trained=trained)
     loaded = LoadedModel(model, base, lora, tokenizer, f"--model {config.model}")
 
     rows: list[dict[str, Any]] = []

@@ -43,7 +43,7 @@ class Config:
     precision: Literal["float32", "bfloat16"] = "float32"
     """of the products with base weights"""
     base: BaseType | None = None
-    """how the base weights are held: float32, bfloat16, int8, int4 or as-stored; by default as the precision"""
+    """how the base weights are held: float32, bfloat16, int8, fp8, int4 or as-stored; by default as the precision"""
     out: Path = Path("runs/generate")
     """folder for config.json and results.json"""
 

@@ -74,13 +74,16 @@ def measure(config: Config, target: hardware.Topology) -> Iterator[dict[str, Any
     """Yields one row per program; ``over_forward`` is the ratio of its peak to that of the forward pass."""
     forward = None
     for what, precision, function, arguments in programs(config, target.devices[0]):
-        plan = hardware.plan(lower(what, function, arguments), target)
+        compiled = hardware.compile_for(target, lower(what, function, arguments))
+        plan = hardware.Plan(None, None) if compiled is None else hardware.plan_of(compiled, target)
         forward = forward or plan.peak
         yield {
             "model": config.model,
             "length": config.length,
             "clients_per_device": config.clients_per_device,
             "layers": config.layers,
+            "base": config.base,
+            "eight_bit_products": None if compiled is None else hardware.eight_bit_products(compiled),
             "what": what,
             "precision": precision,
             "peak_bytes": plan.peak,

@@ -4,9 +4,9 @@
     python -m experiments.benchmarks.precision --model smollm2-135m --data gsm8k --data-dir FOLDER --partition iid
 
 The reference is the exact directional derivative zᵀ∇L in float32, by forward-mode differentiation, on frozen weights of
-the same values for all precisions, in bfloat16 or quantised. So only the error of the arithmetic is measured. How far
-the quantised model's derivative itself is from that of the first of ``--bases`` is in the rows of estimator
-``derivative``.
+the same values for all precisions, in bfloat16 or quantised, and with eight-bit products of the same roundings: their
+derivative is that of the product that each stands for. So only the error of the arithmetic is measured. How far the
+model's derivative itself is from that of the first of ``--bases`` is in the rows of estimator ``derivative``.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Config:
     """training examples in the loss"""
     probes: int = 12
     """directions z"""
-    bases: str = "bfloat16,int8,int4"
-    """how the frozen weights are held"""
+    bases: str = "bfloat16,int8,fp8,int4"
+    """how the frozen weights are held; int8 and fp8 are measured with eight-bit products as well"""
     out: Path = Path("runs/precision")
     """folder for config.json, results.json and precision.png"""
 
@@ -70,26 +70,37 @@ def main(config: Config) -> None:
         raise UserError("--rows and --probes must be at least 1")
     bases = config.bases.split(",")
     rows, first = [], None
-    for base in bases:
-        setup = prepare(replace(config.run, base=base))  # pyright: ignore[reportArgumentType]
+    for base, products, setup in _setups(config.run, bases):
         loss, slopes = derivatives(setup, config.rows, config.probes)
         first = slopes if first is None else first
         found = [_row("derivative", "float32", None, slopes, first) | {"loss": loss}]
         for row in itertools.chain(found, measure(setup, scales, config.rows, config.probes, slopes)):
-            rows.append({"base": base} | row)
+            rows.append({"base": base, "products": products} | row)
             at = "" if row["perturbation_scale"] is None else f" at {row['perturbation_scale']:g}"
-            print(f"{base}, {row['estimator']}, {row['precision']}{at}: {row['error']:.2%}", flush=True)
+            print(f"{base}, {products}, {row['estimator']}, {row['precision']}{at}: {row['error']:.2%}", flush=True)
         if isinstance(setup.task.train, HiddenBatch):
-            rows.append({"base": base} | _rounded_states(setup, config.rows, config.probes, slopes))
-            print(f"{base}, hidden states in bfloat16: {rows[-1]['error']:.2%}", flush=True)
+            rows.append(
+                {"base": base, "products": products} | _rounded_states(setup, config.rows, config.probes, slopes)
+            )
+            print(f"{base}, {products}, hidden states in bfloat16: {rows[-1]['error']:.2%}", flush=True)
     plot(config.out / "precision.png", rows, f"{config.run.model} on {config.run.data}")
     _cli.write_folder(config, rows, time.perf_counter() - start)
     _cli.print_table("relative error of the projected gradient", rows)
     for base, precision in itertools.product(bases, get_args(Precision)):
-        best = min(_line(rows, base, precision), key=lambda row: row["error"])
+        best = min(_line(rows, base, "weights", precision), key=lambda row: row["error"])
         print(
             f"{base}, {precision}: take --perturbation-scale {best['perturbation_scale']:g} (error {best['error']:.1%})"
         )
+
+
+def _setups(run: RunConfig, bases: Sequence[str]) -> Iterator[tuple[str, str, RunContext]]:
+    """Each base with products of its weights as floats, and in eight bits too where there are such."""
+    for base in bases:
+        setup = prepare(replace(run, base=base))  # pyright: ignore[reportArgumentType]
+        yield base, "weights", setup
+        if base in ("int8", "fp8"):
+            model = setup.task.model.clone(eight_bit=True)
+            yield base, "eight-bit", setup._replace(task=replace(setup.task, model=model))
 
 
 def derivatives(setup: RunContext, count: int, probes: int) -> tuple[float, np.ndarray]:
@@ -159,9 +170,10 @@ def _keys(setup: RunContext, probes: int) -> jax.Array:
     return jax.random.split(jax.random.fold_in(run_key(setup.config.seed), random.PRECISION), probes)
 
 
-def _line(rows: list[dict[str, Any]], base: str, precision: str) -> list[dict[str, Any]]:
-    """The rows of the two-point estimate on this base at this precision."""
-    return [row for row in rows if (row["base"], row["estimator"], row["precision"]) == (base, "two-point", precision)]
+def _line(rows: list[dict[str, Any]], base: str, products: str, precision: str) -> list[dict[str, Any]]:
+    """The rows of the two-point estimate on this base with these products at this precision."""
+    wanted = (base, products, "two-point", precision)
+    return [row for row in rows if (row["base"], row["products"], row["estimator"], row["precision"]) == wanted]
 
 
 def _rounded_states(setup: RunContext, count: int, probes: int, exact: np.ndarray) -> dict[str, Any]:
@@ -175,10 +187,11 @@ def _rounded_states(setup: RunContext, count: int, probes: int, exact: np.ndarra
 def plot(file: Path, rows: list[dict[str, Any]], title: str) -> None:
     """Plots the error of the two-point estimate over μ with a line per base and precision, as a PNG."""
     figure, axes = _plots.subplots(figsize=(6.4, 4))
-    bases = list(dict.fromkeys(row["base"] for row in rows))
+    bases = list(dict.fromkeys((row["base"], row["products"]) for row in rows))
     for (i, base), (j, precision) in itertools.product(enumerate(bases), enumerate(get_args(Precision))):
-        line = [(row["perturbation_scale"], row["error"]) for row in _line(rows, base, precision)]
-        axes.plot(*zip(*line, strict=True), f"C{j}" + ("o-", "s--", "^:")[i % 3], label=f"{base}, {precision}")
+        line = [(row["perturbation_scale"], row["error"]) for row in _line(rows, *base, precision)]
+        label = ", ".join((*base, precision)).replace("weights, ", "")
+        axes.plot(*zip(*line, strict=True), f"C{j}" + ("o-", "s--", "^:", "v-.")[i % 4], label=label)
     axes.axhline(WARN_ABOVE, color="0.6", linewidth=1, linestyle="--", label=f"{WARN_ABOVE:.0%}")
     axes.set(yscale="log", xlabel="perturbation scale μ", title=title)
     axes.set_ylabel("relative error of the projected gradient")

@@ -32,7 +32,7 @@ from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.lora import init_lora, trained_layers
 from fedmezo_jax.llama.loss import loss_of, pair_loss_of
 from fedmezo_jax.llama.model import Llama
-from fedmezo_jax.llama.precision import frozen_product, keep_in_loop
+from fedmezo_jax.llama.precision import Products, frozen_product, keep_in_loop
 from fedmezo_jax.llama.shapes import named_shape
 from fedmezo_jax.planning import cost_model
 
@@ -246,7 +246,7 @@ def _products(llama: LlamaConfig, base: Any, setting: Setting, precision: Any) -
     passes, times = (1, 2) if precision == "paired" else (2, 1)
     tokens = setting.clients * setting.batch
     kind = "bfloat16" if precision == "paired" else precision
-    product = partial(frozen_product, precision=kind)
+    product = partial(frozen_product, products=Products(kind))
 
     def layer(x, index):
         sliced = partial(jax.lax.dynamic_index_in_dim, axis=0, keepdims=False)

@@ -90,12 +90,15 @@ _LARGEST = float(np.sqrt(np.finfo(np.float32).max))
 
 
 def largest_magnitude(tensor: np.ndarray) -> float:
-    """Returns the largest magnitude in a tensor of floats; infinite or NaN if an entry is.
+    """Returns the largest magnitude in a tensor of floats, without a copy of it; infinite or NaN if an entry is.
 
     Without the sign bit, floats have the same order as the integers with the same bits; infinity and NaN are largest.
+    Among integers without a sign the largest is the largest negative float, and among signed ones the largest positive.
     """
-    bits = tensor.view(f"u{tensor.itemsize}")
-    return float(np.max(bits & (np.iinfo(bits.dtype).max >> 1)).view(tensor.dtype))
+    bits = [int(np.max(tensor.view(f"{sign}{tensor.itemsize}"))) for sign in "ui"]
+    without_sign = (1 << 8 * tensor.itemsize - 1) - 1
+    largest = np.array(max(pattern & without_sign for pattern in bits), f"u{tensor.itemsize}")
+    return float(largest.view(tensor.dtype))
 
 
 def largest_weight(config: LlamaConfig, base: Base) -> tuple[str, float]:

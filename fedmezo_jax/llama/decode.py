@@ -17,7 +17,7 @@ from fedmezo_jax.llama.attention import layer_rope, layer_window, rotary_table, 
 from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.lora import spread
 from fedmezo_jax.llama.model import Llama, Lora, Mlp, Projections, RMSNorm
-from fedmezo_jax.llama.precision import Precision
+from fedmezo_jax.llama.precision import Products
 
 
 class Cache(NamedTuple):
@@ -56,15 +56,14 @@ class _Attention(Projections):
 class _Block(nn.Module):
     config: LlamaConfig
     lora_scale: float
-    precision: Precision
-    least_rows: int = 1
+    products: Products
 
     @nn.compact
     def __call__(self, carry, lora: Lora, layer, positions, rope):
         x, cache = carry
         c = self.config
-        attention = _Attention(c, self.lora_scale, self.precision, self.least_rows, name="self_attn")
-        mlp = Mlp(c, self.lora_scale, self.precision, self.least_rows, name="mlp")
+        attention = _Attention(c, self.lora_scale, self.products, name="self_attn")
+        mlp = Mlp(c, self.lora_scale, self.products, name="mlp")
         normed = RMSNorm(c.rms_norm_eps, name="input_layernorm")(x)
         mixed, cache = attention(normed, lora, layer, cache, positions, rope)
         x = x + mixed

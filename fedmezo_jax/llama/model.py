@@ -19,7 +19,7 @@ from fedmezo_jax.core.mezo import Perturbation, shift_row
 from fedmezo_jax.data.packing import Layout
 from fedmezo_jax.llama.attention import causal_attention, layer_rope, layer_window, rotary_table, rotate
 from fedmezo_jax.llama.config import LlamaConfig
-from fedmezo_jax.llama.precision import Precision, frozen_product, keep_in_loop, product, unfused
+from fedmezo_jax.llama.precision import Precision, Products, frozen_product, keep_in_loop, product, unfused
 from fedmezo_jax.llama.quantised import Quantised
 
 Base: TypeAlias = dict[str, Any]
@@ -53,8 +53,7 @@ class Dense(nn.Module):
     features: int
     bias: bool
     lora_scale: float
-    precision: Precision
-    least_rows: int = 1
+    products: Products
 
     @nn.compact
     def __call__(self, x: jax.Array, adapter: dict[str, jax.Array] | None = None) -> jax.Array:
@@ -62,7 +61,7 @@ class Dense(nn.Module):
         kernel = self.get_variable("params", "kernel")
         if not isinstance(kernel, Quantised):
             kernel = self.param("kernel", _INIT, (x.shape[-1], self.features))
-        y = frozen_product(x, kernel, self.precision, self.least_rows)
+        y = frozen_product(x, kernel, self.products)
         if self.bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(y.dtype)
         if adapter is not None:
@@ -75,8 +74,7 @@ class Projections(nn.Module):
 
     config: LlamaConfig
     lora_scale: float
-    precision: Precision
-    least_rows: int = 1
+    products: Products
 
     def heads(self, name: str, count: int, x: jax.Array, lora: Lora) -> jax.Array:
         """``[B, S, count, h]``, unrotated, of q_proj, k_proj or v_proj."""
@@ -89,7 +87,7 @@ class Projections(nn.Module):
     def project(self, name: str, features: int, x: jax.Array, lora: Lora) -> jax.Array:
         """Maps ``[..., in]`` to ``[..., features]``."""
         bias = self.config.has_bias(name)
-        return Dense(features, bias, self.lora_scale, self.precision, self.least_rows, name=name)(x, lora.get(name))
+        return Dense(features, bias, self.lora_scale, self.products, name=name)(x, lora.get(name))
 
 
 class SelfAttention(Projections):
@@ -126,8 +124,7 @@ class Mlp(nn.Module):
 
     config: LlamaConfig
     lora_scale: float
-    precision: Precision
-    least_rows: int = 1
+    products: Products
 
     @nn.compact
     def __call__(self, x: jax.Array, lora: Lora) -> jax.Array:
@@ -135,9 +132,7 @@ class Mlp(nn.Module):
         c = self.config
 
         def project(name, x, features):
-            return Dense(features, c.mlp_bias, self.lora_scale, self.precision, self.least_rows, name=name)(
-                x, lora.get(name)
-            )
+            return Dense(features, c.mlp_bias, self.lora_scale, self.products, name=name)(x, lora.get(name))
 
         gated = nn.silu(project("gate_proj", x, c.intermediate_size)) * project("up_proj", x, c.intermediate_size)
         return project("down_proj", gated, c.hidden_size)
@@ -148,8 +143,7 @@ class Block(nn.Module):
 
     config: LlamaConfig
     lora_scale: float
-    precision: Precision
-    least_rows: int = 1
+    products: Products
 
     @nn.compact
     def __call__(
@@ -171,8 +165,8 @@ class Block(nn.Module):
         if perturbation is not None:
             lora = shift_row(lora, perturbation, layer)
         c = self.config
-        attention = SelfAttention(c, self.lora_scale, self.precision, self.least_rows, name="self_attn")
-        mlp = Mlp(c, self.lora_scale, self.precision, self.least_rows, name="mlp")
+        attention = SelfAttention(c, self.lora_scale, self.products, name="self_attn")
+        mlp = Mlp(c, self.lora_scale, self.products, name="mlp")
         x = x + attention(RMSNorm(c.rms_norm_eps, name="input_layernorm")(x), lora, rope, window, layout)
         x = x + mlp(RMSNorm(c.rms_norm_eps, name="post_attention_layernorm")(x), lora)
         return x, None
@@ -186,6 +180,7 @@ class Llama(nn.Module):
         lora_scale: α/r.
         precision: of the products with frozen weights; ``paired`` only under ``vmap`` over a pair.
         least_rows: products with frozen weights are padded to this many rows, see :func:`precision.least_rows`.
+        eight_bit: multiply kernels in int8 or fp8 by activations in eight bits (:class:`precision.Products`).
         trained: indices of the layers that have an adapter, ascending; None for all. A LoRA tree's leading axis has
             one entry for each of them.
         checkpointed: compute a layer's activations a second time when back-propagating, instead of keeping them.
@@ -195,6 +190,7 @@ class Llama(nn.Module):
     lora_scale: float = 1.0
     precision: Precision = "float32"
     least_rows: int = 1
+    eight_bit: bool = False
     trained: tuple[int, ...] | None = None
     checkpointed: bool = False
     block: ClassVar[type[nn.Module]] = Block
@@ -209,15 +205,19 @@ class Llama(nn.Module):
             in_axes=(0, 0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=c.num_hidden_layers,
         )
-        self.layers = layers(c, self.lora_scale, self.precision, self.least_rows)
+        self.layers = layers(c, self.lora_scale, self._products)
         self.norm = RMSNorm(c.rms_norm_eps)
         if not c.tie_word_embeddings:
-            self.lm_head = Dense(c.vocab_size, False, 0.0, self.precision, self.least_rows)
+            self.lm_head = Dense(c.vocab_size, False, 0.0, self._products)
 
     @property
     def trained_layers(self) -> tuple[int, ...]:
         """``trained``, with all layers for None."""
         return tuple(range(self.config.num_hidden_layers)) if self.trained is None else self.trained
+
+    @property
+    def _products(self) -> Products:
+        return Products(self.precision, self.least_rows, self.eight_bit)
 
     def hidden(
         self, tokens: jax.Array, lora: Lora, perturbation: Perturbation | None = None, layout: Layout | None = None
@@ -243,7 +243,7 @@ class Llama(nn.Module):
         otherwise, than that of :meth:`prefix`.
         """
         rope, stacked = rotary_table(self.config, x.shape[1]), self.variables["params"]["layers"]
-        block = Block(self.config, self.lora_scale, self.precision, self.least_rows, parent=None)
+        block = Block(self.config, self.lora_scale, self._products, parent=None)
 
         def run_layer(i, x):
             own_rope = layer_rope(self.config, rope, start + i)
@@ -291,7 +291,7 @@ class Llama(nn.Module):
         # The scan of setup, but slicing the weights itself: see keep_in_loop.
         stacked = self.variables["params"]["layers"]
         missing = self.config.num_hidden_layers - jax.tree.leaves(stacked)[0].shape[0]
-        block = Block(self.config, self.lora_scale, self.precision, self.least_rows, parent=None)
+        block = Block(self.config, self.lora_scale, self._products, parent=None)
 
         def run_layer(x, layer_and_lora):
             layer, lora = layer_and_lora
@@ -308,7 +308,7 @@ class Llama(nn.Module):
         """Final norm and head: ``[..., D]`` to ``[..., V]``, float32."""
         x = self.norm(hidden)
         if self.config.tie_word_embeddings:
-            return frozen_product(x, self.embed_tokens.embedding.T, self.precision, self.least_rows)
+            return frozen_product(x, self.embed_tokens.embedding.T, self._products)
         return self.lm_head(x)
 
     def label_losses(self, hidden: jax.Array, labels: jax.Array) -> jax.Array:
@@ -334,7 +334,7 @@ class Llama(nn.Module):
             largest, total, picked = carry
             start = jnp.minimum(block * width, vocabulary - width)  # the last block may overlap the one before it
             part = jax.lax.dynamic_slice_in_dim(*keep_in_loop(table, start), width, axis=0 if tied else 1)
-            logits = frozen_product(x, part.T if tied else part, self.precision)
+            logits = frozen_product(x, part.T if tied else part, Products(self.precision))
             place = labels - start
             own = jnp.take_along_axis(logits, jnp.clip(place, 0, width - 1)[:, None], axis=1)[:, 0]
             picked = jnp.where((place >= 0) & (place < width), own, picked)

@@ -19,13 +19,14 @@ Relative error of the projected gradient on SmolLM2-135M and GSM8K (``python -m 
 """
 
 import math
+from functools import partial
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
-from fedmezo_jax.llama.quantised import Quantised, operand
+from fedmezo_jax.llama.quantised import LARGEST, Quantised, operand
 
 Precision: TypeAlias = Literal["float32", "bfloat16", "paired"]
 PAIR = "pair"
@@ -90,38 +91,78 @@ def _by_shape(precision: Precision) -> bool:
     return precision == "float32" and jax.default_backend() == "cpu"
 
 
-def frozen_product(x: jax.Array, kernel: jax.Array | Quantised, precision: Precision, least_rows: int = 1) -> jax.Array:
+class Products(NamedTuple):
+    """How products with frozen weights are computed.
+
+    Attributes:
+        precision: dtype of the inputs of a product, see the module.
+        least_rows: fewer rows than this are filled up with zeros for the product.
+        eight_bit: whether kernels in int8 or fp8 are multiplied by activations in eight bits, see
+            :func:`_eight_bit_product`.
+    """
+
+    precision: Precision
+    least_rows: int = 1
+    eight_bit: bool = False
+
+
+def frozen_product(x: jax.Array, kernel: jax.Array | Quantised, products: Products) -> jax.Array:
     """``x @ kernel`` with float32 accumulation.
 
     Args:
         x: ``[..., in]`` float32 activations.
         kernel: ``[in, out]`` frozen weights, quantised or of any float dtype; the same for all clients and both points
             of a pair.
-        precision: dtype of the inputs of the product, see the module.
-        least_rows: fewer rows than this are filled up with zeros for the product.
+        products: how.
 
     Returns:
         ``[..., out]`` float32.
     """
     rows = x.size // x.shape[-1]
-    if rows < least_rows:
-        filled = jnp.pad(x.reshape(rows, -1), [(0, least_rows - rows), (0, 0)])
-        return frozen_product(filled, kernel, precision)[:rows].reshape(*x.shape[:-1], -1)
-    weights, scale = operand(kernel, jnp.float32 if precision == "float32" else jnp.bfloat16)
-    y = _product(x, weights, precision)
-    return y if scale is None else y * scale
-
-
-def _product(x: jax.Array, weights: jax.Array, precision: Precision) -> jax.Array:
-    if precision == "float32":
-        return product(x, weights)
-    if precision == "bfloat16":
-        return _bfloat16_product(x, weights)
+    if rows < products.least_rows:
+        filled = jnp.pad(x.reshape(rows, -1), [(0, products.least_rows - rows), (0, 0)])
+        return frozen_product(filled, kernel, products)[:rows].reshape(*x.shape[:-1], -1)
+    eight_bit = products.eight_bit and isinstance(kernel, Quantised)
+    if products.precision != "paired":
+        return (
+            _eight_bit_product(x, kernel, products.precision) if eight_bit else _product(x, kernel, products.precision)
+        )
     sign = 1.0 - 2.0 * jax.lax.axis_index(PAIR).astype(jnp.float32)
     plus, minus = jax.lax.all_gather(x, PAIR)  # not a mean over the axis: XLA's reductions on CPUs are slow
-    halves = jnp.stack([(plus + minus) / 2, (plus - minus) / 2])
-    mean, difference = _bfloat16_product(halves, weights)
+    mean, difference = (plus + minus) / 2, (plus - minus) / 2
+    if eight_bit:
+        return _eight_bit_product(mean, kernel, "bfloat16") + sign * _product(difference, kernel, "bfloat16")
+    mean, difference = _product(jnp.stack([mean, difference]), kernel, "bfloat16")
     return mean + sign * difference
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _eight_bit_product(x: jax.Array, kernel: Quantised, precision: Precision) -> jax.Array:
+    """``x @ kernel`` with each row of x rounded to the kernel's type, at a scale of its own.
+
+    A rounded product is a step function of x, whose derivative is 0 or infinite. Its tangent is that of the product
+    that it stands for: that of x without rounding, in ``precision``.
+    """
+    scale = jnp.max(jnp.abs(x), axis=-1, keepdims=True) / LARGEST[kernel.kind]
+    numbers = x / jnp.where(scale > 0, scale, 1)
+    if kernel.kind == "int8":
+        y = jnp.matmul(jnp.round(numbers).astype(jnp.int8), kernel.values, preferred_element_type=jnp.int32)
+    else:
+        y = jnp.matmul(numbers.astype(kernel.values.dtype), kernel.values, preferred_element_type=jnp.float32)
+    return y.astype(jnp.float32) * scale * kernel.scale[0]
+
+
+@_eight_bit_product.defjvp
+def _eight_bit_tangent(precision: Precision, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (x, kernel), (moved, _) = primals, tangents
+    return _eight_bit_product(x, kernel, precision), _product(moved, kernel, precision)
+
+
+def _product(x: jax.Array, kernel: jax.Array | Quantised, precision: Precision) -> jax.Array:
+    """``x @ kernel`` at one point, in float32 or bfloat16."""
+    weights, scale = operand(kernel, jnp.float32 if precision == "float32" else jnp.bfloat16)
+    y = product(x, weights) if precision == "float32" else _bfloat16_product(x, weights)
+    return y if scale is None else y * scale
 
 
 def product(x: jax.Array, y: jax.Array) -> jax.Array:

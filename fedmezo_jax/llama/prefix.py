@@ -182,7 +182,7 @@ class HiddenStates:
         else:
             model = prefix.model
             cut = f"{prefix.base_hash} {model.config} {model.trained_layers[0]} {model.precision} {self.shape}"
-            cut += f" {self.dtype} {jax.default_backend()} {jax.__version__}"
+            cut += f" {model.eight_bit} {self.dtype} {jax.default_backend()} {jax.__version__}"
             name = hashlib.sha256(cut.encode() + self._tokens.tobytes()).hexdigest()
             self._store = _File(folder / f"{name}.states", self.shape[1:], self.dtype)
 

@@ -1,19 +1,27 @@
-"""Frozen kernels in eight or four bits, which stay so while the model is trained.
+"""Frozen kernels in eight or fewer bits, which stay so while the model is trained.
 
 Zeroth-order steps and tangents of the adapters need no gradient of these kernels, so nothing but the product itself has
-to know of them. A product takes the integers of one kernel as floats, which is exact, and multiplies by the scales:
+to know of them. A product takes the numbers of one kernel as floats, which is exact, and multiplies by the scales:
 
-- int8 has a scale for each output, which multiplies the result;
+- int8 has a scale for each output, which multiplies the result, and so has fp8, whose weights are float8_e4m3fn;
 - int4 has one for each block of 32 inputs of an output. It has five significant bits, so that a weight, which is an
   integer up to 7 times its scale, is exact in bfloat16: products in float32 and in bfloat16 are of the same weights;
-- Q8_0 and Q4_0 are blocks of 32 in GGUF files, with a float16 scale each.
+- Q8_0 and Q4_0 are blocks of 32 in GGUF files, with a float16 scale each;
+- Q4_K and Q6_K are blocks of 256 there. Each sub-block, of 32 or 16, has an integer that multiplies the block's scale,
+  and in Q4_K another for an offset.
+
+With ``--products`` the activations are rounded to eight bits too, and the product itself is one of eight-bit numbers
+(``precision.py``).
 
 The qwix package would quantise on the device, with scales whose products with integers bfloat16 rounds, and its int4
-arrays take a byte a weight on the host; hence these few lines.
+arrays take a byte a weight on the host. Its eight-bit products have no tangents of their own, which the derivative of a
+rounded product needs, and it has no blocks of GGUF. Hence these few lines.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import jax
@@ -22,14 +30,15 @@ import numpy as np
 
 from fedmezo_jax.errors import UserError
 
-KernelType: TypeAlias = Literal["int8", "int4", "Q8_0", "Q4_0"]
-"""Ours, and the blocks of GGUF files that are held as they are."""
-BaseType: TypeAlias = Literal["float32", "bfloat16", "int8", "int4", "as-stored"]
-"""How the frozen weights are held: all in a float type, or the kernels of the layers in eight or four bits."""
+OwnType: TypeAlias = Literal["int8", "fp8", "int4"]
+"""What weights are quantised to here."""
+StoredType: TypeAlias = Literal["Q8_0", "Q4_0", "Q4_K", "Q6_K"]
+"""The blocks of GGUF files that are held as they are."""
+KernelType: TypeAlias = OwnType | StoredType
+BaseType: TypeAlias = Literal["float32", "bfloat16", "int8", "fp8", "int4", "as-stored"]
+"""How the frozen weights are held: all in a float type, or the kernels of the layers in fewer bits."""
 
-BLOCK = 32
-"""Inputs that share a scale at four bits."""
-_AT_ONCE = 1 << 20  # weights quantised at a time; the temporaries are a few times as large
+_AT_ONCE = 1 << 18  # weights quantised at a time; the temporaries are a few times as large
 
 
 class _Options(Protocol):
@@ -40,21 +49,63 @@ class _Options(Protocol):
     def precision(self) -> str | None: ...
 
 
-class Quantised(NamedTuple):
-    """A kernel ``[…, in, out]`` of small integers with scales.
+class _Format(NamedTuple):
+    """What a kernel of a type consists of.
 
     Attributes:
-        values: int8 ``[…, in, out]``; or uint8 ``[…, in/2, out]``, where byte j of the 16 of a block holds the entries
-            j, in its lower bits, and j + 16, each plus 8.
-        scale: ``[…, blocks, out]``, float32 for int8, bfloat16 for int4 and float16 for GGUF's: what multiplies the
-            integers of each of ``blocks`` equal parts of the inputs.
+        block: inputs that share a block; 0 for all of them.
+        values: dtype of the values.
+        bits: of a weight among the values.
+        scale: dtype of the scales.
+        scales: how many a block has.
+        subscales: dtype of the integers of its sub-blocks.
+        integers: how many a block has, as they are packed.
     """
 
+    block: int
+    values: Any
+    bits: int
+    scale: Any
+    scales: int = 1
+    subscales: Any = None
+    integers: int = 0
+
+
+_FORMATS: dict[str, _Format] = {
+    "int8": _Format(0, jnp.int8, 8, jnp.float32),
+    "fp8": _Format(0, jnp.float8_e4m3fn, 8, jnp.float32),
+    "int4": _Format(32, jnp.uint8, 4, jnp.bfloat16),
+    "Q8_0": _Format(32, jnp.int8, 8, jnp.float16),
+    "Q4_0": _Format(32, jnp.uint8, 4, jnp.float16),
+    "Q4_K": _Format(256, jnp.uint8, 4, jnp.float16, 2, jnp.uint8, 12),
+    "Q6_K": _Format(256, jnp.uint8, 6, jnp.float16, 1, jnp.int8, 16),
+}
+LARGEST: dict[str, int] = {"int8": 127, "fp8": 448, "int4": 7}
+"""The largest number of each type."""
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("values", "scale", "subscales"), meta_fields=("kind",))
+@dataclass(frozen=True)
+class Quantised:
+    """A kernel ``[…, in, out]`` of small numbers with scales.
+
+    Attributes:
+        kind: its type.
+        values: ``[…, rows, out]``. A row for each input in int8, fp8 and Q8_0. In int4 and Q4_0, byte j of the 16 of a
+            block holds the entries j, in its lower bits, and j + 16, each plus 8. In Q4_K and Q6_K the bytes of a block
+            are GGUF's.
+        scale: ``[…, rows, out]``, what multiplies the numbers of each block of inputs; in Q4_K followed by what
+            multiplies the offsets.
+        subscales: ``[…, rows, out]``, the integers of the sub-blocks in Q4_K, packed as in GGUF, and in Q6_K.
+    """
+
+    kind: KernelType
     values: Any
     scale: Any
+    subscales: Any = None
 
 
-def held_as(config: _Options) -> tuple[str, KernelType | Literal["as-stored"] | None]:
+def held_as(config: _Options) -> tuple[str, OwnType | Literal["as-stored"] | None]:
     """How these options hold the weights: the dtype of floats, and what the layers' kernels are quantised to, if so.
 
     Floats have the type that ``base`` names, or else that of the products.
@@ -64,47 +115,65 @@ def held_as(config: _Options) -> tuple[str, KernelType | Literal["as-stored"] | 
     return "float32" if config.precision in (None, "float32") else "bfloat16", config.base
 
 
-def quantised_shape(shape: tuple[int, ...], kernels: str) -> Quantised:
-    """The parts of a kernel ``[…, in, out]`` of a :data:`KernelType` as ``jax.ShapeDtypeStruct``.
+def check_eight_bit(eight_bit: bool, base: BaseType | None) -> None:
+    """Refuses eight-bit products of kernels without one scale for each output.
 
     Raises:
-        UserError: the inputs are no multiple of :data:`BLOCK`; or it is ``as-stored``, and there is no file.
+        UserError: the base is neither int8 nor fp8.
+    """
+    if eight_bit and base not in ("int8", "fp8"):
+        raise UserError("--eight-bit-products needs --base int8 or fp8, which have one scale for each output")
+
+
+def quantised_shape(shape: tuple[int, ...], kind: KernelType | Literal["as-stored"]) -> Quantised:
+    """The parts of a kernel ``[…, in, out]`` of a type as ``jax.ShapeDtypeStruct``.
+
+    Raises:
+        UserError: the inputs are no multiple of a block; or it is ``as-stored``, and there is no file.
     """
     *lead, inputs, outputs = shape
-    if kernels == "as-stored":
-        raise UserError("--base as-stored depends on a file's blocks: give int8 for Q8_0, or int4 for Q4_0")
-    if kernels == "int8":
-        return Quantised(jax.ShapeDtypeStruct(shape, jnp.int8), jax.ShapeDtypeStruct((*lead, 1, outputs), jnp.float32))
-    if inputs % BLOCK:
+    if kind == "as-stored":
         raise UserError(
-            f"--base int4 has blocks of {BLOCK} weights, which do not divide a width of {inputs}: give int8"
+            "--base as-stored depends on a file's blocks: give int8 for Q8_0 or Q6_K, or int4 for the others"
         )
-    blocks = (*lead, inputs // BLOCK, outputs)
-    scale = jax.ShapeDtypeStruct(blocks, jnp.bfloat16 if kernels == "int4" else jnp.float16)
-    if kernels == "Q8_0":
-        return Quantised(jax.ShapeDtypeStruct(shape, jnp.int8), scale)
-    return Quantised(jax.ShapeDtypeStruct((*lead, inputs // 2, outputs), jnp.uint8), scale)
+    form = _FORMATS[kind]
+    block = form.block or inputs
+    if inputs % block:
+        raise UserError(
+            f"--base {kind} has blocks of {block} weights, which do not divide a width of {inputs}: give int8"
+        )
+
+    def part(rows: int, dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((*lead, rows, outputs), dtype)
+
+    blocks = inputs // block
+    subscales = part(blocks * form.integers, form.subscales) if form.integers else None
+    return Quantised(
+        kind, part(inputs * form.bits // 8, form.values), part(blocks * form.scales, form.scale), subscales
+    )
 
 
-def quantise(stored: np.ndarray, kernels: Literal["int8", "int4"], target: Quantised) -> None:
+def quantise(stored: np.ndarray, target: Quantised) -> None:
     """Quantises a weight of a file, ``[out, in]``, into the arrays of one kernel ``[in, out]`` on the host.
 
-    Each weight is off by half its scale at most. Beside ``stored`` this takes a few megabytes.
+    Its kind is an :data:`OwnType`. Each weight is off by half its scale at most, or in fp8 by 1/16 of itself or the
+    512th part of its scale. Beside ``stored`` this takes a few megabytes.
     """
-    outputs, inputs = stored.shape
-    width, largest = (inputs, 127) if kernels == "int8" else (BLOCK, 7)
+    kind, (outputs, inputs) = target.kind, stored.shape
+    width = _FORMATS[kind].block or inputs
     rows_at_once = max(1, _AT_ONCE // inputs)
     for start in range(0, outputs, rows_at_once):
         columns = slice(start, start + rows_at_once)
         blocks = stored[columns].astype(np.float32).reshape(-1, inputs // width, width)
-        scale = np.max(np.abs(blocks), axis=-1, keepdims=True) / np.float32(largest)
-        if kernels == "int4":
+        scale = np.max(np.abs(blocks), axis=-1, keepdims=True) / np.float32(LARGEST[kind])
+        if kind == "int4":
             scale = _rounded_up(scale)
-        integers = np.rint(np.divide(blocks, scale, out=np.zeros_like(blocks), where=scale > 0)).astype(np.int8)
-        if kernels == "int4":
-            low, high = np.split((integers + 8).view(np.uint8), 2, axis=-1)
-            integers = low | high << 4
-        target.values[:, columns] = integers.reshape(len(blocks), -1).T
+        numbers = np.divide(blocks, scale, out=np.zeros_like(blocks), where=scale > 0)
+        values = numbers.astype(target.values.dtype) if kind == "fp8" else np.rint(numbers).astype(np.int8)
+        if kind == "int4":
+            low, high = np.split((values + 8).view(np.uint8), 2, axis=-1)
+            values = low | high << 4
+        target.values[:, columns] = values.reshape(len(blocks), -1).T
         target.scale[:, columns] = scale[..., 0].T
 
 
@@ -116,26 +185,63 @@ def _rounded_up(scale: np.ndarray) -> np.ndarray:
 
 def dequantised(kernel: Quantised) -> jax.Array:
     """The weights themselves, float32 ``[…, in, out]``."""
-    integers = _integers(kernel)
-    *lead, inputs, outputs = integers.shape
-    blocks = kernel.scale.shape[-2]
-    parts = integers.astype(jnp.float32).reshape(*lead, blocks, inputs // blocks, outputs)
-    return (parts * kernel.scale[..., None, :].astype(jnp.float32)).reshape(integers.shape)
+    numbers = _numbers(kernel).astype(jnp.float32)
+    scale, offset = _scales(kernel)
+    *lead, inputs, outputs = numbers.shape
+    blocks = scale.shape[-2]
+    parts = numbers.reshape(*lead, blocks, inputs // blocks, outputs) * scale[..., None, :]
+    return (parts if offset is None else parts - offset[..., None, :]).reshape(numbers.shape)
 
 
 def operand(kernel: jax.Array | Quantised, dtype: Any) -> tuple[jax.Array, jax.Array | None]:
     """The matrix ``[in, out]`` to multiply with in ``dtype``, and what multiplies the result ``[out]``, if anything."""
     if not isinstance(kernel, Quantised):
         return kernel.astype(dtype), None
-    if kernel.scale.shape[-2] == 1:
-        return _integers(kernel).astype(dtype), kernel.scale[0]
+    if not _FORMATS[kernel.kind].block:
+        return kernel.values.astype(dtype), kernel.scale[0]
     return dequantised(kernel).astype(dtype), None
 
 
-def _integers(kernel: Quantised) -> jax.Array:
-    if kernel.values.dtype != jnp.uint8:
-        return kernel.values
-    *lead, half, outputs = kernel.values.shape
-    packed = kernel.values.reshape(*lead, half // (BLOCK // 2), 1, BLOCK // 2, outputs)
-    unpacked = (packed >> jnp.array([0, 4], jnp.uint8)[:, None, None]) & 15
-    return unpacked.reshape(*lead, 2 * half, outputs).astype(jnp.int8) - 8
+def _numbers(kernel: Quantised) -> jax.Array:
+    """The numbers that the scales multiply, ``[…, in, out]``."""
+    if kernel.kind in ("int4", "Q4_0"):
+        return _fields(kernel.values, 16, (0, 4)).astype(jnp.int8) - 8
+    if kernel.kind == "Q4_K":
+        return _fields(kernel.values, 32, (0, 4))
+    if kernel.kind == "Q6_K":
+        *lead, rows, outputs = kernel.values.shape
+        blocks = kernel.values.reshape(*lead, rows // 192, 192, outputs)
+        low = _fields(blocks[..., :128, :], 64, (0, 4))
+        high = _fields(blocks[..., 128:, :], 32, (0, 2, 4, 6), 3)
+        return (low | high << 4).reshape(*lead, rows // 3 * 4, outputs).astype(jnp.int8) - 32
+    return kernel.values
+
+
+def _fields(packed: jax.Array, run: int, shifts: tuple[int, ...], mask: int = 15) -> jax.Array:
+    """Unpacks bytes ``[…, rows, out]``: each run of so many gives as many entries for each of the shifts in turn."""
+    *lead, rows, outputs = packed.shape
+    runs = packed.reshape(*lead, rows // run, 1, run, outputs)
+    fields = (runs >> jnp.array(shifts, jnp.uint8)[:, None, None]) & mask
+    return fields.reshape(*lead, rows * len(shifts), outputs)
+
+
+def _scales(kernel: Quantised) -> tuple[jax.Array, jax.Array | None]:
+    """The scale of each block or sub-block, float32 ``[…, blocks, out]``, and what is taken off its weights, if so."""
+    scale = kernel.scale.astype(jnp.float32)
+    if kernel.subscales is None:
+        return scale, None
+    form = _FORMATS[kernel.kind]
+    *lead, rows, outputs = kernel.subscales.shape
+    packed = kernel.subscales.reshape(*lead, rows // form.integers, form.integers, outputs)
+    if kernel.kind == "Q6_K":
+        return (scale[..., None, :] * packed.astype(jnp.float32)).reshape(kernel.subscales.shape), None
+    first, second, rest = jnp.split(packed, 3, axis=-2)  # six bits each, of which the last four keep two elsewhere
+    scales = jnp.concatenate([first & 63, rest & 15 | first >> 6 << 4], axis=-2)
+    offsets = jnp.concatenate([second & 63, rest >> 4 | second >> 6 << 4], axis=-2)
+    by_block = scale.reshape(*lead, rows // form.integers, 2, outputs)
+
+    def of(which: int, integers: jax.Array) -> jax.Array:
+        product = by_block[..., which : which + 1, :] * integers.astype(jnp.float32)
+        return product.reshape(*lead, rows // form.integers * 8, outputs)
+
+    return of(0, scales), of(1, offsets)

@@ -7,6 +7,7 @@ JAX's own version, installed with ``--no-deps``). No device is needed, but the c
 from __future__ import annotations
 
 import os
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -62,6 +63,11 @@ class Tpu(NamedTuple):
 
 
 TPUS = {"v5e": Tpu(63 * GIB // 4, "2x2"), "v5p": Tpu(95 * GIB, "2x2x1"), "v6e": Tpu(125 * GIB // 4, "2x2")}
+
+
+_EIGHT_BIT = re.compile(
+    r"= s32\[[^=]* (?:dot|convolution)\(|= \(s32\[.*__cublas\$lt\$matmul\"|= .*__cublas\$lt\$matmul\$f8\""
+)
 
 
 class Topology(NamedTuple):
@@ -120,15 +126,32 @@ class Plan(NamedTuple):
     temporary: int | None
 
 
-def plan(lowered: Any, target: Topology) -> Plan:
-    """Compiles a lowered program for a topology and returns the compiler's plan of its memory."""
+def compile_for(target: Topology, lowered: Any) -> Any:
+    """Compiles a lowered program for a topology; returns None if the device's memory is too small for it."""
     try:
-        compiled = lowered.compile(compiler_options=target.options)
+        return lowered.compile(compiler_options=target.options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return Plan(None, None)
-    return plan_of(compiled, target)
+        return None
+
+
+def plan(lowered: Any, target: Topology) -> Plan:
+    """Compiles a lowered program for a topology and returns the compiler's plan of its memory."""
+    compiled = compile_for(target, lowered)
+    return Plan(None, None) if compiled is None else plan_of(compiled, target)
+
+
+def eight_bit_products(compiled: Any) -> int | None:
+    """Counts a compiled program's products of eight-bit numbers: sums in s32, and cuBLAS's products of fp8.
+
+    None if the compiler's text is not available (libtpu may use instructions that jaxlib does not know).
+    """
+    try:
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError:
+        return None
+    return len(_EIGHT_BIT.findall(text))
 
 
 def plan_of(compiled: Any, target: Topology) -> Plan:

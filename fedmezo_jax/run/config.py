@@ -65,6 +65,11 @@ class RunConfig(
             )
         if self.pack and self.protects_examples:
             raise UserError("--pack puts examples together, and --dp-unit example measures each alone: leave it out")
+        if self.eight_bit_products and (self.algorithm, self.estimator) == ("fedmezo", "two-point"):
+            raise UserError(
+                "--eight-bit-products rounds activations, so that losses at θ ± μz differ by the rounding as well: "
+                "give --estimator forward-gradient, or leave it out"
+            )
         liars = int(self.byzantine_share * self.participants)
         if self.aggregation in ("krum", "multi-krum") and self.participants < 2 * liars + 3:
             raise UserError(

@@ -19,7 +19,7 @@ from fedmezo_jax.data.table import PartitionKind
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.lora import check_targets
 from fedmezo_jax.llama.precision import Precision
-from fedmezo_jax.llama.quantised import BaseType
+from fedmezo_jax.llama.quantised import BaseType, check_eight_bit
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,14 @@ class ModelConfig(Options):
     default paired where the weights have at most sixteen bits and the device multiplies bfloat16, and else float32"""
     base: BaseType | None = None
     """how the frozen weights are held: float32, bfloat16, or with the layers' projections in eight or four bits, or in
-    the Q8_0 or Q4_0 of a .gguf file; by default float32 where that is the precision, and else bfloat16"""
+    the blocks of a .gguf file; by default float32 where that is the precision, and else bfloat16"""
+    eight_bit_products: bool = False
+    """whether the layers' projections in int8 or fp8 are multiplied by activations that are rounded to the same type,
+    row by row"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_eight_bit(self.eight_bit_products, self.base)
 
 
 @dataclass(frozen=True)

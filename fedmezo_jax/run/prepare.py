@@ -143,7 +143,13 @@ def task_of(
     """The task of a run on these examples, as tokens: see :func:`from_hidden_states`."""
     assert config.precision
     return LlamaTask(
-        Llama(model.llama, config.lora_alpha / config.lora_rank, config.precision, trained=model.trained),
+        Llama(
+            model.llama,
+            config.lora_alpha / config.lora_rank,
+            config.precision,
+            eight_bit=config.eight_bit_products,
+            trained=model.trained,
+        ),
         base,
         base_hash,
         config.model,

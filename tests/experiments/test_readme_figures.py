@@ -396,3 +396,38 @@ def test_the_errors_of_the_projected_gradient_are_those_of_the_results(precision
     [line] = [line for line in PERFORMANCE.splitlines() if line.startswith(f"| {title} | ") and "%" in line]
     for cell, error in zip(line.split("|")[2:-1], errors, strict=True):
         assert rounded(cell.strip(" %"), error)
+
+
+def test_the_memory_of_a_base_in_few_bits_is_that_of_the_results():
+    section = SCALING.split("\n### A base in eight or four bits\n")[1].split("\n## ")[0]
+    for base in ("int8", "int4"):
+        [line] = [line for line in section.splitlines() if line.startswith(f"| `{base}` |")]
+        peaks = {(row["what"], row["precision"]): row["peak_bytes"] / 2**30 for row in read(f"memory_8b_{base}")}
+        programs = (
+            ("forward", "bfloat16"),
+            ("fedmezo", "paired"),
+            ("fedmezo", "bfloat16"),
+            ("forward_gradient", "bfloat16"),
+        )
+        assert re.findall(r"\d+\.\d+", line) == [f"{peaks[program]:.2f}" for program in programs]
+        assert max(peaks[program] for program in programs) < {"int8": 10, "int4": 7}[base]
+
+
+def test_the_errors_of_eight_bit_products_are_those_of_the_results():
+    columns = (
+        *(("two-point", precision) for precision in ("float32", "paired", "bfloat16")),
+        ("forward-gradient", "bfloat16"),
+        ("derivative", "float32"),
+    )
+    rows = read("precision_eight_bit")
+    for base, products in dict.fromkeys((row["base"], row["products"]) for row in rows):
+        own = {
+            (row["estimator"], row["precision"]): 100 * row["error"]
+            for row in rows
+            if (row["base"], row["products"]) == (base, products)
+        }
+        [line] = [line for line in PERFORMANCE.splitlines() if line.startswith(f"| {base} | {products} | ")]
+        for cell, column in zip(line.split("|")[3:-1], columns, strict=True):
+            assert rounded(cell.strip(" %"), own[column])
+        assert own["forward-gradient", "bfloat16"] < 5
+        assert products == "eight-bit" or own["two-point", "paired"] < 5

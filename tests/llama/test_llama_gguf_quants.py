@@ -4,7 +4,7 @@ import gguf
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
-from weight_files import LLAMA3, rope_factors, shapes_of, weights_of, write_gguf_model
+from weight_files import LLAMA3, random_blocks, rope_factors, shapes_of, weights_of, write_gguf_model
 
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.checkpoints import gguf as gguf_module
@@ -86,34 +86,20 @@ def q6_k(block):
 
 
 KINDS = {
-    Kind.F32: (plain(np.float32), ()),
-    Kind.F16: (plain(np.float16), ()),
-    Kind.BF16: (bfloat16, ()),
-    Kind.Q8_0: (q8_0, (0,)),
-    Kind.Q4_0: (q4_0, (0,)),
-    Kind.Q4_1: (q4_1, (0, 2)),
-    Kind.Q4_K: (q4_k, (0, 2)),
-    Kind.Q6_K: (q6_k, (208,)),
+    Kind.F32: plain(np.float32),
+    Kind.F16: plain(np.float16),
+    Kind.BF16: bfloat16,
+    Kind.Q8_0: q8_0,
+    Kind.Q4_0: q4_0,
+    Kind.Q4_1: q4_1,
+    Kind.Q4_K: q4_k,
+    Kind.Q6_K: q6_k,
 }
-
-
-def random_blocks(kind, rows=7, blocks=3):
-    """Random bytes [rows, blocks, bytes of a block] whose floating-point numbers are finite."""
-    draw = np.random.default_rng(int(kind))
-    if kind in (Kind.F32, Kind.F16):
-        numbers = draw.normal(size=(rows, blocks, 1)).astype(np.float32 if kind == Kind.F32 else np.float16)
-        return numbers.view(np.uint8)
-    if kind == Kind.BF16:
-        return np.ascontiguousarray(draw.normal(size=(rows, blocks, 1)).astype(np.float32).view(np.uint8)[..., 2:])
-    raw = draw.integers(0, 256, (rows, blocks, gguf.GGML_QUANT_SIZES[kind][1]), dtype=np.uint8)
-    for at in KINDS[kind][1]:
-        raw[..., at : at + 2] = draw.normal(size=(rows, blocks, 1)).astype(np.float16).view(np.uint8)
-    return raw
 
 
 def numbers(kind, row):
     """A row's numbers, by the readable dequantiser."""
-    return [number for block in row for number in KINDS[kind][0](block)]
+    return [number for block in row for number in KINDS[kind](block)]
 
 
 @pytest.mark.parametrize("chunk", [1, 500, 1 << 22])

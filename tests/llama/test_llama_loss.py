@@ -15,7 +15,7 @@ from fedmezo_jax.data.examples import TokenBatch
 from fedmezo_jax.llama import model as model_module
 from fedmezo_jax.llama.loss import loss_of, loss_sums, pair_loss_of
 from fedmezo_jax.llama.model import Llama
-from fedmezo_jax.llama.precision import PAIR, frozen_product
+from fedmezo_jax.llama.precision import PAIR, Products, frozen_product
 
 CASES = ("2 key/value heads, untied", "1 key/value heads, tied")
 SCALE = 1.75
@@ -161,5 +161,5 @@ def test_pairing_changes_nothing_where_nothing_is_rounded():
     """Small even numbers: their means, half-differences and products are exact in bfloat16 and float32."""
     draw = np.random.RandomState(0)
     x, kernel = 2.0 * draw.randint(-16, 17, (2, 3, 5, 8)), draw.randint(-8, 9, (8, 6)).astype(np.float64)
-    found = jax.vmap(lambda x: frozen_product(x, kernel, "paired"), axis_name=PAIR)(jnp.float32(x))
+    found = jax.vmap(lambda x: frozen_product(x, kernel, Products("paired")), axis_name=PAIR)(jnp.float32(x))
     np.testing.assert_array_equal(found, x @ kernel)

@@ -19,6 +19,7 @@ from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.lora import TARGETS
 from fedmezo_jax.llama.loss import pair_loss_of
 from fedmezo_jax.llama.model import Block, Llama, RMSNorm, SelfAttention
+from fedmezo_jax.llama.precision import Products
 from fedmezo_jax.llama.registry import cache_folder, load_tokenizer
 
 PLAIN = "2 key/value heads, untied"
@@ -28,7 +29,7 @@ PLAIN = "2 key/value heads, untied"
 def computed(case):
     """Our numbers for ``make_goldens.reference``, but for the loss."""
     config, base = load(case)
-    parts = (config, 1.0, "float32")
+    parts = (config, 1.0, Products("float32"))
 
     @jax.jit
     def levels(base, given):
@@ -189,8 +190,7 @@ class MergedDense(nn.Module):
     features: int
     bias: bool
     lora_scale: float
-    precision: str
-    least_rows: int = 1
+    products: Products
 
     @nn.compact
     def __call__(self, x, adapter=None):

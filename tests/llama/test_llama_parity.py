@@ -21,6 +21,7 @@ from fedmezo_jax.llama.checkpoints.base_model import load_base
 from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.loss import loss_of
 from fedmezo_jax.llama.model import Block, Llama, RMSNorm, SelfAttention
+from fedmezo_jax.llama.precision import Products
 from fedmezo_jax.llama.rope import LinearRope, Llama3Rope
 
 ROPES = {"default": None, "linear": {"rope_type": "linear", "factor": 4.0}, "llama3": LLAMA3}
@@ -87,7 +88,7 @@ def hugging_face(raw, tensors):
 
 
 def ours(config, base, raw):
-    parts, layer = (config, 1.0, "float32"), jax.tree.map(lambda leaf: leaf[1], base["layers"])
+    parts, layer = (config, 1.0, Products("float32")), jax.tree.map(lambda leaf: leaf[1], base["layers"])
     tokens, stream, queries, first = inputs(raw)
     rope, norm, attention = rotary_table(config, LENGTH), RMSNorm(config.rms_norm_eps), SelfAttention(*parts)
     positions = np.broadcast_to(np.arange(LENGTH - 1), (2, LENGTH - 1))

@@ -1,28 +1,36 @@
 """Kernels in eight and four bits: their errors, and that a model on them is the float model of the same weights."""
 
+import re
+from typing import get_args
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
+from gguf import GGMLQuantizationType as Kind
+from gguf.constants import GGML_QUANT_SIZES
 from llama_cases import random_lora, random_rows
 from llama_files import SMALL
-from weight_files import assert_same, weights_of, write_gguf_model, write_in
+from weight_files import assert_same, random_blocks, weights_of, write_gguf_model, write_in
 
 from fedmezo_jax.core import mezo
+from fedmezo_jax.core.tree_hash import tree_hash
 from fedmezo_jax.data.examples import HiddenBatch
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.checkpoints.base_model import load_base, save_base
+from fedmezo_jax.llama.checkpoints.stored_base import StoredBase
 from fedmezo_jax.llama.checks import largest_weight
 from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.generate import generate
 from fedmezo_jax.llama.loss import loss_of, pair_loss_of, point_loss_of
 from fedmezo_jax.llama.model import Llama
+from fedmezo_jax.llama.precision import Products, frozen_product
 from fedmezo_jax.llama.prefix import trained_part
-from fedmezo_jax.llama.quantised import Quantised
+from fedmezo_jax.llama.quantised import OwnType, Quantised, StoredType, dequantised, quantise, quantised_shape
 from fedmezo_jax.llama.registry import TINY
 
-KERNELS = ("int8", "int4")
+KERNELS = get_args(OwnType)
 WIDE = SMALL | {
     **{"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32},
     **{"attention_bias": True, "mlp_bias": False, "tie_word_embeddings": False},
@@ -35,7 +43,7 @@ def is_quantised(leaf):
 
 
 def unpacked(kernel):
-    """The weights that a kernel stands for and the scale of each, float32 ``[L, in, out]``, entry by entry."""
+    """The weights that a kernel of our own stands for and the scale of each, float32 ``[L, in, out]``."""
     values, scale = np.asarray(kernel.values), np.asarray(kernel.scale, np.float32)
     if values.dtype == np.uint8:
         layers, half, outputs = values.shape
@@ -85,9 +93,10 @@ def test_each_weight_is_off_by_half_its_scale_at_most(case):
             np.testing.assert_array_equal(leaves[path], stored)
             continue
         weights, scale = unpacked(leaves[path])
-        assert np.all(np.abs(weights - stored) <= scale * np.float32(0.50002))
+        bound = np.maximum(np.abs(stored) / 16, scale / 512) if kind == "fp8" else scale / 2
+        assert np.all(np.abs(weights - stored) <= bound * np.float32(1.00004))
         largest = np.abs(stored).reshape(len(stored), -1, 32 if kind == "int4" else stored.shape[1], stored.shape[2])
-        levels = 7 if kind == "int4" else 127
+        levels = {"int8": 127, "fp8": 448, "int4": 7}[kind]
         bound = np.max(largest, axis=2).repeat(largest.shape[2], axis=1) / levels
         assert np.all(scale <= bound * (1 + (1 / 16 if kind == "int4" else 1e-6)))
         if kind == "int4":
@@ -102,7 +111,7 @@ def test_kernels_take_eight_bits_or_four_and_a_half(case):
     kind, _, base, _ = case
     kernel = base["layers"]["mlp"]["down_proj"]["kernel"]
     count, outputs = 2 * 96 * 64, 2 * 64
-    expected = count + 4 * outputs if kind == "int8" else count * 4.5 / 8
+    expected = count * 4.5 / 8 if kind == "int4" else count + 4 * outputs
     assert kernel.values.nbytes + kernel.scale.nbytes == expected
 
 
@@ -192,6 +201,59 @@ def test_projected_gradients_are_those_of_the_quantised_model(kind):
     assert error(tangent(base), exact) < 0.05
 
 
+@pytest.fixture(params=["int8", "fp8"])
+def eight_bit(request):
+    """A kernel in eight bits, activations of very different sizes, and how numpy rounds to the type."""
+    kind, draw = request.param, np.random.default_rng(0)
+    weights = draw.standard_normal((64, 48)).astype(np.float32)
+    kernel = jax.tree.map(lambda part: np.empty(part.shape, part.dtype), quantised_shape((48, 64), kind))
+    quantise(weights, kernel)
+    x = draw.standard_normal((5, 48)).astype(np.float32) * np.array([[1], [1e3], [0], [1e-4], [1]], np.float32)
+    x[4, 7] = 100  # one activation that rules its row
+    if kind == "int8":
+        return x, kernel, 127, lambda numbers: np.rint(numbers).astype(np.int64)
+    return x, kernel, 448, lambda numbers: numbers.astype(jnp.float8_e4m3fn).astype(np.float64)
+
+
+def test_eight_bit_products_round_each_row_at_its_own_scale(eight_bit):
+    """By numpy, whose integers are exact: the result is of rounded activations and of the weights as they are held."""
+    x, kernel, largest, rounded = eight_bit
+    scale = np.max(np.abs(x), axis=1, keepdims=True) / np.float32(largest)
+    numbers = rounded(np.divide(x, scale, out=np.zeros_like(x), where=scale > 0))
+    values = np.asarray(kernel.values).astype(numbers.dtype)
+    expected = (numbers @ values) * scale.astype(float) * np.asarray(kernel.scale, float)
+    found = np.asarray(frozen_product(x, jax.device_put(kernel), Products("float32", eight_bit=True)))
+    assert np.all(np.abs(found - expected) <= 2e-6 * np.abs(expected).max(axis=1, keepdims=True))
+    assert not found[2].any()
+    exact = x.astype(float) @ np.asarray(dequantised(kernel), float)
+    assert np.abs(found - exact)[4].max() > 1e-3 * np.abs(exact[4]).max()  # it does round
+
+
+def test_the_tangent_of_an_eight_bit_product_is_that_of_the_product_without_rounding(eight_bit):
+    x, kernel = eight_bit[:2]
+    kernel, moved = jax.device_put(kernel), np.random.default_rng(1).standard_normal(x.shape).astype(np.float32)
+    products = Products("float32", eight_bit=True)
+    primal, tangent = jax.jvp(lambda x: frozen_product(x, kernel, products), (x,), (moved,))
+    np.testing.assert_array_equal(primal, frozen_product(x, kernel, products))
+    expected = moved.astype(float) @ np.asarray(dequantised(kernel), float)
+    np.testing.assert_allclose(tangent, expected, rtol=1e-4, atol=1e-5)
+    _, pull = jax.vjp(lambda x: frozen_product(x, kernel, products), x)
+    cotangent = np.ones((5, 64), np.float32)
+    np.testing.assert_allclose(pull(cotangent)[0], cotangent @ np.asarray(dequantised(kernel)).T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize("eight_bit", [False, True])
+def test_every_projection_is_an_eight_bit_product_where_it_is_asked_for(kind, eight_bit, folder):
+    config = LlamaConfig.from_json(folder)
+    model = Llama(config, precision="bfloat16", eight_bit=eight_bit)
+    loss, rows = loss_of(model, load_base(folder, config, "bfloat16", kind)), random_rows(2)
+    text = jax.jit(loss).lower(random_lora(config, TARGETS), rows).as_text()
+    number, total = {"int8": ("i8", "i32"), "fp8": ("f8E4M3FN", "f32")}[kind]
+    pattern = rf"dot_general.*\(tensor<[\dx]+x{number}>, tensor<[\dx]+x{number}>\) -> tensor<[\dx]+x{total}>"
+    assert len(re.findall(pattern, text)) == (7 if eight_bit else 0)
+
+
 def test_a_saved_base_is_dequantised(case, tmp_path):
     _, config, base, _ = case
     save_base(tmp_path / "saved", config, base)
@@ -223,27 +285,59 @@ def test_a_weight_that_is_not_finite_is_named(kind, tmp_path):
         load_base(folder, LlamaConfig.from_json(folder), "float32", kind)
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
-def test_blocks_of_a_gguf_file_stay_as_they_are(kind, tmp_path):
-    """Their values are those of the gguf package's own dequantisation, in the order of rows that the decoder needs."""
-    raw = WIDE | {"attention_bias": False, "vocab_size": 64}
+def gguf_folder(tmp_path, raw, kind):
+    """A model in one file, with blocks of random bytes where the gguf package cannot write the type."""
     write_in("safetensors", tmp_path, raw, {})
     (tmp_path / "model.safetensors").unlink()
-    write_gguf_model(tmp_path / "model.gguf", raw, weights_of(raw), kind=kind)
-    config = LlamaConfig.from_json(tmp_path)
+    tensors, blocks = weights_of(raw), {}
+    if kind in ("Q4_K", "Q6_K"):
+        for name in [name for name, tensor in tensors.items() if name.startswith("model.layers") and tensor.ndim == 2]:
+            rows, inputs = tensors[name].shape
+            blocks[name] = Kind[kind], random_blocks(Kind[kind], rows, inputs // 256, size=1e-4)
+    write_gguf_model(tmp_path / "model.gguf", raw, tensors, kind="F32" if blocks else kind, blocks=blocks)
+    return LlamaConfig.from_json(tmp_path)
+
+
+IN_BLOCKS = WIDE | {"attention_bias": False, "vocab_size": 64}
+IN_SUPER_BLOCKS = IN_BLOCKS | {
+    **{"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "head_dim": 32},
+    **{"num_key_value_heads": 4, "vocab_size": 32},
+}
+
+
+@pytest.mark.parametrize("kind", get_args(StoredType))
+def test_blocks_of_a_gguf_file_stay_as_they_are(kind, tmp_path):
+    """Their values are those of the gguf package's own dequantisation, in the order of rows that the decoder needs."""
+    config = gguf_folder(tmp_path, IN_SUPER_BLOCKS if kind.endswith("K") else IN_BLOCKS, kind)
     base, floats = load_base(tmp_path, config, "float32", "as-stored"), load_base(tmp_path, config)
     assert sum(map(is_quantised, jax.tree.leaves(base, is_leaf=is_quantised))) == 7
-    assert_same(float_weights(base), jax.device_get(floats))
-    layers = sum(leaf.nbytes for leaf in jax.tree.leaves(base["layers"]))
-    count = sum(
+    found = jax.tree.map(lambda leaf: dequantised(leaf) if is_quantised(leaf) else leaf, base, is_leaf=is_quantised)
+    assert_same(found, floats)
+    kernels = [leaf for leaf in jax.tree.leaves(base["layers"], is_leaf=is_quantised) if is_quantised(leaf)]
+    block, block_bytes = GGML_QUANT_SIZES[Kind[kind]]
+    weights = sum(
         leaf.size for path, leaf in traverse_util.flatten_dict(floats["layers"]).items() if path[-1] == "kernel"
     )
-    assert layers < count * (8.6 if kind == "Q8_0" else 4.6) / 8 + 4 * 2 * 2 * 64
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(kernels)) == weights // block * block_bytes
     tokens = random_rows(2).tokens % 30
     logits = jax.jit(Llama(config).apply)
-    np.testing.assert_allclose(
-        logits({"params": base}, tokens, {}), logits({"params": floats}, tokens, {}), rtol=1e-5, atol=1e-5
-    )
+    expected = logits({"params": floats}, tokens, {})
+    size = float(jnp.std(expected))
+    np.testing.assert_allclose(logits({"params": base}, tokens, {}), expected, rtol=0, atol=1e-5 * size)
+
+
+@pytest.mark.parametrize("kind", get_args(StoredType))
+def test_the_hash_of_what_is_stored_is_that_of_what_is_held(kind, tmp_path):
+    """Whichever layers are held: the others are read for it alone."""
+    config = gguf_folder(tmp_path, IN_SUPER_BLOCKS if kind.endswith("K") else IN_BLOCKS, kind)
+    stored = StoredBase(tmp_path, config, "float32", "as-stored")
+    whole = stored.load()
+    for first in (0, 1, 2):
+        part, found = stored.load_from(first)
+        assert found == tree_hash(whole)
+        expected = jax.tree.map(lambda leaf, first=first: leaf[first:], whole["layers"])
+        if first < 2:
+            assert_same(part["layers"], expected)
 
 
 @pytest.mark.parametrize(("kind", "complaint"), [("F16", "is F16"), ("Q4_1", "is Q4_1"), ("safetensors", "is F32")])
@@ -253,5 +347,7 @@ def test_only_blocks_that_are_kept_are_taken_as_stored(kind, complaint, tmp_path
     if kind != "safetensors":
         (tmp_path / "model.safetensors").unlink()
         write_gguf_model(tmp_path / "model.gguf", raw, weights_of(raw), kind=kind)
-    with pytest.raises(UserError, match=f"as-stored keeps Q8_0 and Q4_0, and .*{complaint}: give int8 or int4"):
+    with pytest.raises(
+        UserError, match=f"as-stored keeps Q8_0, Q4_0, Q4_K, Q6_K, and .*{complaint}: give int8 or int4"
+    ):
         load_base(tmp_path, LlamaConfig.from_json(tmp_path), "float32", "as-stored")

@@ -79,3 +79,21 @@ def test_a_program_too_large_has_no_plan():
     assert hardware.plan(Lowered(error("RESOURCE_EXHAUSTED: 372G of 16G")), target) == (None, None)
     with pytest.raises(error, match="INTERNAL"):
         hardware.plan(Lowered(error("INTERNAL: a fault")), target)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ('%c.1 = (s32[8,8]{1,0}, s8[64]{0}) custom-call(%a, %b), custom_call_target="__cublas$lt$matmul", x', 1),
+        ('%c.1 = (f32[8,8]{1,0}, s8[64]{0}) custom-call(%a, %b), custom_call_target="__cublas$lt$matmul$f8", x', 1),
+        ("%convolution.3 = s32[8,8]{1,0:T(8,128)} convolution(%f.3, %f.4), dim_labels=bf_io->bf", 1),
+        ("%dot.3 = s32[8,8]{1,0} dot(%f.3, %f.4)", 1),
+        ('%c.1 = (bf16[8,8]{1,0}, s8[64]{0}) custom-call(%a, %b), custom_call_target="__cublas$lt$matmul", x', 0),
+        ("%get-tuple-element.1 = s32[8,8]{1,0} get-tuple-element(%custom-call.1), index=0", 0),
+        ("%convolution.3 = f32[8,8]{1,0} convolution(%f.3, %f.4), dim_labels=bf_io->bf", 0),
+    ],
+)
+def test_eight_bit_products_are_told_from_others(text, count):
+    """Lines of XLA's compilers for the H100, the v6e and CPUs."""
+    compiled = SimpleNamespace(as_text=lambda: f"  {text}\n  %add.1 = s32[] add(%a, %b)\n  {text}\n")
+    assert hardware.eight_bit_products(compiled) == 2 * count

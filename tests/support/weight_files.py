@@ -210,6 +210,23 @@ def write_gguf_model(file, raw, tensors, metadata=lambda writer: None, kind="F32
     return file
 
 
+_HALVES_AT = {"Q8_0": (0,), "Q4_0": (0,), "Q4_1": (0, 2), "Q4_K": (0, 2), "Q6_K": (208,)}  # floats of a block
+
+
+def random_blocks(kind, rows=7, blocks=3, size=1.0):
+    """Random bytes [rows, blocks, bytes of a block] whose floating-point numbers are finite, and of this size."""
+    draw = np.random.default_rng(int(kind))
+    if kind.name in ("F32", "F16"):
+        numbers = draw.normal(size=(rows, blocks, 1)).astype(np.float32 if kind.name == "F32" else np.float16)
+        return numbers.view(np.uint8)
+    if kind.name == "BF16":
+        return np.ascontiguousarray(draw.normal(size=(rows, blocks, 1)).astype(np.float32).view(np.uint8)[..., 2:])
+    raw = draw.integers(0, 256, (rows, blocks, gguf.GGML_QUANT_SIZES[kind][1]), dtype=np.uint8)
+    for at in _HALVES_AT[kind.name]:
+        raw[..., at : at + 2] = (size * draw.normal(size=(rows, blocks, 1))).astype(np.float16).view(np.uint8)
+    return raw
+
+
 def shapes_of(heads, tied, attention_bias, mlp_bias):
     return SMALL | {
         "num_key_value_heads": heads,

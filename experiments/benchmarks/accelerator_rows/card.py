@@ -14,7 +14,7 @@ from experiments._random_arrays import DEVIATION, random_like
 from experiments.benchmarks.step import alternate
 from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.lora import parse_layers
-from fedmezo_jax.llama.precision import Precision, frozen_product
+from fedmezo_jax.llama.precision import Precision, Products, frozen_product
 from fedmezo_jax.planning import cost_model, hardware
 
 _PRODUCTS, _REPEATS = 8, 5
@@ -76,7 +76,7 @@ def above(shape: LlamaConfig, layers: str) -> LlamaConfig:
 
 @partial(jax.jit, static_argnums=1)
 def _products(square: jax.Array, precision: Precision) -> jax.Array:
-    return jax.lax.fori_loop(0, _PRODUCTS, lambda _, x: frozen_product(x, square, precision), square)
+    return jax.lax.fori_loop(0, _PRODUCTS, lambda _, x: frozen_product(x, square, Products(precision)), square)
 
 
 @jax.jit

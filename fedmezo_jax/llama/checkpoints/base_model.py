@@ -19,7 +19,7 @@ from fedmezo_jax.llama.checkpoints.stored_base import Sharding, StoredBase
 from fedmezo_jax.llama.checkpoints.weights import SAFETENSORS
 from fedmezo_jax.llama.config import LlamaConfig, to_json
 from fedmezo_jax.llama.folder import read_json_object, staged
-from fedmezo_jax.llama.quantised import KernelType, Quantised, dequantised
+from fedmezo_jax.llama.quantised import OwnType, Quantised, dequantised
 
 WeightFormat = Literal["safetensors", "orbax"]
 """Formats to write: safetensors, which transformers opens too, or an Orbax checkpoint, for this package only."""
@@ -31,7 +31,7 @@ def load_base(
     folder: str | PathLike,
     config: LlamaConfig,
     dtype: Any = "float32",
-    kernels: KernelType | Literal["as-stored"] | None = None,
+    kernels: OwnType | Literal["as-stored"] | None = None,
     sharding: Sharding | None = None,
 ) -> dict[str, Any]:
     """Read a model's frozen weights into the base pytree (``layout.base_shapes``); see :class:`StoredBase`."""

@@ -43,8 +43,15 @@ _NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_PARTS = {
+    "Q8_0": ("scale", "values"),
+    "Q4_0": ("scale", "values"),
+    "Q4_K": ("scale", "subscales", "values"),
+    "Q6_K": ("values", "subscales", "scale"),
+}
+"""The parts of a block of each type that is kept, in the order of its bytes."""
 _MOST_PARTS = 1 << 23  # most numbers and strings in the metadata; a tokenizer of 2**18 tokens has about 2 million
-_CHUNK = 1 << 22  # stored bytes dequantised at a time; the gguf package's temporaries are several times larger
+_CHUNK = 1 << 18  # stored bytes dequantised at a time; the gguf package's temporaries are several times larger
 
 
 class Stored(NamedTuple):
@@ -179,12 +186,15 @@ def read_stored(file: Path, stored: Stored, heads: int | None = None) -> np.ndar
 
 
 def _read_blocks(file: Path, stored: Stored, heads: int | None, target: Quantised) -> None:
-    """Reads a matrix in Q8_0 or Q4_0 into the arrays of a kernel: a float16 scale stands before each block's values."""
+    """Reads a matrix of a type in :data:`_PARTS` into the arrays of a kernel."""
+    count = stored.shape[-1] // GGML_QUANT_SIZES[stored.kind][0]
     for targets, raw in _rows_of(file, stored, heads):
-        blocks = raw.reshape(len(raw), target.scale.shape[0], -1)
-        target.scale[:, targets] = np.ascontiguousarray(blocks[..., :2]).view(np.float16)[..., 0].T
-        values = blocks[..., 2:].reshape(len(raw), -1)
-        target.values[:, targets] = values.view(target.values.dtype).T
+        blocks, start = raw.reshape(len(raw), count, -1), 0
+        for name in _PARTS[target.kind]:
+            part = getattr(target, name)
+            end = start + len(part) * part.itemsize // count
+            part[:, targets] = np.ascontiguousarray(blocks[..., start:end]).view(part.dtype).reshape(len(raw), -1).T
+            start = end
 
 
 def _rows_of(file: Path, stored: Stored, heads: int | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -1,13 +1,13 @@
 """The tensors of a model: names and shapes in Hugging Face's files, and positions in the base pytree."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 from flax import traverse_util
 
 from fedmezo_jax.llama.config import LlamaConfig
-from fedmezo_jax.llama.quantised import Quantised, quantised_shape
+from fedmezo_jax.llama.quantised import KernelType, Quantised, quantised_shape
 
 EMBEDDING = ("embed_tokens", "embedding")
 """Path of the table of token vectors."""
@@ -91,7 +91,10 @@ def leaves(config: LlamaConfig, first: int = 0) -> dict[tuple[str, ...], tuple[i
 
 
 def held_leaves(
-    config: LlamaConfig, dtype: Any, kernels: str | Mapping[tuple[str, ...], str] | None = None, first: int = 0
+    config: LlamaConfig,
+    dtype: Any,
+    kernels: KernelType | Literal["as-stored"] | Mapping[tuple[str, ...], KernelType] | None = None,
+    first: int = 0,
 ) -> dict[tuple[str, ...], jax.ShapeDtypeStruct | Quantised]:
     """Returns each of :func:`leaves` as it is held: ``dtype``, or for quantised kernels their parts.
 

@@ -8,7 +8,7 @@ from functools import cached_property, partial
 from operator import itemgetter
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
@@ -22,7 +22,7 @@ from fedmezo_jax.llama.checkpoints.safetensors import Entry
 from fedmezo_jax.llama.checkpoints.weights import open_weights
 from fedmezo_jax.llama.checks import check_tensor
 from fedmezo_jax.llama.config import LlamaConfig
-from fedmezo_jax.llama.quantised import KernelType, Quantised, quantise
+from fedmezo_jax.llama.quantised import KernelType, OwnType, Quantised, StoredType, quantise
 
 Sharding = Callable[[tuple[str, ...], tuple[int, ...]], jax.sharding.Sharding]
 """The sharding of a leaf of the base pytree, from its path (``("layers", "mlp", "up_proj", "kernel")``) and shape."""
@@ -41,7 +41,7 @@ class StoredBase:
         folder: str | PathLike,
         config: LlamaConfig,
         dtype: Any = "float32",
-        kernels: KernelType | Literal["as-stored"] | None = None,
+        kernels: OwnType | Literal["as-stored"] | None = None,
         sharding: Sharding | None = None,
     ):
         """Opens nothing yet.
@@ -57,7 +57,8 @@ class StoredBase:
                 each keeps its own part.
         """
         self.config, self.dtype = config, np.dtype(dtype)
-        self._folder, self._kernels, self._sharding = Path(folder), kernels, sharding
+        self._kernels: OwnType | Literal["as-stored"] | None = kernels
+        self._folder, self._sharding = Path(folder), sharding
 
     def load(self) -> dict[str, Any]:
         """The base pytree (``layout.base_shapes``).
@@ -126,16 +127,15 @@ class StoredBase:
             del leaf, read
         return traverse_util.unflatten_dict(flat)
 
-    def _layer(self, path: tuple[str, ...], leaf: Any, first: int, i: int) -> Any:
-        """Reads tensor i of a leaf, into the leaf where that has it."""
+    def _layer(self, path: tuple[str, ...], leaf: Any, first: int, i: int, again: bool = False) -> Any:
+        """Reads tensor i of a leaf, into the leaf where that has it; where it is asked for again, it is there."""
         name, slot = self._slots[path][i]
-        if leaf is not None and slot.layer is None:
-            target = leaf
-        elif leaf is not None and slot.layer is not None and slot.layer >= first:
-            target = jax.tree.map(itemgetter(slot.layer - first), leaf)
+        if leaf is not None and (slot.layer is None or slot.layer >= first):
+            target = leaf if slot.layer is None else jax.tree.map(itemgetter(slot.layer - first), leaf)
+            if again:
+                return target
         else:
-            whole = self._held(0)[path]
-            target = _empty(whole, skip=slot.layer is not None)
+            target = _empty(self._held(0)[path], skip=slot.layer is not None)
         self._read(path, name, target)
         return target
 
@@ -144,8 +144,8 @@ class StoredBase:
         return held_leaves(self.config, self.dtype, self._kinds, first)
 
     @cached_property
-    def _kinds(self) -> str | Mapping[tuple[str, ...], str] | None:
-        return _stored_kinds(self._entries, self.config) if self._kernels == "as-stored" else self._kernels
+    def _kinds(self) -> OwnType | Mapping[tuple[str, ...], KernelType] | None:
+        return self._kernels if self._kernels != "as-stored" else _stored_kinds(self._entries, self.config)
 
     @cached_property
     def _entries(self) -> Mapping[str, Entry]:
@@ -163,7 +163,7 @@ class StoredBase:
         """Reads a tensor into its place, casts or quantises it and checks it. No other code looks at all weights."""
         entry = self._entries[name]
         if isinstance(target, Quantised):
-            _read_quantised(entry, name, target, self._kernels)
+            _read_quantised(entry, name, target)
             return
         stored = entry.read()
         with np.errstate(over="ignore"):  # the check below reports an overflow
@@ -172,31 +172,33 @@ class StoredBase:
         check_tensor(target, name, entry.file)
 
 
-def _read_quantised(entry: Entry, name: str, target: Quantised, kernels: str | None) -> None:
-    if kernels == "int8" or kernels == "int4":
+def _read_quantised(entry: Entry, name: str, target: Quantised) -> None:
+    if target.kind in get_args(OwnType):
         stored = entry.read()
         check_tensor(stored, name, entry.file)
-        quantise(stored, kernels, target)
+        quantise(stored, target)
     elif entry.blocks:
         entry.blocks[1](target)
         check_tensor(target.scale, name, entry.file)
 
 
-def _stored_kinds(entries: Mapping[str, Entry], config: LlamaConfig) -> dict[tuple[str, ...], str]:
+def _stored_kinds(entries: Mapping[str, Entry], config: LlamaConfig) -> dict[tuple[str, ...], KernelType]:
     """The type of a file's blocks for each kernel of the layers.
 
     Raises:
         UserError: a kernel has no blocks of a type that is kept, or its layers are of several types.
     """
-    kinds: dict[tuple[str, ...], str] = {}
+    kinds: dict[tuple[str, ...], KernelType] = {}
     for name, slot in layout(config).items():
         if slot.layer is None or slot.path[-1] != "kernel":
             continue
         blocks = entries[name].blocks
-        kind = blocks[0] if blocks else entries[name].dtype
-        if kind not in ("Q8_0", "Q4_0"):
+        found, kept = blocks[0] if blocks else entries[name].dtype, get_args(StoredType)
+        kind = next((kind for kind in kept if kind == found), None)
+        if kind is None:
             raise UserError(
-                f"{entries[name].file}: --base as-stored keeps Q8_0 and Q4_0, and {name} is {kind}: give int8 or int4"
+                f"{entries[name].file}: --base as-stored keeps {', '.join(kept)}, and {name} is {found}: "
+                "give int8 or int4"
             )
         if kinds.setdefault(slot.path, kind) != kind:
             raise UserError(
@@ -206,12 +208,15 @@ def _stored_kinds(entries: Mapping[str, Entry], config: LlamaConfig) -> dict[tup
     return kinds
 
 
-def _add(digest: TreeDigest, path: tuple[str, ...], like: Any, read: Callable[[int], Any], count: int) -> None:
-    """Adds a leaf to a digest, reading its tensors in turn: for each of its parts, where it is quantised."""
+def _add(digest: TreeDigest, path: tuple[str, ...], like: Any, read: Callable[[int, bool], Any], count: int) -> None:
+    """Adds a leaf to a digest, reading its tensors in turn: for each of its parts, where it is quantised.
+
+    ``read`` is told whether it has read the tensor before.
+    """
     for i, (keys, part) in enumerate(jax.tree_util.tree_leaves_with_path(like)):
         digest.begin((*map(DictKey, path), *keys), part.dtype, part.shape)
         for layer in range(count):
-            digest.add(jax.tree.leaves(read(layer))[i])
+            digest.add(jax.tree.leaves(read(layer, i > 0))[i])
 
 
 def _empty(like: Any, skip: int = 0) -> Any:
