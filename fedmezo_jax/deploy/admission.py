@@ -15,8 +15,8 @@ from fedmezo_jax.errors import UserError
 
 _ADMITTED, _UNKNOWN, _OTHER_CERTIFICATE = "SuperNode ID:", "[code: 2004]", "CERTIFICATE_VERIFY_FAILED"
 """What a SuperNode's log says when it is let in, has a key that may not come in, and trusts another authority."""
-_TRIES = 15
-"""How often a SuperNode is started that was let in before."""
+_TRIES, _FIRST_TRIES = 15, 4
+"""How often a SuperNode is started that was let in before, and one that was not: the server may be about to."""
 _COPY = "copy network/ca.crt from the server again"
 
 
@@ -67,7 +67,8 @@ def why_refused(earlier: str, log: str, address: str) -> str | None:
     """Why a SuperNode is not let in; None while it is, or may still be.
 
     A server says the same of a key that it does not know and of one whose SuperNode has died without a word, for about
-    a minute. Only a SuperNode that was let in before can be such a one: it is started for about two minutes.
+    a minute. Only a SuperNode that was let in before can be such a one: it is started for about two minutes. Another is
+    started for half a minute, in which a server that has just begun may read its key.
 
     Args:
         earlier: its log of earlier commands.
@@ -76,7 +77,7 @@ def why_refused(earlier: str, log: str, address: str) -> str | None:
     """
     if _OTHER_CERTIFICATE in log:
         return f"{address} has another certificate than at the start: {_COPY}"
-    tries = _TRIES if _ADMITTED in earlier + log else 1
+    tries = _TRIES if _ADMITTED in earlier + log else _FIRST_TRIES
     if log.rpartition(_ADMITTED)[2].count(_UNKNOWN) < tries:
         return None
     return (
