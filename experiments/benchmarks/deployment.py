@@ -114,8 +114,8 @@ def measure(clients: int, rounds: int, out: Path) -> dict[str, Any]:
         "wire_down": meter.down / clients,
         "seconds": meter.seconds,
         "simulated_seconds": sum(record["seconds"] for record in simulated) / len(simulated),
-        "memory": meter.memory,
-        "memory_together": meter.together,
+        **{f"{kind}_mib": size for kind, size in meter.memory.items()},
+        "mib_together": meter.together,
         "fedavg_serialised": sizes.of_arrays(shapes),
         "fedavg_wire_up": theirs.up / clients,
         "fedavg_wire_down": theirs.down / clients,
@@ -193,7 +193,7 @@ def plot(file: Path, rows: list[dict[str, Any]]) -> None:
     lines = (
         {"message_up": "message", "serialised_up": "serialised", "wire_up": "on the wire"},
         {"seconds": "over Flower", "simulated_seconds": "simulated"},
-        {"memory_together": "all processes"},
+        {"mib_together": "all processes"},
     )
     theirs = ({"fedavg_serialised": "FedAvg, serialised", "fedavg_wire_up": "FedAvg, on the wire"}, {}, {})
     theirs[1]["fedavg_seconds"] = "FedAvg, without computing"
