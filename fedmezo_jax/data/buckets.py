@@ -88,13 +88,17 @@ def packed_widths(rows: TokenBatch, batch_size: int, clients: int, buckets: int)
         The shapes; the last one holds any B examples.
     """
     of_examples = lengths(rows), label_counts(rows)
-    most_tokens, most_labels = (int(_round_up(batch_size * counts.max())) for counts in of_examples)
+    widest = _of_all(rows, batch_size)
     steps = max(1, _SAMPLED // (clients * batch_size))
     picked = generator(0, "packed steps").integers(len(of_examples[0]), size=(steps, clients, batch_size))
     needed, needed_labels = (counts[picked].sum(axis=-1).max(axis=-1) for counts in of_examples)
-    inner = [width for width in _thrifty(needed, most_tokens, buckets) if width < most_tokens]
-    shapes = [Width(width, int(_round_up(needed_labels[needed <= width].max()))) for width in inner]
-    return (*shapes, Width(most_tokens, most_labels))
+    inner = [width for width in _thrifty(needed, widest.tokens, buckets) if width < widest.tokens]
+    return (*(Width(width, int(_round_up(needed_labels[needed <= width].max()))) for width in inner), widest)
+
+
+def _of_all(rows: Rows, count: int) -> Width:
+    """The shape that holds any ``count`` examples of a table."""
+    return Width(count * rows[0].shape[1], count * rows.labels.shape[-1])
 
 
 def _thrifty(needed: np.ndarray, widest: int, buckets: int) -> list[int]:
@@ -138,12 +142,15 @@ def step_width(rows: Rows, picks: np.ndarray, bucket_widths: Widths, packed: boo
         bucket_widths: ascending.
         packed: whether a step's examples share a row, so that a width is that of all of them.
     """
-    tokens, labels = np.transpose(bucket_widths)
-    needed = lengths(rows)[picks]
-    if not packed:
-        return np.searchsorted(tokens, needed.max(axis=-1))
-    needed_labels = label_counts(rows)[picks].sum(axis=-1)
-    return np.maximum(np.searchsorted(tokens, needed.sum(axis=-1)), np.searchsorted(labels, needed_labels))
+    needed, needed_labels = lengths(rows)[picks], np.zeros(1)
+    if packed:
+        needed, needed_labels = needed.sum(axis=-1), label_counts(rows)[picks].sum(axis=-1)
+    else:
+        needed = needed.max(axis=-1)
+    narrower = bucket_widths[:-1]
+    return sum(
+        ((needed > width.tokens) | (needed_labels > width.labels) for width in narrower), np.zeros(needed.shape, int)
+    )
 
 
 def computed_tokens(rows: Rows, picks: np.ndarray, bucket_widths: Widths, packed: bool = False) -> tuple[int, int]:
@@ -159,9 +166,11 @@ def computed_tokens(rows: Rows, picks: np.ndarray, bucket_widths: Widths, packed
     Returns:
         The tokens of the examples, and the tokens computed with padding.
     """
+    clients, _, count = picks.shape
     steps = step_width(rows, picks, bucket_widths, packed).max(axis=0)
-    computed = int(np.array([width.tokens for width in bucket_widths])[steps].sum()) * picks.shape[0]
-    return int(lengths(rows)[picks].sum()), computed * (1 if packed else picks.shape[2])
+    in_row = (*bucket_widths[:-1], _of_all(rows, count)) if packed else bucket_widths
+    computed = int(np.array([width.tokens for width in in_row])[steps].sum()) * clients
+    return int(lengths(rows)[picks].sum()), computed * (1 if packed else count)
 
 
 def bucketed_loss(loss: Callable[..., Any], bucket_widths: Widths, packed: bool = False) -> Callable[..., Any]:
@@ -234,8 +243,10 @@ def _switch(steps: _Steps, rows: Rows, work: Callable[[Any], Any]):
     needed, labels = (jnp.sum(tokens), jnp.sum(rows.label_weights > 0)) if steps.packed else (jnp.max(tokens), 0)
     exceeded = [(needed > width.tokens) | (labels > width.labels) for width in steps.widths[:-1]]
     index = _largest_of_all(sum((jnp.int32(each) for each in exceeded), jnp.int32(0)))
+    # Packed examples of a batch of any size fit into the last shape.
+    shapes = (*steps.widths[:-1], _of_all(rows, len(tokens))) if steps.packed else steps.widths
     fit: Callable[..., Any] = pack if steps.packed else narrow
-    return jax.lax.switch(index, [partial(lambda width: work(fit(rows, width)), width) for width in steps.widths])
+    return jax.lax.switch(index, [partial(lambda shape: work(fit(rows, shape)), shape) for shape in shapes])
 
 
 def narrow(rows: AnyRows, width: Width) -> AnyRows:

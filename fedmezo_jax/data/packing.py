@@ -31,9 +31,9 @@ class Layout(NamedTuple):
         """``[1, T, …]`` to ``[B, S, …]``; what stands behind an example's end has no meaning."""
         return packed[0][self.place]
 
-    def gather(self, rows: Array) -> jax.Array:
+    def gather(self, rows: jax.Array) -> jax.Array:
         """``[B, S, …]`` to ``[1, T, …]``; what stands behind the last example has no meaning."""
-        return jnp.asarray(rows)[self.example, self.position][None]
+        return rows[self.example, self.position][None]
 
 
 class PackedBatch(NamedTuple):
@@ -62,7 +62,7 @@ def pack(rows: Rows, shape: tuple[int, int]) -> PackedBatch:
         shape: T and L, at least the tokens and the labels of all examples.
     """
     tokens, labels = shape
-    inputs, positions, label_ids, weights = rows
+    inputs, positions, label_ids, weights = map(jnp.asarray, rows)
     layout = _layout(jnp.max(positions, axis=-1) + 2, tokens, inputs.shape[1])
     of_labels = _layout(jnp.sum(weights > 0, axis=-1), labels, weights.shape[1])
     picked = of_labels.example, of_labels.position

@@ -10,8 +10,8 @@ to know of them. A product takes the numbers of one kernel as floats, which is e
 - Q4_K and Q6_K are blocks of 256 there. Each sub-block, of 32 or 16, has an integer that multiplies the block's scale,
   and in Q4_K another for an offset.
 
-With ``--eight-bit-products`` the activations are rounded to eight bits too, and the product itself is one of eight-bit numbers
-(``precision.py``).
+With ``--eight-bit-products`` the activations are rounded to eight bits too, and the product itself is one of eight-bit
+numbers (``precision.py``).
 
 The qwix package would quantise on the device, with scales whose products with integers bfloat16 rounds, and its int4
 arrays take a byte a weight on the host. Its eight-bit products have no tangents of their own, which the derivative of a

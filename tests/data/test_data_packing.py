@@ -65,15 +65,13 @@ def test_packed_widths_hold_any_batch(given, batch_size, clients, buckets):
     assert list(shapes) == sorted(set(shapes))
     assert all(size % 8 == 0 for shape in shapes for size in shape)
     assert all(one.labels <= other.labels for one, other in pairwise(shapes))
-    longest = max(given)
-    assert batch_size * longest <= shapes[-1].tokens < batch_size * longest + 8
-    assert batch_size * max(1, longest // 3) <= shapes[-1].labels
+    assert shapes[-1] == (batch_size * rows.tokens.shape[1], batch_size * rows.labels.shape[1])
 
 
 def test_a_frequent_total_has_a_shape_of_its_own():
     rows = table([10] * 99 + [60])
-    assert packed_widths(rows, 4, 1, 2) == (Width(40, 16), Width(240, 80))  # 3 labels in 10 tokens, 20 in 60
-    assert packed_widths(rows, 4, 1, 1) == (Width(240, 80),)
+    assert packed_widths(rows, 4, 1, 2) == (Width(40, 16), Width(256, 96))  # 3 labels in 10 tokens; S = 64, M = 24
+    assert packed_widths(rows, 4, 1, 1) == (Width(256, 96),)
 
 
 SHAPES = (Width(16, 4), Width(24, 8), Width(48, 16))

@@ -21,7 +21,7 @@ from fedmezo_jax.llama.checkpoints.base_model import load_base
 from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.lora import init_lora
 from fedmezo_jax.llama.model import Llama
-from fedmezo_jax.llama.registry import load_tokenizer
+from fedmezo_jax.llama.registry import cache_folder, load_tokenizer
 
 pytest.importorskip("lm_eval")
 
@@ -44,7 +44,8 @@ TASKS = {
     "fewshot_split: test\nnum_fewshot: 2\n"
     "generation_kwargs: {until: [], max_gen_toks: 40}\nmetric_list: [{metric: exact_match}]",
 }
-"""A stand-in for each kind of task. The longest texts are longer than the model's 64 tokens."""
+"""A stand-in for each kind of task. The longest texts are longer than a small model's 64 tokens."""
+SMALL = "llama with an adapter", "llama, begin token added", "Qwen2", "Qwen3"
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +112,7 @@ def answers(model, tasks):
 
 @pytest.mark.torch
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # which PEFT asks for
-@pytest.mark.parametrize("case", ["llama with an adapter", "llama, begin token added", "Qwen2", "Qwen3"])
+@pytest.mark.parametrize("case", [*SMALL, "SmolLM2-135M"])
 def test_responses_are_those_of_the_harness_s_own_backend(case, place, tmp_path):
     import peft
     import transformers
@@ -119,7 +120,11 @@ def test_responses_are_those_of_the_harness_s_own_backend(case, place, tmp_path)
 
     place, _, tasks = place
     folder, adapter = tmp_path / "model", None
-    if case.startswith("Qwen"):
+    if case not in SMALL:
+        folder = cache_folder() / "smollm2-135m"
+        if not (folder / "model.safetensors").exists():
+            pytest.skip("smollm2-135m is not in the cache: a run with --model smollm2-135m puts it there")
+    elif case.startswith("Qwen"):
         write_qwen(folder, place / "llama", case)
     else:
         small_run.write_model(folder)
