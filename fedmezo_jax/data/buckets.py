@@ -66,7 +66,8 @@ def widths(rows: TokenBatch, buckets: int) -> Widths:
     row_lengths = lengths(rows)
     counts = label_counts(rows)
     chosen = _thrifty(row_lengths, widest, buckets)
-    padded = np.array(chosen)[np.searchsorted(chosen, row_lengths)]
+    # The last label may be that of the token behind the row.
+    padded = np.array(chosen)[np.searchsorted(chosen, np.minimum(row_lengths, widest))]
     if padded.sum() > 0.8 * padded.size * widest:
         chosen = [widest]
     return tuple(

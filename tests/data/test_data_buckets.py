@@ -53,6 +53,12 @@ def test_widths_leave_the_least_padding_and_each_is_worth_its_program(given, buc
     assert lengths(rows).tolist() == given
 
 
+def test_a_label_may_be_that_of_the_token_behind_a_row():
+    rows = table([8] * 20 + [64])
+    cut = rows._replace(tokens=rows.tokens[:, :63])
+    assert [width.tokens for width in widths(cut, 2)] == [8, 63]
+
+
 def value(weights, rows):
     """A loss that hangs on every token up to the last label of a row, and on nothing after it."""
     seen = jnp.cumsum(weights[rows.tokens], axis=-1)
