@@ -118,7 +118,17 @@ class OwnExamples:
 
 
 def client_task(own: OwnExamples, client: int, plan: Plan, notify: Callable[[str], None]) -> LlamaTask:
-    """A client's task: its own examples, and neither test examples nor other clients'."""
+    """A client's task: its own examples, and neither test examples nor other clients'.
+
+    Raises:
+        UserError: no run with these options has such a plan, or the examples do not fit it.
+    """
+    most, together = own.config.max_length, max(2, own.config.participants)
+    if plan.shape.tokens > most or plan.shape.labels > most + 8 or not 1 <= plan.at_once <= together:
+        raise UserError(
+            f"the server's plan has a table of {plan.shape} and {plan.at_once} clients at once, and --max-length "
+            f"{most} and the round allow no more than {together} of them and {most} tokens"
+        )
     (rows,) = own.tables
     train = own.widened(rows, plan.shape)
     nothing = TokenBatch(*(leaf[:0] for leaf in train))

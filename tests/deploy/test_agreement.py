@@ -126,6 +126,16 @@ def test_examples_that_do_not_fit_the_plan(place):
     assert "was agreed on" in response.reason
 
 
+@pytest.mark.parametrize(("tokens", "labels", "at_once"), [(1 << 40, 8, 1), (64, 1 << 40, 1), (64, 8, 1 << 40)])
+def test_a_plan_that_would_fill_a_client_s_memory(tokens, labels, at_once, place):
+    client = client_of(small_run.configuration(place), place / "dealt", 0)
+    shape = Width(tokens, labels)
+    hello = Hello(bytes(8), client._facts, Plan(shape, (shape,), at_once))
+    response = envelopes.unpack_response(client.handle(envelopes.pack(hello)))
+    assert isinstance(response, Refusal)
+    assert "--max-length" in response.reason
+
+
 def test_work_for_a_run_that_a_client_does_not_know(place):
     """It asks to be greeted, whatever the request holds."""
     client = client_of(small_run.configuration(place), place / "dealt", 0)
