@@ -154,6 +154,21 @@ def step_width(rows: Rows, picks: np.ndarray, bucket_widths: Widths, packed: boo
     )
 
 
+def filling_lengths(tokens: np.ndarray, count: int, longest: int, packed: bool) -> np.ndarray:
+    """Lengths of examples that fill the widths of their steps, int32 ``[H, count]``.
+
+    Args:
+        tokens: int32 ``[H]``, of each step's width.
+        count: examples of a step.
+        longest: the most tokens of an example.
+        packed: see :func:`step_width`.
+    """
+    if not packed:
+        return np.repeat(tokens[:, None], count, axis=1)
+    total = np.minimum(tokens, count * longest)[:, None]
+    return (total // count + (np.arange(count) < total % count)).astype(np.int32)
+
+
 def computed_tokens(rows: Rows, picks: np.ndarray, bucket_widths: Widths, packed: bool = False) -> tuple[int, int]:
     """Counts the tokens of one pass over a round's batches.
 

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fedmezo_jax.core import federated, transforms
 from fedmezo_jax.core.random import init_key, run_key
 from fedmezo_jax.data.batches import round_picks, take
-from fedmezo_jax.data.buckets import label_counts, lengths
+from fedmezo_jax.data.buckets import filling_lengths, label_counts, lengths
 from fedmezo_jax.deploy import agreement, envelopes, examples
 from fedmezo_jax.deploy.client_budget import budget_before
 from fedmezo_jax.deploy.envelopes import (
@@ -269,12 +269,9 @@ class Client:
         index = np.frombuffer(step_widths, np.uint8)
         if len(index) != batches.label_positions.shape[1] or index.max() >= len(self._plan.widths):
             raise UserError("the server's message has step widths that the plan does not have")
-        tokens = np.array([width.tokens for width in self._plan.widths], np.int32)[index, None]
-        count = batches.label_positions.shape[2]
-        if self._task.packed:
-            tokens = np.minimum(tokens, count * self._plan.shape.tokens)
-            tokens = tokens // count + (np.arange(count) < tokens % count)
-        positions = np.broadcast_to(tokens[None, ..., None].astype(np.int32) - 2, batches.label_positions.shape)
+        tokens = np.array([width.tokens for width in self._plan.widths], np.int32)[index]
+        filled = filling_lengths(tokens, batches.label_positions.shape[2], self._plan.shape.tokens, self._task.packed)
+        positions = np.broadcast_to(filled[None, ..., None] - 2, batches.label_positions.shape)
         companion = batches._replace(label_positions=positions)
         return jax.tree.map(lambda one, other: np.concatenate([one, other]), batches, companion)
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from token_data import table
 
-from fedmezo_jax.data.buckets import Width, bucketed_loss, computed_tokens, packed_widths, step_width
+from fedmezo_jax.data.buckets import Width, bucketed_loss, computed_tokens, filling_lengths, packed_widths, step_width
 from fedmezo_jax.data.examples import HiddenBatch, TokenBatch
 from fedmezo_jax.data.packing import pack
 
@@ -91,6 +91,16 @@ def test_a_step_runs_at_the_first_shape_that_holds_its_tokens_and_labels(given, 
     picks = np.arange(len(given))[None, None]
     assert step_width(rows, picks, SHAPES, packed=True).tolist() == [[expected]]
     assert computed_tokens(rows, picks, SHAPES, packed=True) == (sum(given), SHAPES[expected].tokens)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_examples_that_fill_a_width_need_it(packed):
+    shapes = (Width(18, 4), Width(25, 4), Width(48, 8)) if packed else (Width(8, 4), Width(16, 4), Width(24, 8))
+    tokens = np.array([shape.tokens for shape in shapes], np.int32)
+    for index, filled in enumerate(filling_lengths(tokens, 2, 24, packed).tolist()):
+        rows = table([*filled, 24])
+        rows.label_weights[:] = np.arange(rows.labels.shape[1]) < 2
+        assert step_width(rows, np.array([[[0, 1]]]), shapes, packed).tolist() == [[index]]
 
 
 def test_clients_under_vmap_run_at_the_widest_shape_that_any_needs():
