@@ -35,7 +35,7 @@ from fedmezo_jax.deploy.credentials import (
     read_signing_key,
     write_key,
 )
-from fedmezo_jax.deploy.examples import TEST, VALIDATION_FILE, OwnExamples, deal_out
+from fedmezo_jax.deploy.examples import TEST, VALIDATION_FILE, deal_out, read_own
 from fedmezo_jax.deploy.flower import STATUS, answer_at
 from fedmezo_jax.deploy.local_network import (
     AGAIN,
@@ -62,14 +62,14 @@ class Config:
     """What to start, and the run."""
 
     command: Annotated[Literal["local", "server", "client", "worker"], tyro.conf.Positional]
-    """local: a whole run on this machine; server: the server of a run; client: one of its clients, on another machine;
-    worker: the part of a client that computes, which the others start"""
+    """local: a whole run on this machine; server: the server of a run; client: one of its clients, or several, on
+    another machine; worker: the part of clients that computes, which the others start"""
     run: RunConfig
     config: Path | None = None
     """config.json of the run, whose options take the place of the defaults"""
     out: Path | None = None
     """folder of the run (run/) and of what the parties have (data/, network/); of a client, its logs. By default
-    runs/deployed, runs/served or runs/client-0"""
+    runs/deployed, runs/served or runs/client-0, by the first client"""
     resume: tyro.conf.FlagCreatePairsOff[bool] = False
     """local, server: go on with the run in --out from its last checkpoint"""
     exact: bool = True
@@ -77,30 +77,32 @@ class Config:
     every model; without, a client does a fraction of the work"""
     seeded_noise: bool = False
     """take the noise of --dp-epsilon from the seed, which protects nobody, and not from the operating system"""
+    clients_per_worker: int = 1
+    """local: how many clients share a process, and so the base model and its compiled programs"""
     round_seconds: float = 600.0
     """local, server: when the server stops waiting for a round's clients"""
     address: str | None = None
     """server: HOST:PORT where it listens, with a host that clients know it by; client: the same"""
     node_keys: tuple[Path, ...] = ()
     """server: the clients' public keys, by client, as ssh-keygen -t ecdsa -b 384 writes them (.pub)"""
-    node_key: Path | None = None
+    node_key: tuple[Path, ...] = ()
     """client: its private key, whose public key the server has"""
     authority: Path | None = None
     """client: the server's network/ca.crt"""
-    client: int = 0
-    """client, worker: its id, from 0"""
-    examples: Path | None = None
+    client: tuple[int, ...] = (0,)
+    """client, worker: its id, from 0; or the ids of several clients, with as many of what each has of its own"""
+    examples: tuple[Path, ...] = ()
     """client, worker: its own examples, a .json, .jsonl or .parquet file; server: its test examples"""
     validation: Path | None = None
     """server: its validation examples, with --learning-rate auto"""
-    signing_key: Path | None = None
+    signing_key: tuple[Path, ...] = ()
     """server, client, worker: its private key in a run that is --signed or has a --secure-sum, as ssh-keygen -t ed25519
     writes it"""
     client_signing_keys: tuple[Path, ...] = ()
     """server: the clients' public keys in such a run, by client (.pub); client, worker: the same with --secure-sum"""
     model_here: str | None = None
     """client, worker: the model as it is called here, if that is not what --model of the run says"""
-    socket: Path | None = None
+    socket: tuple[Path, ...] = ()
     """worker: where it listens"""
 
     @classmethod
@@ -116,7 +118,7 @@ def main(config: Config) -> None:
     """Starts what is asked for."""
     if config.command == "worker":
         return work(config)
-    names = {"local": "deployed", "server": "served", "client": f"client-{config.client}"}
+    names = {"local": "deployed", "server": "served", "client": f"client-{min(config.client, default=0)}"}
     out = (config.out or Path("runs") / names[config.command]).absolute()
     with ExitStack() as stack:
         for context in (run_folder.guarded(out), out_folder(out), run_folder.lock(out)):
@@ -127,19 +129,42 @@ def main(config: Config) -> None:
         elif config.command == "server":
             serve(config, out)
         else:
-            join(config, out, sockets / "worker")
+            join(config, out, sockets)
 
 
 def work(config: Config) -> None:
-    """One client's worker, until it is ended."""
-    if config.examples is None or config.socket is None:
-        raise UserError("worker: give --examples and --socket")
-    own = OwnExamples(config.run, [config.examples], config.model_here)
-    key = config.signing_key and read_signing_key(config.signing_key)
+    """The worker of clients, until it is ended."""
+    _check_one_for_each(config, "examples", "socket")
+    clients = dict(zip(config.socket, clients_of(config), strict=True))
+    for client, socket in zip(config.client, clients, strict=True):
+        to_stderr(f"client {client} waits at {socket}")
+    answer_at(clients)
+
+
+def clients_of(config: Config) -> list[Client]:
+    """The clients of a worker, which share one base model, and the programs that are compiled for it."""
+    own = read_own(config.run, config.examples, config.model_here)
+    keys = [read_signing_key(file) for file in config.signing_key] or [None] * len(config.client)
     public_keys = [read_public_key(file) for file in config.client_signing_keys]
-    client = Client(config.client, own, key, public_keys, seeded_noise=config.seeded_noise, notify=to_stderr)
-    to_stderr(f"client {config.client} waits at {config.socket}")
-    answer_at(config.socket, client)
+    options = {"seeded_noise": config.seeded_noise, "notify": to_stderr}
+    return [
+        Client(client, replace(own, tables=[rows]), key, public_keys, **options)
+        for client, rows, key in zip(config.client, own.tables, keys, strict=True)
+    ]
+
+
+def _check_one_for_each(config: Config, *needed: str) -> None:
+    """Checks that there is one of these options, and of the signing keys, for each client.
+
+    Raises:
+        UserError: names the option.
+    """
+    if not config.client or len(set(config.client)) < len(config.client):
+        raise UserError(f"{config.command}: --client takes different ids, from 0")
+    for name in (*needed, *(["signing_key"] if config.signing_key else [])):
+        if len(given := getattr(config, name)) != len(config.client):
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"{config.command}: give one {option} for each --client, not {len(given)}")
 
 
 def run_here(config: Config, out: Path, sockets: Path, through: Callable[[str], str] = str) -> None:
@@ -151,6 +176,8 @@ def run_here(config: Config, out: Path, sockets: Path, through: Callable[[str], 
         sockets: folder of the workers' sockets, with a short path.
         through: where SuperNodes connect to reach the SuperLink at an address; by default there.
     """
+    if config.clients_per_worker < 1:
+        raise UserError(f"--clients-per-worker must be at least 1, not {config.clients_per_worker}")
     run = _settle(config, out)
     data, network, clients = out / "data", out / "network", range(run.clients)
     if not data.exists():
@@ -167,10 +194,13 @@ def run_here(config: Config, out: Path, sockets: Path, through: Callable[[str], 
     for client in clients:
         make_node_key(network / f"node-{client}")
     with Processes(network, environment(network)) as processes:
-        for client in clients:
-            key, own = network / f"signing-{client}" if signs else None, data / f"client-{client}.jsonl"
-            party = replace(config, client=client, examples=own, signing_key=key, client_signing_keys=public_keys)
-            _start_worker(party, out / "config.json", sockets / str(client), processes)
+        for first in clients[:: config.clients_per_worker]:
+            together = tuple(clients[first : first + config.clients_per_worker])
+            own = tuple(data / f"client-{client}.jsonl" for client in together)
+            signing = tuple(network / f"signing-{client}" for client in together) if signs else ()
+            of_theirs = {"client": together, "examples": own, "socket": tuple(sockets / str(i) for i in together)}
+            party = replace(config, **of_theirs, signing_key=signing, client_signing_keys=public_keys)
+            _start_worker(party, out / "config.json", processes)
         link = SuperLink(network, address, processes)
         link.start()
         nodes = [link.register(network / f"node-{client}.pub", f"client-{client}") for client in clients]
@@ -185,24 +215,24 @@ def run_here(config: Config, out: Path, sockets: Path, through: Callable[[str], 
 
 def serve(config: Config, out: Path) -> None:
     """The server of a run whose clients are elsewhere, from SuperLink to adapter."""
-    if config.examples is None or config.address is None or len(config.node_keys) != config.run.clients:
+    if len(config.examples) != 1 or config.address is None or len(config.node_keys) != config.run.clients:
         raise UserError("server: give --address, --examples with test examples, and the .pub file of each client's key")
     keys = None
     if config.run.signed or config.run.secure_sum:
-        if config.signing_key is None or len(config.client_signing_keys) != config.run.clients:
+        if len(config.signing_key) != 1 or len(config.client_signing_keys) != config.run.clients:
             raise UserError(
                 "server: --signed and --secure-sum: give --signing-key, and --client-signing-keys, a .pub file of each "
                 "client"
             )
         public = [str(file.absolute()) for file in config.client_signing_keys]
-        keys = {"private": str(config.signing_key.absolute()), "clients": public}
+        keys = {"private": str(config.signing_key[0].absolute()), "clients": public}
     host, _ = split_address(config.address)
     run, network = _settle(config, out), out / "network"
     network.mkdir(exist_ok=True)
     (network / STATUS).unlink(missing_ok=True)
     if not (network / "server.key").exists():
         make_certificates(network, host)
-    files = [config.examples.absolute(), *([config.validation.absolute()] if config.validation else [])]
+    files = [config.examples[0].absolute(), *([config.validation.absolute()] if config.validation else [])]
     with Processes(network, environment(network)) as processes:
         link = SuperLink(network, config.address, processes)
         link.start()
@@ -211,25 +241,37 @@ def serve(config: Config, out: Path) -> None:
         start_and_show(out, files, nodes, keys, _options(config), _patience(config), link, processes)
 
 
-def join(config: Config, out: Path, socket: Path) -> None:
-    """One client of a run whose server is elsewhere, until it is ended: its worker and its SuperNode."""
+def join(config: Config, out: Path, sockets: Path) -> None:
+    """Clients of a run whose server is elsewhere, until they are ended: their worker, and a SuperNode for each.
+
+    Args:
+        config: of the command.
+        out: folder of their logs.
+        sockets: folder of the worker's sockets, with a short path.
+    """
     file, server = config.config, config.address
-    if file is None or server is None or config.authority is None or config.node_key is None or not config.examples:
+    if file is None or server is None or config.authority is None:
         raise UserError("client: give --config, --address of the server, --authority, --node-key and --examples")
-    check_node_key(config.node_key)
+    _check_one_for_each(config, "node_key", "examples")
+    for key in config.node_key:
+        check_node_key(key)
     if unreachable := check_server(server, config.authority):
         print(f"notice: {unreachable}", flush=True)
-    log = out / "supernode.log"
-    earlier = log.read_text(errors="replace") if log.exists() else ""
+    names = [f"supernode-{client}" for client in config.client]
+    logs = [out / f"{name}.log" for name in names]
+    earlier = [log.read_text(errors="replace") if log.exists() else "" for log in logs]
     with Processes(out, environment(out)) as processes:
-        _start_worker(config, file.absolute(), socket, processes)
+        party = replace(config, socket=tuple(sockets / str(client) for client in config.client))
+        _start_worker(party, file.absolute(), processes)
         programs = write_programs(out / "programs")
-        start_node(processes, "supernode", server, config.authority, config.node_key, socket, programs)
-        print(f"client {config.client} joins the run at {server}; stop it with Ctrl-C; logs: {out}", flush=True)
+        for name, key, socket in zip(names, config.node_key, party.socket, strict=True):
+            start_node(processes, name, server, config.authority, key, socket, programs)
+        joining = ", ".join(map(str, config.client))
+        print(f"client {joining} joins the run at {server}; stop it with Ctrl-C; logs: {out}", flush=True)
         while True:
-            said = log.read_text(errors="replace")[len(earlier) :]
-            if refused := why_refused(earlier, said, server):
-                raise UserError(refused)
+            for client, log, before in zip(config.client, logs, earlier, strict=True):
+                if refused := why_refused(before, log.read_text(errors="replace")[len(before) :], server):
+                    raise UserError(f"client {client}: {refused}")
             processes.check()
             time.sleep(0.5)
 
@@ -256,14 +298,14 @@ def _settle(config: Config, out: Path) -> RunConfig:
     return run
 
 
-def _start_worker(config: Config, file: Path, socket: Path, processes: Processes) -> None:
-    worker = [sys.executable, "-m", "experiments.deploy", "worker", "--config", file, "--client", config.client]
-    worker += ["--examples", config.examples, "--socket", socket]
+def _start_worker(config: Config, file: Path, processes: Processes) -> None:
+    worker = [sys.executable, "-m", "experiments.deploy", "worker", "--config", file, "--client", *config.client]
+    worker += ["--examples", *config.examples, "--socket", *config.socket]
     worker += ["--seeded-noise"] if config.seeded_noise else []
-    worker += ["--signing-key", config.signing_key] if config.signing_key else []
+    worker += ["--signing-key", *config.signing_key] if config.signing_key else []
     worker += ["--client-signing-keys", *config.client_signing_keys] if config.client_signing_keys else []
     worker += ["--model-here", config.model_here] if config.model_here else []
-    processes.start(f"worker-{config.client}", worker, AGAIN)
+    processes.start(f"worker-{config.client[0]}", worker, AGAIN)
 
 
 def _write_signing_keys(run: RunConfig, folder: Path) -> dict[str, Any]:

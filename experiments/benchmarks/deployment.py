@@ -43,6 +43,8 @@ class Config:
 
     clients: str = "3,8"
     """numbers of clients"""
+    clients_per_worker: int = 50
+    """how many clients share a worker"""
     rounds: int = 3
     """rounds of each run; the first is not counted"""
     out: Path = Path("runs/deployment")
@@ -61,7 +63,7 @@ def main(config: Config) -> None:
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
             begun = time.perf_counter()
-            row = measure(clients, config.rounds, config.out / f"run-{clients}")
+            row = measure(clients, config.clients_per_worker, config.rounds, config.out / f"run-{clients}")
             run_folder.write_json(file, {"row": row, "seconds": time.perf_counter() - begun})
         kept = json.loads(file.read_text(encoding="utf-8"))
         rows.append(kept["row"])
@@ -81,7 +83,7 @@ def _counts(text: str) -> list[int]:
     return counts
 
 
-def measure(clients: int, rounds: int, out: Path) -> dict[str, Any]:
+def measure(clients: int, clients_per_worker: int, rounds: int, out: Path) -> dict[str, Any]:
     """A row: ours, and FedAvg with the same number of clients and an adapter of the same shapes."""
     run = RunConfig(clients=clients, rounds=rounds)
     relays: list[Relay] = []
@@ -91,7 +93,7 @@ def measure(clients: int, rounds: int, out: Path) -> dict[str, Any]:
         return relays[0].address
 
     with tempfile.TemporaryDirectory(prefix="fedmezo-") as sockets, _Meter(out / "run/metrics.jsonl", relays) as meter:
-        options = deploy.Config("local", run, out=out, exact=False)
+        options = deploy.Config("local", run, out=out, exact=False, clients_per_worker=clients_per_worker)
         out.mkdir(parents=True)
         deploy.run_here(options, out.absolute(), Path(sockets), through)
     last = run_folder.read_metrics(out / "run")[-1]
@@ -104,6 +106,7 @@ def measure(clients: int, rounds: int, out: Path) -> dict[str, Any]:
     theirs = _fedavg(clients, rounds, shapes, (out / "fedavg").absolute())
     return {
         "clients": clients,
+        "workers": math.ceil(clients / clients_per_worker),
         "message_up": sent,
         "message_down": got,
         "payload_up": up,

@@ -6,8 +6,8 @@ A party's file holds what JSON lines of instructions or chats hold (``docs/data.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from fedmezo_jax.data.table import data_named, deal, tabulate
 from fedmezo_jax.deploy.agreement import blank_examples
 from fedmezo_jax.deploy.envelopes import Enrolment, Plan
 from fedmezo_jax.errors import UserError
+from fedmezo_jax.llama.model import Base
 from fedmezo_jax.llama.registry import cache_folder
 from fedmezo_jax.llama.task import LlamaTask
 from fedmezo_jax.run.automatic_rate import VALIDATION
@@ -77,6 +78,7 @@ def widened(rows: TokenBatch, shape: Width, padding: int) -> TokenBatch:
     return TokenBatch(tokens, *(np.pad(leaf, [(0, 0), (0, missing[1])]) for leaf in rows[1:]))
 
 
+@dataclass(frozen=True, eq=False)
 class OwnExamples:
     """A party's model and examples, before it is known what the others have.
 
@@ -88,22 +90,11 @@ class OwnExamples:
         tables: the rows of each of its files; none of a file that it does not have.
     """
 
-    def __init__(self, config: RunConfig, files: Iterable[Path], model: str | None = None):
-        """Reads them.
-
-        Args:
-            config: the run's.
-            files: a client's one, or the server's test and validation files.
-            model: the model as it is called on this machine; by default as the run calls it.
-
-        Raises:
-            UserError: the model or a file cannot be read, or they do not fit together.
-        """
-        here = resolve_defaults(config if model is None else replace(config, model=model))
-        self.config = replace(here, model=config.model)
-        self.model = open_model(here)
-        self.tables = [read_rows(self.config, self.model, file) for file in files]
-        self.base, self.base_hash = self.model.load()
+    config: RunConfig
+    model: OpenModel
+    base: Base
+    base_hash: str
+    tables: Sequence[TokenBatch]
 
     def task(self, examples: Examples, group_size: int, used: np.ndarray, notify: Callable[[str], None]) -> LlamaTask:
         """The task on these examples, of which some are trained on here, by so many clients at once."""
@@ -115,6 +106,23 @@ class OwnExamples:
         tokenizer = self.model.tokenizer
         padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         return widened(rows, shape, padding)
+
+
+def read_own(config: RunConfig, files: Iterable[Path], model: str | None = None) -> OwnExamples:
+    """A party's model and examples.
+
+    Args:
+        config: the run's.
+        files: a client's one, or the server's test and validation files.
+        model: the model as it is called on this machine; by default as the run calls it.
+
+    Raises:
+        UserError: the model or a file cannot be read, or they do not fit together.
+    """
+    here = resolve_defaults(config if model is None else replace(config, model=model))
+    settled, opened = replace(here, model=config.model), open_model(here)
+    tables = [read_rows(settled, opened, file) for file in files]
+    return OwnExamples(settled, opened, *opened.load(), tables)
 
 
 def client_task(own: OwnExamples, client: int, plan: Plan, notify: Callable[[str], None]) -> LlamaTask:

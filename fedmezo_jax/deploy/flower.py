@@ -1,4 +1,4 @@
-"""A run over Flower: the transport, the server's settings, and the worker that answers beside each SuperNode.
+"""A run over Flower: the transport, the server's settings, and the worker that answers beside SuperNodes.
 
 Nothing here imports Flower, which is in the app alone (``flower_app/``).
 """
@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import json
 import os
+import selectors
 import signal
 import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import filelock
 
@@ -162,28 +164,41 @@ def _serve(file: Path, transport_of: Callable[[Sequence[int], float], Transport]
     write_json(status, dict(ended) | {"notices": lines})
 
 
-def answer_at(path: Path, client: Client) -> None:
-    """Answers the requests that come in at a Unix socket, one after the other, until the process is ended.
+def answer_at(clients: Mapping[Path, Client]) -> None:
+    """Answers the requests that come in at each client's Unix socket, one after the other, until the process is ended.
 
     Only the owner of the process may connect.
 
     Raises:
-        UserError: the socket cannot be made.
+        UserError: a socket cannot be made.
     """
-    path.unlink(missing_ok=True)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        try:
-            listener.bind(str(path))
-        except OSError as error:
-            raise UserError(f"--socket {path}: {error.strerror or error}: give a shorter path in a folder") from None
-        path.chmod(0o600)
-        listener.listen()
+    with ExitStack() as stack, selectors.DefaultSelector() as requests:
+        for path, client in clients.items():
+            requests.register(stack.enter_context(_listener(path)), selectors.EVENT_READ, client)
         while True:
-            connection, _ = listener.accept()
-            with connection, connection.makefile("rwb") as stream:
+            for ready, _ in requests.select():
                 try:
-                    answer = client.handle(stream.read(int.from_bytes(stream.read(8), "little")))
-                    stream.write(len(answer).to_bytes(8, "little") + answer)
-                    stream.flush()
+                    _answer(cast(socket.socket, ready.fileobj), ready.data)
                 except (OSError, UserError) as error:  # the app was ended meanwhile, or nothing legible came
                     print(f"notice: {error}", flush=True)
+
+
+def _answer(listener: socket.socket, client: Client) -> None:
+    connection, _ = listener.accept()
+    with connection, connection.makefile("rwb") as stream:
+        answer = client.handle(stream.read(int.from_bytes(stream.read(8), "little")))
+        stream.write(len(answer).to_bytes(8, "little") + answer)
+        stream.flush()
+
+
+def _listener(path: Path) -> socket.socket:
+    path.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listener.bind(str(path))
+    except OSError as error:
+        listener.close()
+        raise UserError(f"--socket {path}: {error.strerror or error}: give a shorter path in a folder") from None
+    path.chmod(0o600)
+    listener.listen()
+    return listener

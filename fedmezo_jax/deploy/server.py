@@ -27,7 +27,7 @@ from fedmezo_jax.deploy.envelopes import (
     Result,
     Start,
 )
-from fedmezo_jax.deploy.examples import OwnExamples
+from fedmezo_jax.deploy.examples import read_own
 from fedmezo_jax.deploy.post import Post, is_a, ticket
 from fedmezo_jax.deploy.sum_server import new_name, secure_sum_of
 from fedmezo_jax.deploy.transport import Transport
@@ -106,7 +106,7 @@ def serve(
         option = "--signed" if config.signed else "--secure-sum"
         raise UserError(f"{option}: give the server's private key and everyone's public keys")
     public_keys = signatures.clients_of(keys.public) if keys and config.secure_sum else []
-    own = OwnExamples(config, files, model)
+    own = read_own(config, files, model)
     if len(own.tables) != (2 if config.learning_rate == "auto" else 1):
         raise UserError("give the server's test examples, and with --learning-rate auto its validation examples too")
     config, folder = own.config, Path(out)

@@ -14,7 +14,7 @@ from fedmezo_jax.data.buckets import Width
 from fedmezo_jax.deploy import agreement, envelopes
 from fedmezo_jax.deploy.client import Client
 from fedmezo_jax.deploy.envelopes import Hello, Plan, Position, Refusal
-from fedmezo_jax.deploy.examples import OwnExamples, deal_out
+from fedmezo_jax.deploy.examples import deal_out, read_own
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.run import client_failures
 from fedmezo_jax.run.config import RunConfig
@@ -50,7 +50,7 @@ def test_another_base(place, tmp_path):
         weights = safetensors.numpy.load_file(other / "model.safetensors")
         weights["model.norm.weight"][0] += 1e-6
         safetensors.numpy.save_file(weights, other / "model.safetensors")
-        return Client(1, OwnExamples(config, [place / "dealt" / "client-1.jsonl"], str(other)))
+        return Client(1, read_own(config, [place / "dealt" / "client-1.jsonl"], str(other)))
 
     line = refused(place, tmp_path / "run", change)
     hashes = line.split("base weights (")[1]
@@ -107,7 +107,7 @@ def test_other_examples_than_before(place, tmp_path):
 
     def restart(record):
         if record["round"] == 2:
-            own = OwnExamples(config, [place / "dealt" / "client-0.jsonl"])
+            own = read_own(config, [place / "dealt" / "client-0.jsonl"])
             clients[1] = Client(1, own)
 
     result, _ = deployed(
@@ -156,7 +156,7 @@ def test_work_for_a_run_that_a_client_does_not_know(place):
 def test_what_cannot_be_deployed(changed, line, place, tmp_path):
     config = small_run.configuration(place, **changed)
     with pytest.raises(UserError, match=line):
-        Client(0, OwnExamples(config, [place / "dealt" / "client-0.jsonl"]))
+        Client(0, read_own(config, [place / "dealt" / "client-0.jsonl"]))
     with pytest.raises(UserError, match=line):
         deployed(config, place / "dealt", tmp_path / "run", Loopback([]), keys=None)
 

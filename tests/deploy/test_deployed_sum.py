@@ -12,7 +12,7 @@ from fedmezo_jax.deploy import envelopes
 from fedmezo_jax.deploy.agreement import sum_name
 from fedmezo_jax.deploy.client import Client
 from fedmezo_jax.deploy.envelopes import Answer, Start, SumStep
-from fedmezo_jax.deploy.examples import OwnExamples, deal_out
+from fedmezo_jax.deploy.examples import deal_out, read_own
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.privacy import fixed_point, secure_sum
 from fedmezo_jax.run import client_failures, ledger, loop, messages, rounds, secure_sum_messages
@@ -331,7 +331,7 @@ def test_clients_that_have_helped_with_a_sum_help_with_no_other_in_its_round(pla
 
 def test_keys_that_do_not_go_together_are_refused_before_the_first_round(place, tmp_path):
     config = configuration(place)
-    own = OwnExamples(config, [place / "dealt" / "client-0.jsonl"])
+    own = read_own(config, [place / "dealt" / "client-0.jsonl"])
     sums, known = Parties(config).sums, Parties(config).public
     with pytest.raises(UserError, match="client 0: its private key is not that of its public key"):
         Client(0, own, sums[1]._key, known)

@@ -48,8 +48,8 @@ RUNS = {
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW if "eight" in name else ()) for name in RUNS])
 def test_a_run_over_flower_is_the_simulation_bit_for_bit(name, run_of, tmp_path, monkeypatch):
-    """A mean along shared directions, by the server or by the clients, and noise from the seed."""
-    run = run_of("--seeded-noise", rounds=2, directions_shared=True, **RUNS[name])
+    """A mean along shared directions, by the server or by the clients, and noise from the seed; two of a worker."""
+    run = run_of("--seeded-noise", "--clients-per-worker", "2", rounds=2, directions_shared=True, **RUNS[name])
     run.start()
     code, said = run.end()
     assert code == 0, said

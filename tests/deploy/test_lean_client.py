@@ -35,10 +35,10 @@ from pathlib import Path
 import experiments.deploy
 from fedmezo_jax.deploy import envelopes
 from fedmezo_jax.deploy.client import Client
-from fedmezo_jax.deploy.examples import OwnExamples
+from fedmezo_jax.deploy.examples import read_own
 from fedmezo_jax.run.config import read_config
 
-own = OwnExamples(read_config(Path(sys.argv[2])), [Path(sys.argv[3])])
+own = read_own(read_config(Path(sys.argv[2])), [Path(sys.argv[3])])
 client = Client(0, own)
 ask = lambda request: envelopes.unpack_response(client.handle(envelopes.pack(request)))
 facts = client._facts

@@ -92,8 +92,8 @@ class FlowerNetwork:
     def serve(self, client, change=lambda client: client):
         """Answers for a client in this process, as a worker does; what ``change`` makes of the client answers."""
         answering = change(client_of(self.config, self.folder / "data", client))
-        arguments = self.folder / f"worker-{client}", answering
-        threading.Thread(target=answer_at, args=arguments, daemon=True).start()
+        clients = {self.folder / f"worker-{client}": answering}
+        threading.Thread(target=answer_at, args=(clients,), daemon=True).start()
 
     def start_node(self, client):
         """Starts the SuperNode of a client that is answered for here."""

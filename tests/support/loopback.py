@@ -5,7 +5,7 @@ import itertools
 from collections import Counter
 
 from fedmezo_jax.deploy.client import Client
-from fedmezo_jax.deploy.examples import OwnExamples
+from fedmezo_jax.deploy.examples import read_own
 from fedmezo_jax.deploy.server import Patience, serve
 from fedmezo_jax.deploy.transport import Reply
 from fedmezo_jax.run import client_failures, signatures
@@ -60,7 +60,7 @@ def keys_of(config):
 
 def client_of(config, data, client, **options):
     """A client with its own file of those that were dealt out."""
-    own = OwnExamples(config, [data / f"client-{client}.jsonl"])
+    own = read_own(config, [data / f"client-{client}.jsonl"])
     keys, known = keys_of(config), ()
     if keys and config.secure_sum:
         known = signatures.clients_of(signatures.identities(keys))
