@@ -32,6 +32,8 @@ QUESTIONS = {
         "Fig. 1, 10: FedMeZO falls faster than FedAvg with plain SGD at FedMeZO's own learning rate",
     ),
     "estimators": Question("Which estimator and which layers learn most at equal compute?"),
+    "ceiling": Question("What does back-propagation reach with so many trained layers, run to the end?"),
+    "automatic_rate": Question("How much of the best fixed learning rate's loss drop does the automatic one reach?"),
     "single_client": Question("How does MeZO compare with back-propagation for one client?"),
     "perturbation_scale": Question(
         "How does the perturbation scale μ matter?",
