@@ -13,8 +13,8 @@ from fedmezo_jax.deploy.envelopes import Answer, Enrolment, Facts, Hello, Plan, 
 from fedmezo_jax.deploy.transport import Transport
 from fedmezo_jax.errors import UserError
 
-_AGAIN = 30.0
-"""Seconds after which a client that has not enrolled is greeted again."""
+_AGAIN, _ABSENT = 30.0, 2.0
+"""Seconds after which a client is greeted again that has not enrolled; and one that the network cannot reach."""
 _TRIES = 4
 """How often a client is sent a request again that it could not answer yet."""
 
@@ -41,7 +41,6 @@ class Post:
         requests: Mapping[int, Callable[[int | None], Request]],
         seconds: float,
         wanted: Callable[[envelopes.Response], bool],
-        on_refusal: Callable[[str], None] | None = None,
     ) -> dict[int, Any]:
         """Sends each client its request and waits until all have answered, at most so many seconds.
 
@@ -52,7 +51,6 @@ class Post:
                 the server's own knowledge must do.
             seconds: until answers are no longer waited for.
             wanted: whether an answer is what was asked for.
-            on_refusal: called with what a client refuses for; by default the user is told.
 
         Returns:
             The answers that came in, by client.
@@ -82,7 +80,7 @@ class Post:
                 elif isinstance(response, Enrolment) and self._is_enrolled(client, response):
                     send(client, requests[client](response.round))
                 elif isinstance(response, Refusal):
-                    (on_refusal or self._tell)(f"client {client} refuses: {response.reason}")
+                    self._tell(f"client {client} refuses: {response.reason}")
         return answers
 
     def hello(self) -> Hello:
@@ -120,16 +118,35 @@ class Post:
     def enrol(self, clients: int, seconds: float) -> list[Enrolment]:
         """Greets all clients until each has said what it has.
 
+        A greeting keeps its ticket when it is sent again, so that a slow answer to the first one counts. The server
+        waits twice as long each time: where many clients share a machine, answers take longer than that.
+
         Raises:
             UserError: one differs from the server, refuses, or does not answer.
         """
-        until, answers = self._transport.clock() + seconds, {}
-        while missing := [client for client in range(clients) if client not in answers]:
-            if (left := until - self._transport.clock()) <= 0:
-                names = ", ".join(map(str, missing))
+        until, clock = self._transport.clock() + seconds, self._transport.clock
+        greetings = [self.hello() for _ in range(clients)]
+        due, pause = dict.fromkeys(range(clients), clock()), dict.fromkeys(range(clients), _AGAIN)
+        answers: dict[int, Enrolment] = {}
+        while due:
+            if clock() >= until:
+                names = ", ".join(map(str, due))
                 raise UserError(f"client {names} did not enrol within {seconds:g} s: start it, and try again")
-            asked = dict.fromkeys(missing, lambda _: self.hello())
-            answers |= self.ask(asked, min(left, _AGAIN), is_a(Enrolment), on_refusal=_stop)
+            for client in [client for client, when in due.items() if when <= clock()]:
+                self._transport.send(client, envelopes.pack(greetings[client]))
+                due[client], pause[client] = clock() + pause[client], 2 * pause[client]
+            for client, request, message in self._transport.poll(max(0.0, min(until, *due.values()) - clock())):
+                ticket = envelopes.ticket_of(request)
+                if client not in due or ticket != greetings[client].ticket:
+                    continue
+                response = None if message is None else self._read(client, ticket, message)
+                if isinstance(response, Refusal):
+                    raise UserError(f"client {client} refuses: {response.reason}")
+                if isinstance(response, Enrolment):
+                    answers[client] = response
+                    del due[client]
+                else:
+                    due[client], pause[client] = clock() + _ABSENT, _AGAIN
         for client, enrolment in sorted(answers.items()):
             before = self.enrolments[client] if self.enrolments else enrolment
             if wrong := self._fault(client, enrolment, before):
@@ -140,10 +157,6 @@ class Post:
 def is_a(kind: type) -> Callable[[envelopes.Response], bool]:
     """Whether a response is of this kind, for :meth:`Post.ask`."""
     return lambda response: isinstance(response, kind)
-
-
-def _stop(line: str) -> None:
-    raise UserError(line)
 
 
 def ticket() -> bytes:

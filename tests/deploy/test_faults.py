@@ -11,6 +11,7 @@ from fedmezo_jax.deploy import envelopes
 from fedmezo_jax.deploy.envelopes import Answer, Hello, Position, Start
 from fedmezo_jax.deploy.examples import deal_out
 from fedmezo_jax.deploy.server import ENROLMENTS, read_enrolments
+from fedmezo_jax.deploy.transport import Reply
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.run import ledger, loop, messages
 from fedmezo_jax.run.job import fine_tune
@@ -264,3 +265,38 @@ def test_no_client_at_all_ends_the_run_in_one_line(place, tmp_path):
     some = Loopback(clients, lambda client, request: [(None, 0.0)] if client != 1 else None)
     with pytest.raises(UserError, match="client 0, 2 did not enrol within 100 s"):
         deployed(config, place / "dealt", tmp_path / "other", some)
+
+
+def test_clients_that_answer_greetings_slowly_enrol(place, undisturbed, tmp_path):
+    """Each greeting takes longer than the server waits before the next one, as where many share a machine."""
+    config = configuration(place)
+    clients = [client_of(config, place / "dealt", client) for client in range(3)]
+    greeted = []
+
+    def slow(client, request):
+        if isinstance(envelopes.unpack_request(request), Hello):
+            greeted.append(client)
+            return [(40.0, 20.0)]
+        return None
+
+    result, _ = deployed(config, place / "dealt", tmp_path / "run", Loopback(clients, slow))
+    check_same(result, undisturbed, tmp_path / "run", place / "undisturbed")
+    assert len(greeted) == 3 * 2 * 2  # twice in a minute, before the plan and with it
+
+
+def test_a_client_that_cannot_be_reached_is_greeted_again_and_not_at_once(place, undisturbed, tmp_path):
+    """Client 1 is started 45 seconds after the server; until then the network says that it is not there."""
+    config, sent = configuration(place), []
+
+    class Absent(Loopback):
+        def _deliver(self, client, request, back):
+            sent.append((client, self.clock()))
+            if client != 1 or self.clock() >= 45:
+                return super()._deliver(client, request, back)
+            return Reply(client, request, None)
+
+    clients = [client_of(config, place / "dealt", client) for client in range(3)]
+    result, transport = deployed(config, place / "dealt", tmp_path / "run", Absent(clients))
+    check_same(result, undisturbed, tmp_path / "run", place / "undisturbed")
+    assert transport.clock() < 50
+    assert len([client for client, at in sent if client == 1 and at < 45]) == 23
