@@ -72,6 +72,7 @@ QUESTIONS = {
     "shared_directions": Question("Do directions shared by all clients learn as well as each client's own?"),
     "attacks": Question("Which rules of aggregation withstand which attacks?"),
     "privacy_utility": Question("What does differential privacy of clients cost, and what does it hide?"),
+    "shadow_models": Question("Do shadow models tell what a run was trained on, with and without privacy?"),
     "forgetting": Question("How near does a replay without a client come to a run that never had it?"),
     "personalised_rates": Question(
         "Which signal should personalise learning rates?",
