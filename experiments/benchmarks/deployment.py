@@ -4,8 +4,8 @@
 
 All parties are on this machine. Bytes on the wire are counted at a TCP relay before the SuperLink, between the first
 round and the last, and so hold TLS, signatures and the SuperNodes' asking for messages. FedAvg ships the same LoRA
-adapter as float32 arrays, and its clients compute nothing. Needs ``pip install 'fedmezo_jax[flower]'``. A row that is
-in the folder already is not measured again.
+adapter as float32 arrays, and its clients compute nothing. Needs ``pip install 'fedmezo_jax[flower]'``. What is in the
+folder already is not measured again.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -59,18 +60,31 @@ def main(config: Config) -> None:
     """Measures each number of clients, prints the table and writes the folder."""
     rows, seconds = [], 0.0
     for clients in _counts(config.clients):
-        file = config.out / f"rows/{clients}.json"
-        if not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            begun = time.perf_counter()
-            row = measure(clients, config.clients_per_worker, config.rounds, config.out / f"run-{clients}")
-            run_folder.write_json(file, {"row": row, "seconds": time.perf_counter() - begun})
-        kept = json.loads(file.read_text(encoding="utf-8"))
-        rows.append(kept["row"])
-        seconds += kept["seconds"]
+        place = config.out / f"run-{clients}"
+        ours, taken = _kept(
+            config.out / f"rows/{clients}.json",
+            lambda place=place, clients=clients: measure(clients, config.clients_per_worker, config.rounds, place),
+        )
+        theirs, more = _kept(
+            config.out / f"rows/{clients}-fedavg.json",
+            lambda place=place, clients=clients: measure_fedavg(clients, config.rounds, place),
+        )
+        rows.append(ours | theirs)
+        seconds += taken + more
         _cli.write_folder(config, rows, seconds)
     plot(config.out / "deployment.png", rows)
     _cli.print_table("a client and round over Flower", rows)
+
+
+def _kept(file: Path, measured: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], float]:
+    """A part of a row and the seconds that it took, from its file or measured now."""
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        begun = time.perf_counter()
+        row = measured()
+        run_folder.write_json(file, {"row": row, "seconds": time.perf_counter() - begun})
+    kept = json.loads(file.read_text(encoding="utf-8"))
+    return kept["row"], kept["seconds"]
 
 
 def _counts(text: str) -> list[int]:
@@ -84,7 +98,7 @@ def _counts(text: str) -> list[int]:
 
 
 def measure(clients: int, clients_per_worker: int, rounds: int, out: Path) -> dict[str, Any]:
-    """A row: ours, and FedAvg with the same number of clients and an adapter of the same shapes."""
+    """Our part of a row."""
     run = RunConfig(clients=clients, rounds=rounds)
     relays: list[Relay] = []
 
@@ -100,10 +114,7 @@ def measure(clients: int, clients_per_worker: int, rounds: int, out: Path) -> di
     sent, got = last["uplink_bytes"] / clients, last["downlink_bytes"] / clients
     up, down = sent + len(envelopes.pack(Answer(bytes(8), b"", b""))), got + len(envelopes.pack(_start(run)))
     simulated = fine_tune(run, out / "simulated", notify=lambda line: None).metrics[1:]
-    shapes = json.dumps([array.shape for array in load_file(out / "run/adapter/adapter_model.safetensors").values()])
-    sys.path.insert(0, str(FEDAVG))
-    sizes = importlib.import_module("fedavg_app.sizes")
-    theirs = _fedavg(clients, rounds, shapes, (out / "fedavg").absolute())
+    sizes = _sizes()
     return {
         "clients": clients,
         "workers": math.ceil(clients / clients_per_worker),
@@ -119,11 +130,27 @@ def measure(clients: int, clients_per_worker: int, rounds: int, out: Path) -> di
         "simulated_seconds": sum(record["seconds"] for record in simulated) / len(simulated),
         **{f"{kind}_mib": size for kind, size in meter.memory.items()},
         "mib_together": meter.together,
-        "fedavg_serialised": sizes.of_arrays(shapes),
-        "fedavg_wire_up": theirs.up / clients,
-        "fedavg_wire_down": theirs.down / clients,
-        "fedavg_seconds": theirs.seconds,
     }
+
+
+def measure_fedavg(clients: int, rounds: int, out: Path) -> dict[str, Any]:
+    """FedAvg's part of a row, with an adapter of the shapes that our run left in the folder."""
+    adapter = load_file(out / "run/adapter/adapter_model.safetensors")
+    shapes = json.dumps([array.shape for array in adapter.values()])
+    meter = _fedavg(clients, rounds, shapes, (out / "fedavg").absolute())
+    return {
+        "fedavg_serialised": _sizes().of_arrays(shapes),
+        "fedavg_wire_up": meter.up / clients,
+        "fedavg_wire_down": meter.down / clients,
+        "fedavg_seconds": meter.seconds,
+    }
+
+
+def _sizes() -> Any:
+    """The module that knows how long Flower's messages are."""
+    if str(FEDAVG) not in sys.path:
+        sys.path.insert(0, str(FEDAVG))
+    return importlib.import_module("fedavg_app.sizes")
 
 
 class _Meter:
