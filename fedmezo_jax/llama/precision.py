@@ -146,10 +146,10 @@ def _eight_bit_product(x: jax.Array, kernel: Quantised, precision: Precision) ->
     scale = jnp.max(jnp.abs(x), axis=-1, keepdims=True) / LARGEST[kernel.kind]
     numbers = x / jnp.where(scale > 0, scale, 1)
     if kernel.kind == "int8":
-        y = jnp.matmul(jnp.round(numbers).astype(jnp.int8), kernel.values, preferred_element_type=jnp.int32)
+        y = jnp.matmul(jnp.round(numbers).astype(jnp.int8), kernel.values.T, preferred_element_type=jnp.int32)
     else:
-        y = jnp.matmul(numbers.astype(kernel.values.dtype), kernel.values, preferred_element_type=jnp.float32)
-    return y.astype(jnp.float32) * scale * kernel.scale[0]
+        y = jnp.matmul(numbers.astype(kernel.values.dtype), kernel.values.T, preferred_element_type=jnp.float32)
+    return y.astype(jnp.float32) * scale * kernel.scale[:, 0]
 
 
 @_eight_bit_product.defjvp

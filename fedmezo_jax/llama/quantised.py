@@ -91,11 +91,11 @@ class Quantised:
 
     Attributes:
         kind: its type.
-        values: ``[…, rows, out]``. A row for each input in int8, fp8 and Q8_0. In int4 and Q4_0, byte j of the 16 of a
-            block holds the entries j, in its lower bits, and j + 16, each plus 8. In Q4_K and Q6_K the bytes of a block
-            are GGUF's.
-        scale: ``[…, rows, out]``, what multiplies the numbers of each block of inputs; in Q4_K followed by what
-            multiplies the offsets.
+        values: ``[…, out, in]`` in int8 and fp8, as GPUs want the kernels of eight-bit products. In the other types
+            ``[…, rows, out]``: a row for each input in Q8_0; in int4 and Q4_0, byte j of the 16 of a block holds the
+            entries j, in its lower bits, and j + 16, each plus 8; in Q4_K and Q6_K the bytes of a block are GGUF's.
+        scale: ``[…, out, 1]`` in int8 and fp8. In the others ``[…, rows, out]``, what multiplies the numbers of each
+            block of inputs; in Q4_K followed by what multiplies the offsets.
         subscales: ``[…, rows, out]``, the integers of the sub-blocks in Q4_K, packed as in GGUF, and in Q6_K.
     """
 
@@ -113,6 +113,11 @@ def held_as(config: _Options) -> tuple[str, OwnType | Literal["as-stored"] | Non
     if config.base == "float32" or config.base == "bfloat16":
         return config.base, None
     return "float32" if config.precision in (None, "float32") else "bfloat16", config.base
+
+
+def outputs_first(kind: KernelType) -> bool:
+    """Whether the parts of a kernel of this type are ``[…, out, rows]``: its scales are of whole outputs."""
+    return not _FORMATS[kind].block
 
 
 def check_eight_bit(eight_bit: bool, base: BaseType | None) -> None:
@@ -144,7 +149,7 @@ def quantised_shape(shape: tuple[int, ...], kind: KernelType | Literal["as-store
         )
 
     def part(rows: int, dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((*lead, rows, outputs), dtype)
+        return jax.ShapeDtypeStruct((*lead, outputs, rows) if outputs_first(kind) else (*lead, rows, outputs), dtype)
 
     blocks = inputs // block
     subscales = part(blocks * form.integers, form.subscales) if form.integers else None
@@ -154,7 +159,7 @@ def quantised_shape(shape: tuple[int, ...], kind: KernelType | Literal["as-store
 
 
 def quantise(stored: np.ndarray, target: Quantised) -> None:
-    """Quantises a weight of a file, ``[out, in]``, into the arrays of one kernel ``[in, out]`` on the host.
+    """Quantises a weight of a file, ``[out, in]``, into the arrays of one kernel on the host.
 
     Its kind is an :data:`OwnType`. Each weight is off by half its scale at most, or in fp8 by 1/16 of itself or the
     512th part of its scale. Beside ``stored`` this takes a few megabytes.
@@ -163,8 +168,8 @@ def quantise(stored: np.ndarray, target: Quantised) -> None:
     width = _FORMATS[kind].block or inputs
     rows_at_once = max(1, _AT_ONCE // inputs)
     for start in range(0, outputs, rows_at_once):
-        columns = slice(start, start + rows_at_once)
-        blocks = stored[columns].astype(np.float32).reshape(-1, inputs // width, width)
+        some = slice(start, start + rows_at_once)
+        blocks = stored[some].astype(np.float32).reshape(-1, inputs // width, width)
         scale = np.max(np.abs(blocks), axis=-1, keepdims=True) / np.float32(LARGEST[kind])
         if kind == "int4":
             scale = _rounded_up(scale)
@@ -173,8 +178,9 @@ def quantise(stored: np.ndarray, target: Quantised) -> None:
         if kind == "int4":
             low, high = np.split((values + 8).view(np.uint8), 2, axis=-1)
             values = low | high << 4
-        target.values[:, columns] = values.reshape(len(blocks), -1).T
-        target.scale[:, columns] = scale[..., 0].T
+        for part, numbers in ((target.values, values), (target.scale, scale)):
+            by_output = part if outputs_first(kind) else part.T
+            by_output[some] = numbers.reshape(len(blocks), -1)
 
 
 def _rounded_up(scale: np.ndarray) -> np.ndarray:
@@ -185,6 +191,8 @@ def _rounded_up(scale: np.ndarray) -> np.ndarray:
 
 def dequantised(kernel: Quantised) -> jax.Array:
     """The weights themselves, float32 ``[…, in, out]``."""
+    if outputs_first(kernel.kind):
+        return (kernel.values.astype(jnp.float32) * kernel.scale).swapaxes(-1, -2)
     numbers = _numbers(kernel).astype(jnp.float32)
     scale, offset = _scales(kernel)
     *lead, inputs, outputs = numbers.shape
@@ -197,8 +205,8 @@ def operand(kernel: jax.Array | Quantised, dtype: Any) -> tuple[jax.Array, jax.A
     """The matrix ``[in, out]`` to multiply with in ``dtype``, and what multiplies the result ``[out]``, if anything."""
     if not isinstance(kernel, Quantised):
         return kernel.astype(dtype), None
-    if not _FORMATS[kernel.kind].block:
-        return kernel.values.astype(dtype), kernel.scale[0]
+    if outputs_first(kernel.kind):
+        return kernel.values.T.astype(dtype), kernel.scale[:, 0]
     return dequantised(kernel).astype(dtype), None
 
 

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from fedmezo_jax.core.federated import CLIENTS
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.config import LlamaConfig
+from fedmezo_jax.llama.quantised import Quantised, outputs_first
 
 MODEL = "model"
 RULES: dict[str, str | None] = {
@@ -103,16 +104,24 @@ def check_mesh(mesh: Mesh | None, config: LlamaConfig) -> None:
         )
 
 
-def base_sharding(mesh: Mesh | None) -> Callable[[tuple[str, ...], tuple[int, ...]], NamedSharding] | None:
-    """Returns a function from the path and shape of a base leaf to its sharding; None without a mesh."""
+def base_sharding(mesh: Mesh | None) -> Callable[[tuple[str, ...], Any], Any] | None:
+    """Returns a function from the path of a base leaf and the leaf to its sharding; None without a mesh.
+
+    A quantised kernel has a sharding for each of its parts, and so a tree of them.
+    """
     if mesh is None:
         return None
     parts = mesh.shape[MODEL]
 
-    def sharding_of(path: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
+    def sharding_of(path: tuple[str, ...], leaf: Any) -> Any:
         axes = [RULES[name] for name in _WEIGHTS["/".join(path[-2:])]]
-        return NamedSharding(
-            mesh, P(*(axis if size % parts == 0 else None for axis, size in zip(axes, shape, strict=True)))
+        if isinstance(leaf, Quantised) and outputs_first(leaf.kind):
+            axes[-2:] = reversed(axes[-2:])
+        return jax.tree.map(
+            lambda part: NamedSharding(
+                mesh, P(*(axis if size % parts == 0 else None for axis, size in zip(axes, part.shape, strict=True)))
+            ),
+            leaf,
         )
 
     return sharding_of

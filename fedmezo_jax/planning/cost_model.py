@@ -152,11 +152,11 @@ def lower(planned: RoundSpec, mesh: Mesh, at_once: int) -> Any:
     assert sharding_of is not None
     held = held_leaves(config, *held_as(planned), planned.first)
 
-    def placed(path: tuple[str, ...], part: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=sharding_of(path, part.shape))
+    def placed(part: jax.ShapeDtypeStruct, where: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=where)
 
     base = traverse_util.unflatten_dict(
-        {path: jax.tree.map(partial(placed, path), leaf) for path, leaf in held.items()}
+        {path: jax.tree.map(placed, leaf, sharding_of(path, leaf)) for path, leaf in held.items()}
     )
     shapes = lora_shapes(config, planned.rank, planned.targets, planned.trained)
     replicate = partial(jax.tree.map, lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated))

@@ -400,9 +400,11 @@ def test_the_errors_of_the_projected_gradient_are_those_of_the_results(precision
 
 def test_the_memory_of_a_base_in_few_bits_is_that_of_the_results():
     section = SCALING.split("\n### A base in eight or four bits\n")[1].split("\n## ")[0]
-    for base in ("int8", "int4"):
-        [line] = [line for line in section.splitlines() if line.startswith(f"| `{base}` |")]
-        peaks = {(row["what"], row["precision"]): row["peak_bytes"] / 2**30 for row in read(f"memory_8b_{base}")}
+    titles = {"int8": "`int8`", "int4": "`int4`", "int8_products": "`int8`, `--eight-bit-products`"}
+    for name, title in titles.items():
+        [line] = [line for line in section.splitlines() if line.startswith(f"| {title} |")]
+        rows = read(f"memory_8b_{name}")
+        peaks = {(row["what"], row["precision"]): row["peak_bytes"] / 2**30 for row in rows}
         programs = (
             ("forward", "bfloat16"),
             ("fedmezo", "paired"),
@@ -410,7 +412,8 @@ def test_the_memory_of_a_base_in_few_bits_is_that_of_the_results():
             ("forward_gradient", "bfloat16"),
         )
         assert re.findall(r"\d+\.\d+", line) == [f"{peaks[program]:.2f}" for program in programs]
-        assert max(peaks[program] for program in programs) < {"int8": 10, "int4": 7}[base]
+        assert max(peaks[program] for program in programs) < (7 if name == "int4" else 10)
+        assert name != "int8_products" or all(row["eight_bit_products"] for row in rows)
 
 
 def test_the_errors_of_eight_bit_products_are_those_of_the_results():

@@ -20,10 +20,11 @@ mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("data", "model"))
 config = LlamaConfig.from_json(sys.argv[1])
 asked = []
 
-def sharding(path, shape):
-    asked.append((path, shape))
+def sharding(path, leaf):
+    asked.append((path, jax.tree.leaves(leaf)[0].shape))
     split = path[0] == "layers" and path[-1] == "kernel"
-    return NamedSharding(mesh, P(None, None, "model") if split else P())
+    spec = lambda part: P(None, None, "model") if split and part.shape[2] > 1 else P()
+    return jax.tree.map(lambda part: NamedSharding(mesh, spec(part)), leaf)
 
 for folder in sys.argv[1:]:
     plain = load_base(folder, config, "bfloat16")
@@ -75,7 +76,7 @@ def mebibytes(field):
 
 small, folder, dtype, kernels, sharded, hashed = sys.argv[1:]
 mesh = Mesh(np.array(jax.devices()), "model")
-where = (lambda path, shape: NamedSharding(mesh, P(*[None] * (len(shape) - 1), "model"))) if sharded == "True" else None
+where = (lambda path, leaf: NamedSharding(mesh, P(*[None] * (leaf.ndim - 1), "model"))) if sharded == "True" else None
 
 def load(folder):
     stored = StoredBase(folder, LlamaConfig.from_json(folder), dtype, kernels or None, where)

@@ -45,6 +45,8 @@ def is_quantised(leaf):
 def unpacked(kernel):
     """The weights that a kernel of our own stands for and the scale of each, float32 ``[L, in, out]``."""
     values, scale = np.asarray(kernel.values), np.asarray(kernel.scale, np.float32)
+    if kernel.kind in ("int8", "fp8"):
+        values, scale = values.swapaxes(1, 2), scale.swapaxes(1, 2)
     if values.dtype == np.uint8:
         layers, half, outputs = values.shape
         integers = np.zeros((layers, 2 * half, outputs), np.float32)
@@ -221,7 +223,7 @@ def test_eight_bit_products_round_each_row_at_its_own_scale(eight_bit):
     scale = np.max(np.abs(x), axis=1, keepdims=True) / np.float32(largest)
     numbers = rounded(np.divide(x, scale, out=np.zeros_like(x), where=scale > 0))
     values = np.asarray(kernel.values).astype(numbers.dtype)
-    expected = (numbers @ values) * scale.astype(float) * np.asarray(kernel.scale, float)
+    expected = (numbers @ values.T) * scale.astype(float) * np.asarray(kernel.scale, float).T
     found = np.asarray(frozen_product(x, jax.device_put(kernel), Products("float32", eight_bit=True)))
     assert np.all(np.abs(found - expected) <= 2e-6 * np.abs(expected).max(axis=1, keepdims=True))
     assert not found[2].any()

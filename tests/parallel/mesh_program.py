@@ -56,7 +56,7 @@ def program(tied: bool, directions_shared: bool, meshes: list[str]):
         place = sharding.base_sharding(mesh)
         base = traverse_util.unflatten_dict(
             {
-                path: jax.device_put(weight.astype(np.float32), place(path, weight.shape) if place else None)
+                path: jax.device_put(weight.astype(np.float32), place(path, weight) if place else None)
                 for path, weight in weights.items()
             }
         )

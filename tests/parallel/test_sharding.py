@@ -10,11 +10,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from mesh_program import BATCH, CLIENTS, LABELS, LENGTH, MESHES, STEPS
 
 from fedmezo_jax.errors import UserError
-from fedmezo_jax.llama.checkpoints.layout import leaves
+from fedmezo_jax.llama.checkpoints.layout import held_leaves
 from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.families import FAMILIES
 from fedmezo_jax.parallel import sharding
@@ -139,7 +139,36 @@ def test_every_weight_of_every_family_has_its_axes(family):
     config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, family=family, **biases)
     mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("clients", "model"))
     sharding_of = sharding.base_sharding(mesh)
-    specs = {path[-2:]: sharding_of(path, shape).spec for path, shape in leaves(config).items()}
+    specs = {path[-2:]: sharding_of(path, leaf).spec for path, leaf in held_leaves(config, "float32").items()}
     assert specs["q_proj", "kernel"] == PartitionSpec(None, None, "model")
     assert specs.get(("q_norm", "scale"), PartitionSpec(None, None)) == PartitionSpec(None, None)
     assert specs.get(("q_proj", "bias"), PartitionSpec(None, "model")) == PartitionSpec(None, "model")
+
+
+@pytest.mark.parametrize(
+    ("kind", "by_output", "by_input"),
+    [
+        ("int4", [(None, None, "model")] * 2, [(None, "model", None)] * 2),
+        *((kind, [(None, "model", None)] * 2, [(None, None, "model"), (None, None, None)]) for kind in ("int8", "fp8")),
+    ],
+)
+def test_quantised_kernels_are_split_along_the_axis_of_the_floats(kind, by_output, by_input):
+    """q_proj by its outputs, which are heads, and o_proj by its inputs; a scale of whole outputs has no inputs."""
+    config = LlamaConfig(
+        vocab_size=16,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+
+    sharding_of = sharding.base_sharding(AbstractMesh((1, 2), ("clients", "model")))  # pyright: ignore[reportArgumentType]
+    held = held_leaves(config, "float32", kind)
+
+    def specs(name):
+        path = ("layers", "self_attn", name, "kernel")
+        return [tuple(part.spec) for part in jax.tree.leaves(sharding_of(path, held[path]))]
+
+    assert specs("q_proj") == by_output
+    assert specs("o_proj") == by_input

@@ -24,8 +24,9 @@ from fedmezo_jax.llama.checks import check_tensor
 from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.quantised import KernelType, OwnType, Quantised, StoredType, quantise
 
-Sharding = Callable[[tuple[str, ...], tuple[int, ...]], jax.sharding.Sharding]
-"""The sharding of a leaf of the base pytree, from its path (``("layers", "mlp", "up_proj", "kernel")``) and shape."""
+Sharding = Callable[[tuple[str, ...], Any], Any]
+"""The sharding of a leaf of the base pytree, or those of its parts in their places, from the leaf's path
+(``("layers", "mlp", "up_proj", "kernel")``) and the leaf."""
 
 
 class StoredBase:
@@ -122,8 +123,9 @@ class StoredBase:
                 for i in range(len(self._slots[path])):
                     read(i)
             if leaf is not None:
-                where = (lambda shape: None) if self._sharding is None else partial(self._sharding, path)
-                flat[path] = jax.tree.map(lambda part, where=where: _placed(part, where(part.shape)), leaf)
+                flat[path] = (
+                    jax.tree.map(_placed, leaf, self._sharding(path, leaf)) if self._sharding else jax.device_put(leaf)
+                )
             del leaf, read
         return traverse_util.unflatten_dict(flat)
 
@@ -224,9 +226,7 @@ def _empty(like: Any, skip: int = 0) -> Any:
     return jax.tree.map(lambda part: _aligned_empty(part.shape[skip:], np.dtype(part.dtype)), like)
 
 
-def _placed(leaf: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
-    if sharding is None:
-        return jax.device_put(leaf)
+def _placed(leaf: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
     placed = jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
     return jax.block_until_ready(placed)  # before the host's copy is freed and the next one allocated
 
