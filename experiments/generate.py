@@ -22,7 +22,7 @@ from fedmezo_jax.llama.checkpoints.base_model import load_base
 from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.generate import generate
 from fedmezo_jax.llama.model import Llama
-from fedmezo_jax.llama.quantised import BaseType, held_as
+from fedmezo_jax.llama.quantised import BaseType, check_eight_bit, held_as
 from fedmezo_jax.llama.registry import load_tokenizer, resolve
 
 
@@ -44,8 +44,14 @@ class Config:
     """of the products with base weights"""
     base: BaseType | None = None
     """how the base weights are held: float32, bfloat16, int8, fp8, int4 or as-stored; by default as the precision"""
+    eight_bit_products: tyro.conf.FlagCreatePairsOff[bool] = False
+    """multiply the layers' projections in int8 or fp8 by activations that are rounded to the same type, row by row"""
     out: Path = Path("runs/generate")
     """folder for config.json and results.json"""
+
+    def __post_init__(self):
+        """Checks the options."""
+        check_eight_bit(self.eight_bit_products, self.base)
 
 
 def main(config: Config) -> None:
@@ -62,7 +68,7 @@ def main(config: Config) -> None:
     else:
         tokens = text_ids(config.prompt, tokenizer)
     base = load_base(folder, llama, *held_as(config))
-    model = Llama(llama, scale, config.precision, trained=trained)
+    model = Llama(llama, scale, config.precision, eight_bit=config.eight_bit_products, trained=trained)
     lora, name = {} if adapter is None else adapter.lora, f"--model {config.model}"
     generated = generate(model, base, lora, tokens, config.max_new_tokens, name=name)
     rows = [

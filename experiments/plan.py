@@ -59,7 +59,8 @@ class Config:
     precision: Precision = "paired"
     """of the products with frozen weights"""
     base: BaseType | None = None
-    """how the frozen weights are held: float32, bfloat16, int8, fp8 or int4; by default as the precision"""
+    """how the frozen weights are held: float32, bfloat16, int8, fp8 or int4; by default as the precision. The round has
+    two-point steps, which take no --eight-bit-products: experiments.memory shows steps that do"""
     directions_shared: bool = False
     """whether all clients share their directions"""
     out: Path = Path("runs/plan")

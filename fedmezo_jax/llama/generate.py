@@ -156,6 +156,6 @@ def _greedy(model: Llama, base: Base, lora: Lora, state: _State, lengths, ends, 
 
 def _next_token(model: Llama, base: Base, lora: Lora, tokens, cache: Cache, start, last):
     """Returns the next token of each text [B], whether its logits were finite [B], and the cache with ``tokens``."""
-    decoder = Decoder(model.config, model.lora_scale, model.precision, trained=model.trained)
+    decoder = Decoder(model.config, model.lora_scale, model.precision, eight_bit=model.eight_bit, trained=model.trained)
     logits, cache = decoder.apply({"params": base}, tokens, lora, cache, start, last)  # pyright: ignore
     return jnp.argmax(logits, axis=-1).astype(jnp.int32), jnp.isfinite(logits).all(axis=-1), cache

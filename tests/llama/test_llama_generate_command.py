@@ -69,6 +69,19 @@ def test_the_command_writes_what_it_prints(model, tmp_path, monkeypatch, capsys)
     assert instructed[0]["prompt_tokens"] > 100
 
 
+def test_eight_bit_products_are_asked_of_the_model(model, tmp_path, monkeypatch):
+    asked = []
+
+    def answer(model, *rest, **names):
+        asked.append(model.eight_bit)
+        return generate(model, *rest, **names)
+
+    monkeypatch.setattr(command, "generate", answer)
+    given = ["--model", model, "--prompt", "ab", "--max-new-tokens", 2, "--base", "int8", "--out", tmp_path / "out"]
+    assert run(monkeypatch, *given) == run(monkeypatch, *given, "--eight-bit-products") == 0
+    assert asked == [False, True]
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -79,6 +92,7 @@ def test_the_command_writes_what_it_prints(model, tmp_path, monkeypatch, capsys)
         (["--prompt", "x", "--adapter", "nowhere"], "nowhere/adapter_config.json: cannot be read"),
         (["--prompt", "x", "--model", "nowhere"], "unknown model 'nowhere'"),
         (["--prompt", "x", "--wrong", "1"], "wrong"),
+        (["--prompt", "x", "--eight-bit-products"], "--eight-bit-products needs --base int8 or fp8"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(model, tmp_path, monkeypatch, capsys, arguments, named):

@@ -138,6 +138,20 @@ def test_generation_runs_on_them(case):
     assert found == generate(Llama(config), float_weights(base), {}, prompts, 4)
 
 
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_generation_has_eight_bit_products_where_the_model_has(kind, folder):
+    """Some of the likeliest tokens of the random model are others then."""
+    config = LlamaConfig.from_json(folder)
+    base, prompts = load_base(folder, config, "float32", kind), np.random.default_rng(0).integers(0, 11, (300, 3))
+    likeliest = {}
+    for eight_bit in (False, True):
+        model = Llama(config, eight_bit=eight_bit)
+        likeliest[eight_bit] = np.argmax(jax.jit(model.apply)({"params": base}, prompts, {})[:, -1], axis=-1)
+        found = generate(model, base, {}, prompts.tolist(), 1)
+        assert [tokens[0] if tokens else config.eos_token_id[0] for tokens in found] == likeliest[eight_bit].tolist()
+    assert (likeliest[False] != likeliest[True]).any()
+
+
 def test_steps_from_hidden_states_are_those_from_tokens(case):
     _, config, base, _ = case
     model, rows = Llama(config, trained=(1,)), random_rows(2)
