@@ -8,7 +8,7 @@ to know of them. A product takes the numbers of one kernel as floats, which is e
   integer up to 7 times its scale, is exact in bfloat16: products in float32 and in bfloat16 are of the same weights;
 - Q8_0 and Q4_0 are blocks of 32 in GGUF files, with a float16 scale each;
 - Q4_K and Q6_K are blocks of 256 there. Each sub-block, of 32 or 16, has an integer that multiplies the block's scale,
-  and in Q4_K another for an offset.
+  and in Q4_K another for an offset. Files called Q4_K_M have both among the layers of one projection.
 
 With ``--eight-bit-products`` the activations are rounded to eight bits too, and the product itself is one of eight-bit
 numbers (``precision.py``).
@@ -34,7 +34,8 @@ OwnType: TypeAlias = Literal["int8", "fp8", "int4"]
 """What weights are quantised to here."""
 StoredType: TypeAlias = Literal["Q8_0", "Q4_0", "Q4_K", "Q6_K"]
 """The blocks of GGUF files that are held as they are."""
-KernelType: TypeAlias = OwnType | StoredType
+KernelType: TypeAlias = OwnType | StoredType | tuple[StoredType, ...]
+"""A type; several where the layers of one projection are of several, in the order of :data:`StoredType`."""
 BaseType: TypeAlias = Literal["float32", "bfloat16", "int8", "fp8", "int4", "as-stored"]
 """How the frozen weights are held: all in a float type, or the kernels of the layers in fewer bits."""
 
@@ -71,7 +72,7 @@ class _Format(NamedTuple):
     integers: int = 0
 
 
-_FORMATS: dict[str, _Format] = {
+_FORMATS: dict[KernelType, _Format] = {
     "int8": _Format(0, jnp.int8, 8, jnp.float32),
     "fp8": _Format(0, jnp.float8_e4m3fn, 8, jnp.float32),
     "int4": _Format(32, jnp.uint8, 4, jnp.bfloat16),
@@ -80,14 +81,16 @@ _FORMATS: dict[str, _Format] = {
     "Q4_K": _Format(256, jnp.uint8, 4, jnp.float16, 2, jnp.uint8, 12),
     "Q6_K": _Format(256, jnp.uint8, 6, jnp.float16, 1, jnp.int8, 16),
 }
-LARGEST: dict[str, int] = {"int8": 127, "fp8": 448, "int4": 7}
+LARGEST: dict[KernelType, int] = {"int8": 127, "fp8": 448, "int4": 7}
 """The largest number of each type."""
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("values", "scale", "subscales"), meta_fields=("kind",))
+@partial(jax.tree_util.register_dataclass, data_fields=("values", "scale", "subscales", "which"), meta_fields=("kind",))
 @dataclass(frozen=True)
 class Quantised:
     """A kernel ``[…, in, out]`` of small numbers with scales.
+
+    With several types each part has rows for the one that needs most, and layers of the others zeros behind theirs.
 
     Attributes:
         kind: its type.
@@ -97,12 +100,14 @@ class Quantised:
         scale: ``[…, out, 1]`` in int8 and fp8. In the others ``[…, rows, out]``, what multiplies the numbers of each
             block of inputs; in Q4_K followed by what multiplies the offsets.
         subscales: ``[…, rows, out]``, the integers of the sub-blocks in Q4_K, packed as in GGUF, and in Q6_K.
+        which: uint8 ``[…, 1, 1]``, the place of a layer's type among several.
     """
 
     kind: KernelType
     values: Any
     scale: Any
     subscales: Any = None
+    which: Any = None
 
 
 def held_as(config: _Options) -> tuple[str, OwnType | Literal["as-stored"] | None]:
@@ -117,7 +122,7 @@ def held_as(config: _Options) -> tuple[str, OwnType | Literal["as-stored"] | Non
 
 def outputs_first(kind: KernelType) -> bool:
     """Whether the parts of a kernel of this type are ``[…, out, rows]``: its scales are of whole outputs."""
-    return not _FORMATS[kind].block
+    return isinstance(kind, str) and not _FORMATS[kind].block
 
 
 def check_eight_bit(eight_bit: bool, base: BaseType | None) -> None:
@@ -141,6 +146,8 @@ def quantised_shape(shape: tuple[int, ...], kind: KernelType | Literal["as-store
         raise UserError(
             "--base as-stored depends on a file's blocks: give int8 for Q8_0 or Q6_K, or int4 for the others"
         )
+    if isinstance(kind, tuple):
+        return _of_several((*lead, inputs, outputs), kind)
     form = _FORMATS[kind]
     block = form.block or inputs
     if inputs % block:
@@ -156,6 +163,31 @@ def quantised_shape(shape: tuple[int, ...], kind: KernelType | Literal["as-store
     return Quantised(
         kind, part(inputs * form.bits // 8, form.values), part(blocks * form.scales, form.scale), subscales
     )
+
+
+def _of_several(shape: tuple[int, ...], kinds: tuple[StoredType, ...]) -> Quantised:
+    alone = [quantised_shape(shape, kind) for kind in kinds]
+
+    def part(name: str, dtype: Any) -> jax.ShapeDtypeStruct | None:
+        shapes = [own.shape for kernel in alone if (own := getattr(kernel, name)) is not None]
+        return jax.ShapeDtypeStruct(max(shapes), dtype) if shapes else None
+
+    which = jax.ShapeDtypeStruct((*shape[:-2], 1, 1), jnp.uint8)
+    return Quantised(kinds, part("values", jnp.uint8), part("scale", jnp.float16), part("subscales", jnp.uint8), which)
+
+
+def of_type(kernel: Quantised, kind: StoredType) -> Quantised:
+    """The parts of a kernel of several types, on the host or not, as those of one; on the host they are views."""
+    assert isinstance(kernel.kind, tuple)
+    *lead, rows, outputs = kernel.values.shape
+    inputs = rows * 8 // max(_FORMATS[each].bits for each in kernel.kind)
+    like = quantised_shape((*lead, inputs, outputs), kind)
+
+    def own(name: str) -> Any:
+        shape = getattr(like, name)
+        return None if shape is None else getattr(kernel, name)[..., : shape.shape[-2], :].view(shape.dtype)
+
+    return Quantised(kind, own("values"), own("scale"), own("subscales"))
 
 
 def quantise(stored: np.ndarray, target: Quantised) -> None:
@@ -189,16 +221,21 @@ def _rounded_up(scale: np.ndarray) -> np.ndarray:
     return ((scale.view(np.uint32) + dropped) & ~dropped).view(np.float32)
 
 
-def dequantised(kernel: Quantised) -> jax.Array:
-    """The weights themselves, float32 ``[…, in, out]``."""
+def dequantised(kernel: Quantised, dtype: Any = jnp.float32) -> jax.Array:
+    """The weights themselves, ``[…, in, out]``, in float32 or rounded from that to another type."""
+    if isinstance(kernel.kind, tuple):
+        if kernel.which.ndim > 2:
+            return jax.lax.map(partial(dequantised, dtype=dtype), kernel)
+        branches = [partial(dequantised, of_type(kernel, kind), dtype) for kind in kernel.kind]
+        return jax.lax.switch(kernel.which[0, 0], branches)
     if outputs_first(kernel.kind):
-        return (kernel.values.astype(jnp.float32) * kernel.scale).swapaxes(-1, -2)
+        return (kernel.values.astype(jnp.float32) * kernel.scale).swapaxes(-1, -2).astype(dtype)
     numbers = _numbers(kernel).astype(jnp.float32)
     scale, offset = _scales(kernel)
     *lead, inputs, outputs = numbers.shape
     blocks = scale.shape[-2]
     parts = numbers.reshape(*lead, blocks, inputs // blocks, outputs) * scale[..., None, :]
-    return (parts if offset is None else parts - offset[..., None, :]).reshape(numbers.shape)
+    return (parts if offset is None else parts - offset[..., None, :]).reshape(numbers.shape).astype(dtype)
 
 
 def operand(kernel: jax.Array | Quantised, dtype: Any) -> tuple[jax.Array, jax.Array | None]:
@@ -207,7 +244,7 @@ def operand(kernel: jax.Array | Quantised, dtype: Any) -> tuple[jax.Array, jax.A
         return kernel.astype(dtype), None
     if outputs_first(kernel.kind):
         return kernel.values.T.astype(dtype), kernel.scale[:, 0]
-    return dequantised(kernel).astype(dtype), None
+    return dequantised(kernel, dtype), None
 
 
 def _numbers(kernel: Quantised) -> jax.Array:

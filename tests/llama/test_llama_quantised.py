@@ -302,14 +302,19 @@ def test_a_weight_that_is_not_finite_is_named(kind, tmp_path):
 
 
 def gguf_folder(tmp_path, raw, kind):
-    """A model in one file, with blocks of random bytes where the gguf package cannot write the type."""
+    """A model in one file, with blocks of random bytes where the gguf package cannot write the type.
+
+    In Q4_K_M the second layer's v_proj and the first one's down_proj are Q6_K.
+    """
     write_in("safetensors", tmp_path, raw, {})
     (tmp_path / "model.safetensors").unlink()
     tensors, blocks = weights_of(raw), {}
-    if kind in ("Q4_K", "Q6_K"):
+    if "K" in kind:
         for name in [name for name, tensor in tensors.items() if name.startswith("model.layers") and tensor.ndim == 2]:
             rows, inputs = tensors[name].shape
-            blocks[name] = Kind[kind], random_blocks(Kind[kind], rows, inputs // 256, size=1e-4)
+            finer = kind == "Q4_K_M" and ("1.self_attn.v_proj" in name or "0.mlp.down_proj" in name)
+            own = Kind["Q6_K" if finer else kind.removesuffix("_M")]
+            blocks[name] = own, random_blocks(own, rows, inputs // 256, size=1e-4)
     write_gguf_model(tmp_path / "model.gguf", raw, tensors, kind="F32" if blocks else kind, blocks=blocks)
     return LlamaConfig.from_json(tmp_path)
 
@@ -342,10 +347,37 @@ def test_blocks_of_a_gguf_file_stay_as_they_are(kind, tmp_path):
     np.testing.assert_allclose(logits({"params": base}, tokens, {}), expected, rtol=0, atol=1e-5 * size)
 
 
-@pytest.mark.parametrize("kind", get_args(StoredType))
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "paired"])
+def test_layers_of_one_projection_may_be_of_several_types(precision, tmp_path):
+    """As in files called Q4_K_M. Weights are those of the gguf package, and steps those on them as floats."""
+    config = gguf_folder(tmp_path, IN_SUPER_BLOCKS, "Q4_K_M")
+    base, floats = load_base(tmp_path, config, "float32", "as-stored"), load_base(tmp_path, config)
+    several = {
+        path for path, leaf in traverse_util.flatten_dict(base).items() if getattr(leaf, "which", None) is not None
+    }
+    assert {path[-2] for path in several} == {"v_proj", "down_proj"}
+    found = jax.tree.map(lambda leaf: dequantised(leaf) if is_quantised(leaf) else leaf, base, is_leaf=is_quantised)
+    assert_same(found, floats)
+    mlp = base["layers"]["mlp"]
+    assert jax.tree.map(lambda part: part.shape, mlp["down_proj"]["kernel"].values) == (2, 512 * 6 // 8, 256)
+    assert not mlp["down_proj"]["kernel"].values[1, 512 * 4 // 8 :].any()  # behind those of Q4_K
+    rows, lora = random_rows(2), random_lora(config, TARGETS)
+    rows = rows._replace(tokens=rows.tokens % 30, labels=rows.labels % 30)
+    model, z = Llama(config, precision=precision), mezo.Perturbation(jax.random.key(0), jnp.float32(1e-2))
+    losses = [jax.jit(pair_loss_of(model, weights))(lora, rows, z) for weights in (base, floats)]
+    np.testing.assert_allclose(*losses, rtol=1e-6)
+    if precision != "paired":
+        slopes = [jax.jit(jax.grad(loss_of(model, weights)))(lora, rows) for weights in (base, floats)]
+        jax.tree.map(lambda *leaves: np.testing.assert_allclose(*leaves, rtol=1e-3, atol=1e-5), *slopes)
+        assert generate(model, base, {}, [[3, 4, 5], [6]], 4) == generate(model, floats, {}, [[3, 4, 5], [6]], 4)
+    save_base(tmp_path / "saved", config, base)
+    assert_same(load_base(tmp_path / "saved", config), floats)
+
+
+@pytest.mark.parametrize("kind", [*get_args(StoredType), "Q4_K_M"])
 def test_the_hash_of_what_is_stored_is_that_of_what_is_held(kind, tmp_path):
     """Whichever layers are held: the others are read for it alone."""
-    config = gguf_folder(tmp_path, IN_SUPER_BLOCKS if kind.endswith("K") else IN_BLOCKS, kind)
+    config = gguf_folder(tmp_path, IN_SUPER_BLOCKS if "K" in kind else IN_BLOCKS, kind)
     stored = StoredBase(tmp_path, config, "float32", "as-stored")
     whole = stored.load()
     for first in (0, 1, 2):

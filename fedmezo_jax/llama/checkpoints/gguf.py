@@ -16,7 +16,7 @@ from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.checkpoints.safetensors import Entry
 from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.folder import opened, shorten
-from fedmezo_jax.llama.quantised import Quantised
+from fedmezo_jax.llama.quantised import KernelType, Quantised
 
 ROPE_FREQS = "rope_freqs.weight"
 """LLaMA 3.1's divisors of the rotary frequencies, stored as a tensor; not a weight."""
@@ -43,7 +43,7 @@ _NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_PARTS = {
+_PARTS: dict[KernelType, tuple[str, ...]] = {
     "Q8_0": ("scale", "values"),
     "Q4_0": ("scale", "values"),
     "Q4_K": ("scale", "subscales", "values"),

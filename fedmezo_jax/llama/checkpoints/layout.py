@@ -103,7 +103,7 @@ def held_leaves(
     ``dtype``.
     """
     return {
-        path: quantised_shape(shape, kernels if isinstance(kernels, str) else kernels[path])
+        path: quantised_shape(shape, kernels[path] if isinstance(kernels, Mapping) else kernels)
         if kernels and path[0] == "layers" and path[-1] == "kernel"
         else jax.ShapeDtypeStruct(shape, dtype)
         for path, shape in leaves(config, first).items()

@@ -22,7 +22,7 @@ from fedmezo_jax.llama.checkpoints.safetensors import Entry
 from fedmezo_jax.llama.checkpoints.weights import open_weights
 from fedmezo_jax.llama.checks import check_tensor
 from fedmezo_jax.llama.config import LlamaConfig
-from fedmezo_jax.llama.quantised import KernelType, OwnType, Quantised, StoredType, quantise
+from fedmezo_jax.llama.quantised import KernelType, OwnType, Quantised, StoredType, of_type, quantise
 
 Sharding = Callable[[tuple[str, ...], Any], Any]
 """The sharding of a leaf of the base pytree, or those of its parts in their places, from the leaf's path
@@ -180,34 +180,38 @@ def _read_quantised(entry: Entry, name: str, target: Quantised) -> None:
         check_tensor(stored, name, entry.file)
         quantise(stored, target)
     elif entry.blocks:
-        entry.blocks[1](target)
+        kind, read = entry.blocks
+        if isinstance(target.kind, tuple):
+            for part in jax.tree.leaves(target):
+                part[...] = 0
+            place = [*target.kind].index(kind)
+            target.which[...] = place
+            target = of_type(target, target.kind[place])
+        read(target)
         check_tensor(target.scale, name, entry.file)
 
 
 def _stored_kinds(entries: Mapping[str, Entry], config: LlamaConfig) -> dict[tuple[str, ...], KernelType]:
-    """The type of a file's blocks for each kernel of the layers.
+    """The type of a file's blocks, or the types, for each kernel of the layers.
 
     Raises:
-        UserError: a kernel has no blocks of a type that is kept, or its layers are of several types.
+        UserError: a kernel has no blocks of a type that is kept.
     """
-    kinds: dict[tuple[str, ...], KernelType] = {}
+    kept, kinds = get_args(StoredType), dict[tuple[str, ...], set[str]]()
     for name, slot in layout(config).items():
         if slot.layer is None or slot.path[-1] != "kernel":
             continue
         blocks = entries[name].blocks
-        found, kept = blocks[0] if blocks else entries[name].dtype, get_args(StoredType)
-        kind = next((kind for kind in kept if kind == found), None)
-        if kind is None:
+        found = blocks[0] if blocks else entries[name].dtype
+        if found not in kept:
             raise UserError(
                 f"{entries[name].file}: --base as-stored keeps {', '.join(kept)}, and {name} is {found}: "
                 "give int8 or int4"
             )
-        if kinds.setdefault(slot.path, kind) != kind:
-            raise UserError(
-                f"{entries[name].file}: --base as-stored needs one type in all layers, and {name} is {kind} after "
-                f"{kinds[slot.path]}: give int8 or int4"
-            )
-    return kinds
+        kinds.setdefault(slot.path, set()).add(found)
+    ordered: dict[tuple[str, ...], tuple[StoredType, ...]]
+    ordered = {path: tuple(kind for kind in kept if kind in found) for path, found in kinds.items()}
+    return {path: found[0] if len(found) == 1 else found for path, found in ordered.items()}
 
 
 def _add(digest: TreeDigest, path: tuple[str, ...], like: Any, read: Callable[[int, bool], Any], count: int) -> None:
