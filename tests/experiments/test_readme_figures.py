@@ -417,20 +417,22 @@ def test_the_memory_of_a_base_in_few_bits_is_that_of_the_results():
         assert name != "int8_products" or all(row["eight_bit_products"] for row in rows)
 
 
-def test_the_errors_of_eight_bit_products_are_those_of_the_results():
+@pytest.mark.parametrize("name", ["precision_eight_bit", "precision_eight_bit_smollm2"])
+def test_the_errors_of_eight_bit_products_are_those_of_the_results(name):
     columns = (
         *(("two-point", precision) for precision in ("float32", "paired", "bfloat16")),
         ("forward-gradient", "bfloat16"),
         ("derivative", "float32"),
     )
-    rows = read("precision_eight_bit")
+    table = PERFORMANCE.split(f"[{name}.json]")[1].split("\n\n")[1].splitlines()
+    rows = read(name)
     for base, products in dict.fromkeys((row["base"], row["products"]) for row in rows):
         own = {
             (row["estimator"], row["precision"]): 100 * row["error"]
             for row in rows
             if (row["base"], row["products"]) == (base, products)
         }
-        [line] = [line for line in PERFORMANCE.splitlines() if line.startswith(f"| {base} | {products} | ")]
+        [line] = [line for line in table if line.startswith(f"| {base} | {products} | ")]
         for cell, column in zip(line.split("|")[3:-1], columns, strict=True):
             assert rounded(cell.strip(" %"), own[column])
         assert own["forward-gradient", "bfloat16"] < 5
