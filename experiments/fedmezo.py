@@ -125,10 +125,8 @@ def _fine_tune(config: Config) -> tuple[float, RunResult]:
         nonlocal start, log
         start = time.perf_counter()
         describe(context)
-        if multihost.is_coordinator():
-            plot_partition(config.out / "partition.png", context)
-            if config.track:
-                log = stack.enter_context(trackers.opened(config.track, config.out, asdict(context.config)))
+        if multihost.is_coordinator() and config.track:
+            log = stack.enter_context(trackers.opened(config.track, config.out, asdict(context.config)))
         stack.enter_context(bar)
 
     def show(record: dict[str, Any]) -> None:
@@ -146,10 +144,11 @@ def _fine_tune(config: Config) -> tuple[float, RunResult]:
 
 
 def conclude(out: Path, result: RunResult, seconds: float) -> None:
-    """Writes results and plot, and prints them."""
+    """Writes results and plots, and prints them."""
     rows, config = _rows(result), result.context.config
     _cli.write_results(out, rows, seconds)
     plot_loss(out / "loss.png", result.loss_before, result.metrics, config)
+    plot_partition(out / "partition.png", result.context)
     _cli.print_table(f"bytes are of one client in one round, at most; this run sent {rows[0]['messages']}", rows)
     change = 100 * (result.loss_after / result.loss_before - 1)
     print(f"padding: {np.mean([record['padding_share'] for record in result.metrics]):.1%} of the computed tokens")

@@ -18,6 +18,7 @@ def map_blocks(run: Callable[[Any], Any], blocks: Any, round_index: jax.Array) -
     if jax.tree.leaves(blocks)[0].shape[0] > 1:
         return jax.lax.map(run, blocks)
     blocks = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), blocks)
+    run = jax.jit(run, inline=True)  # traced once, for the shapes and for the loop
 
     def step(i, outcome):
         new = run(jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False), blocks))

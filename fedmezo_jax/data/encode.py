@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
 Overlong: TypeAlias = Literal["skip", "truncate"]
 
 _MULTIPLE = 8
-_FORMAT = 1  # of the cached tokens: raise it when the same text must give other tokens
+_LISTS = ("tokens", "labelled")  # columns of the cached tokens; a third one, "padding", repeats a single number
+_FORMAT = 2  # of the cached tokens: raise it when the same text must give other tokens
 
 
 class Encoded(NamedTuple):
@@ -90,10 +92,7 @@ def encode(
     Raises:
         UserError: the tokenizer has no end token, a chat does not fit its template, or no example fits.
     """
-    end_id = tokenizer.eos_token_id
-    if end_id is None:
-        raise UserError("the tokenizer names no end token (eos_token), which must close every response")
-    tokenised = _tokens(examples, tokenizer, style, cache, source) if examples else []
+    tokenised, padding = _tokens(examples, tokenizer, style, cache, source) if examples else ([], 0)
     kept_indices, token_rows, place_rows, truncated, shortest = [], [], [], 0, None
     for i, (ids, labelled) in enumerate(tokenised):
         length = len(ids)
@@ -117,7 +116,6 @@ def encode(
 
     row_width = min(_round_up(max(map(len, token_rows))), max_length)
     labels_width = _round_up(max(map(len, place_rows)))
-    padding = end_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     rows = TokenBatch(
         tokens=np.full((len(kept_indices), row_width), padding, np.int32),
         label_positions=np.zeros((len(kept_indices), labels_width), np.int32),
@@ -138,60 +136,80 @@ def _tokens(
     style: Style,
     cache: Path | None,
     source: str,
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The token ids of each example and the positions of its labels in them, from the cache if they are there.
+) -> tuple[list[tuple[np.ndarray, np.ndarray]], int]:
+    """The token ids of each example and the positions of its labels in them, and the padding; cached ones if possible.
 
     The package ``datasets`` keeps the cache. Where it is not installed, the examples are tokenised each time.
     """
     in_chat = style == "chat" or isinstance(examples[0], Chat)
-    if in_chat:
-        check_template(tokenizer)
     chats = [as_chat(row) if isinstance(row, Example) else row for row in examples] if in_chat else []
     # As JSON, one column holds both kinds of example.
     pairs = [(prompt(row, style), response(row, style)) for row in examples if isinstance(row, Example)]
     texts = [json.dumps(row) for row in (chats or pairs)]
-    tokenise_batch = _tokenise_chats if in_chat else _tokenise_pairs
     key = _digest(texts, tokenizer, in_chat)
-    file = _cache_file(cache, key)
-    if file is None or find_spec("datasets") is None:
-        columns = tokenise_batch({"text": texts}, list(range(len(texts))), tokenizer, source)
-        rows = zip(columns["tokens"], columns["labelled"], strict=True)
-        return [(np.array(tokens, np.int32), np.array(labelled, np.int32)) for tokens, labelled in rows]
+    file = None if find_spec("datasets") is None else _cache_file(cache, key)
+    table = None if file is None else _kept(file, len(texts))
+    if table is None:
+        padding = _padding(tokenizer)
+        if in_chat:
+            check_template(tokenizer)
+        tokenise = partial(_tokenise_chats if in_chat else _tokenise_pairs, tokenizer=tokenizer, source=source)
+        if file is None:
+            columns = tokenise(texts, range(len(texts)))
+            rows = zip(*(columns[name] for name in _LISTS), strict=True)
+            return [(np.array(tokens, np.int32), np.array(labelled, np.int32)) for tokens, labelled in rows], padding
 
-    from datasets import Dataset, Features, List, Value, disable_progress_bars  # takes a second to import
-    from pyarrow import ArrowException
+        from datasets import Dataset, Features, List, Value, disable_progress_bars  # takes a second to import
 
-    disable_progress_bars()
-
-    def tokenise(from_cache: bool) -> Dataset:
-        return Dataset.from_dict({"text": texts}).map(
-            tokenise_batch,
+        disable_progress_bars()
+        table = Dataset.from_dict({"text": texts}).map(
+            lambda texts, indices: tokenise(texts, indices) | {"padding": [padding] * len(texts)},
             batched=True,
             with_indices=True,
+            input_columns="text",
             remove_columns="text",
-            features=Features({name: List(Value("int32")) for name in ("tokens", "labelled")}),
-            fn_kwargs={"tokenizer": tokenizer, "source": source},
+            features=Features({name: List(Value("int32")) for name in _LISTS} | {"padding": Value("int32")}),
             new_fingerprint=key[:32],
             cache_file_name=file,
-            load_from_cache_file=from_cache,
+            load_from_cache_file=False,
         )
+        table = table.data
+    return list(zip(*(_lists(table.column(name)) for name in _LISTS), strict=True)), table.column("padding")[0].as_py()
 
+
+def _padding(tokenizer: Any) -> int:
+    """The token that fills rows up.
+
+    Raises:
+        UserError: the tokenizer has no end token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer names no end token (eos_token), which must close every response")
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def _kept(file: str, rows: int) -> Any:
+    """The Arrow table of a file of the cache; None where there is none, or a damaged one, or one with other columns."""
+    import pyarrow
+
+    columns = [*((name, pyarrow.list_(pyarrow.int32())) for name in _LISTS), ("padding", pyarrow.int32())]
     try:
-        table = tokenise(from_cache=True)
-    except (ArrowException, ValueError):  # a damaged file, or one with other columns: tokenise again
-        table = tokenise(from_cache=False)
-    return list(zip(_lists(table, "tokens"), _lists(table, "labelled"), strict=True))
+        table = pyarrow.ipc.open_stream(pyarrow.memory_map(file)).read_all()
+    except (OSError, pyarrow.ArrowException):
+        return None
+    return table if table.schema.equals(pyarrow.schema(columns)) and len(table) == rows else None
 
 
-def _lists(table: Any, name: str) -> list[np.ndarray]:
-    """A column of lists as one array per row, without a Python object for each number."""
-    column = table.data.column(name).combine_chunks()
-    return np.split(column.flatten().to_numpy(), np.cumsum(column.value_lengths().to_numpy())[:-1])
+def _lists(column: Any) -> list[np.ndarray]:
+    """A column of lists as one array per row, without a Python object for each number (and without pandas)."""
+    lists = column.combine_chunks()
+    values, edges = np.from_dlpack(lists.values), np.from_dlpack(lists.offsets)
+    return np.split(values[edges[0] : edges[-1]], edges[1:-1] - edges[0])
 
 
-def _tokenise_pairs(batch: dict[str, list[str]], indices: list[int], tokenizer: Any, source: str) -> dict[str, list]:
+def _tokenise_pairs(texts: Sequence[str], indices: Sequence[int], tokenizer: Any, source: str) -> dict[str, list]:
     del indices, source
-    prompts, responses = zip(*map(json.loads, batch["text"]), strict=True)
+    prompts, responses = zip(*map(json.loads, texts), strict=True)
     tokens, labelled = [], []
     for prompt_ids, response_ids in zip(text_ids(prompts, tokenizer), token_ids(responses, tokenizer), strict=True):
         tokens.append([*prompt_ids, *response_ids, tokenizer.eos_token_id])
@@ -199,9 +217,9 @@ def _tokenise_pairs(batch: dict[str, list[str]], indices: list[int], tokenizer: 
     return {"tokens": tokens, "labelled": labelled}
 
 
-def _tokenise_chats(batch: dict[str, list[str]], indices: list[int], tokenizer: Any, source: str) -> dict[str, list]:
+def _tokenise_chats(texts: Sequence[str], indices: Sequence[int], tokenizer: Any, source: str) -> dict[str, list]:
     rendered = []
-    for index, text in zip(indices, batch["text"], strict=True):
+    for index, text in zip(indices, texts, strict=True):
         messages, category = json.loads(text)
         try:
             rendered.append(render(Chat(tuple(Message(*turn) for turn in messages), category), tokenizer))
@@ -227,10 +245,17 @@ def _tokenise_chats(batch: dict[str, list[str]], indices: list[int], tokenizer: 
 
 
 def _digest(texts: Sequence[str], tokenizer: Any, in_chat: bool) -> str:
-    """sha256 of everything that determines the tokens: texts, tokenizer, and chat template where it is used."""
+    """sha256 of everything that determines the tokens: texts, tokenizer, and chat template where it is used.
+
+    A tokenizer that is not opened yet brings a ``cache_key`` of its own.
+    """
     digest = hashlib.sha256()
-    template = [tokenizer.chat_template, tokenizer.special_tokens_map] if in_chat else None
-    settings = [_FORMAT, tokenizer.backend_tokenizer.to_str(), begin(tokenizer), tokenizer.eos_token_id, template]
+    if own_key := getattr(tokenizer, "cache_key", None):
+        settings = [_FORMAT, own_key, in_chat]
+    else:
+        template = [tokenizer.chat_template, tokenizer.special_tokens_map] if in_chat else None
+        settings = [_FORMAT, tokenizer.backend_tokenizer.to_str(), begin(tokenizer), tokenizer.eos_token_id, template]
+        settings.append(tokenizer.pad_token_id)
     for part in (json.dumps(settings, sort_keys=True), *texts):
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part.encode())

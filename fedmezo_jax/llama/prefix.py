@@ -29,6 +29,9 @@ IN_MEMORY = 1 << 30
 """Bytes of hidden states up to which they stay in memory; more of them lie in a file."""
 LAYERS_AT_ONCE = 1 << 30
 """Bytes of frozen layers that are on a device at a time; one that is larger alone."""
+READ_AGAIN = 1 << 26
+"""Bytes of frozen layers up to which they are read whenever an example is first used. A run then starts without waiting
+for the examples of all its rounds, and computes those of a round during the one before."""
 _EXAMPLES = 16
 """Examples of one call of the compiled layers."""
 _DIGEST = 32
@@ -67,6 +70,11 @@ class Prefix:
             return jax.lax.map(lambda row: model.apply(variables, row[None], start, count, method="frozen")[0], x)
 
         self._compiled = jax.jit(run)
+
+    @property
+    def is_small(self) -> bool:
+        """Whether the layers are read again for each call, see :data:`READ_AGAIN`."""
+        return self.model.trained_layers[0] * self._stored.layer_bytes <= READ_AGAIN
 
     def __call__(self, tokens: np.ndarray, notify: Callable[[str], None] = lambda line: None) -> Iterator[np.ndarray]:
         """Yields the hidden states of each row of tokens, float32 ``[S, D]``.

@@ -88,7 +88,8 @@ class LlamaTask(Task):
         Args:
             stored: the model's files, from which the layers below are read a few at a time.
             folder: for hidden states that are too large for memory.
-            used: the training examples whose states are computed here; those of others are when they are asked for.
+            used: the training examples whose states are computed here, unless the layers are small
+                (``prefix.READ_AGAIN``); those of others are when they are asked for.
             dtype: of the stored states.
             notify: called with a line about the progress of long work.
 
@@ -97,18 +98,21 @@ class LlamaTask(Task):
         """
         prefix = Prefix(unpaired(self.model), stored, self.base_hash, folder)
 
-        def states(rows: TokenBatch, examples: np.ndarray) -> HiddenStates:
-            hidden = HiddenStates(prefix, np.asarray(rows.tokens), len(examples), folder, dtype)
-            hidden.compute(examples, notify)
-            return hidden
+        def states(rows: TokenBatch, expected: int) -> HiddenStates:
+            return HiddenStates(prefix, np.asarray(rows.tokens), expected, folder, dtype)
 
         def all_states(rows: TokenBatch) -> HiddenBatch:
-            return HiddenBatch(states(rows, np.arange(len(rows.tokens)))[:], *rows[1:])
+            hidden = states(rows, len(rows.tokens))
+            hidden.compute(np.arange(len(rows.tokens)), notify)
+            return HiddenBatch(hidden[:], *rows[1:])
 
         assert isinstance(self.train, TokenBatch)
         assert isinstance(self.validation, TokenBatch)
         assert isinstance(self.test, TokenBatch)
-        train = HiddenBatch(states(self.train, used), *self.train[1:])  # pyright: ignore[reportArgumentType]
+        hidden = states(self.train, len(used))
+        if not prefix.is_small:
+            hidden.compute(used, notify)
+        train = HiddenBatch(hidden, *self.train[1:])  # pyright: ignore[reportArgumentType]
         return replace(self, train=train, validation=all_states(self.validation), test=all_states(self.test))
 
     @property
@@ -154,7 +158,8 @@ class LlamaTask(Task):
 
     def init_params(self, key: jax.Array) -> mezo.Params:
         """See :func:`lora.init_lora`."""
-        return init_lora(key, self.model.config, self.rank, self.targets, self.model.trained)
+        shape = (self.model.config, self.rank, self.targets, self.model.trained)
+        return jax.jit(lambda key: init_lora(key, *shape))(key)  # one program instead of many
 
     def evaluate(self, params: mezo.Params) -> float:
         """Mean cross-entropy over the label tokens of all test rows, in nats."""

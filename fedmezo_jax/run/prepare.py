@@ -35,6 +35,7 @@ from fedmezo_jax.llama.precision import WARN_ABOVE, default_precision, expected_
 from fedmezo_jax.llama.quantised import held_as
 from fedmezo_jax.llama.registry import cache_folder, load_tokenizer, resolve, resolve_local
 from fedmezo_jax.llama.task import LlamaTask
+from fedmezo_jax.llama.tokenizers.lazy import LazyTokenizer
 from fedmezo_jax.parallel import sharding
 from fedmezo_jax.run.automatic_rate import VALIDATION
 from fedmezo_jax.run.config import RunConfig
@@ -81,7 +82,7 @@ class OpenModel(NamedTuple):
         folder: its files.
         llama: its configuration.
         trained: layers with an adapter; None means all.
-        tokenizer: its own.
+        tokenizer: its own, opened when it is needed.
         stored: its weights, where they are stored.
     """
 
@@ -134,7 +135,7 @@ def open_model(config: RunConfig, mesh: Mesh | None = None) -> OpenModel:
         )
     assert config.precision
     stored = StoredBase(folder, llama, *held_as(config), sharding.base_sharding(mesh))
-    return OpenModel(folder, llama, trained_layers(config.layers, llama), load_tokenizer(folder), stored)
+    return OpenModel(folder, llama, trained_layers(config.layers, llama), LazyTokenizer(folder, load_tokenizer), stored)
 
 
 def task_of(

@@ -13,6 +13,7 @@ import pytest
 from jax.tree_util import Partial
 
 from fedmezo_jax.core import aggregation, client, federated, mezo, personalization, random, transforms
+from fedmezo_jax.core.blocks import map_blocks
 from fedmezo_jax.run import messages
 
 CLIENTS, STEPS, WIDTH = 6, 3, 7
@@ -264,3 +265,15 @@ def test_clipping_bounds_projected_gradients_and_stills_nan():
     assert still.projected_gradients[2, 1] == 0
     assert np.isfinite(still.projected_gradients).all()
     assert np.isnan(still.losses[2, 1])
+
+
+def test_a_single_block_is_traced_once():
+    traced = []
+
+    def run(block):
+        traced.append(block.shape)
+        return 2 * block
+
+    doubled = jax.jit(lambda blocks, t: map_blocks(run, blocks, t))(jnp.arange(3.0)[None], jnp.int32(0))
+    assert traced == [(3,)]
+    np.testing.assert_array_equal(doubled, [[0, 2, 4]])

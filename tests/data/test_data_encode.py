@@ -1,6 +1,9 @@
 """Rows that are too long, and tokens kept from one run to the next."""
 
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -12,7 +15,10 @@ from fedmezo_jax.data.encode import encode
 from fedmezo_jax.data.examples import Chat, Example, Message
 from fedmezo_jax.data.synthetic.bundled import bundled
 from fedmezo_jax.errors import UserError
+from fedmezo_jax.llama.registry import load_tokenizer
+from fedmezo_jax.llama.tokenizers.lazy import LazyTokenizer
 
+ROOT = Path(__file__).parents[2]
 TEMPLATE = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
 
 
@@ -81,6 +87,7 @@ def test_tokens_are_kept_by_content_and_tokenizer(tokenizer, tmp_path, monkeypat
         "style": (examples, tokenizer, "plain"),
         "begin": (examples, make_tokenizer(begin=True, pad_token="<pad>"), "alpaca"),
         "end": (examples, make_tokenizer(pad_token="<pad>", eos_token="<pad>"), "alpaca"),
+        "padding": (examples, make_tokenizer(), "alpaca"),
     }
     for what, (given, by, style) in others.items():
         kept = encode(given, by, 500, style=style, cache=tmp_path)
@@ -120,3 +127,47 @@ def test_without_the_package_that_keeps_them_the_tokens_are_the_same(tokenizer, 
     kept = encode(examples, tokenizer, 500, cache=tmp_path)
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert equal(encode(examples, tokenizer, 500, cache=tmp_path / "none"), kept)
+
+
+def in_folder(path, **settings):
+    """A model folder's tokenizer that counts how often it is opened."""
+    make_tokenizer(**settings).save_pretrained(path)
+    opened = []
+    return LazyTokenizer(path, lambda folder: opened.append(folder) or load_tokenizer(folder)), opened
+
+
+def test_a_tokenizer_is_not_opened_where_its_tokens_are_kept(tmp_path):
+    examples, cache = bundled(0, 20), tmp_path / "tokens"
+    (first, opened), (again, never) = (in_folder(tmp_path / "model", pad_token="<pad>") for _ in range(2))
+    expected = encode(examples, load_tokenizer(tmp_path / "model"), 500)
+    assert equal(encode(examples, first, 500, cache=cache), expected)
+    assert equal(encode(examples, again, 500, cache=cache), expected)
+    assert (len(opened), never) == (1, [])
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_any_other_file_of_the_tokenizer_has_it_opened(tmp_path, name):
+    cache, file = tmp_path / "tokens", tmp_path / "model" / name
+    first, _ = in_folder(tmp_path / "model", pad_token="<pad>")
+    encode(bundled(0, 5), first, 500, cache=cache)
+    changed, opened = in_folder(tmp_path / "model", pad_token="<pad>")
+    file.write_text(file.read_text() + "\n" if file.exists() else "new")
+    encode(bundled(0, 5), changed, 500, cache=cache)
+    assert opened
+
+
+FIRST_ROUND = """
+import sys
+from fedmezo_jax.run.config import RunConfig
+from fedmezo_jax.run.prepare import prepare
+prepare(RunConfig(rounds=1, test_examples=8, layers="last:1"))
+print([name for name in ("transformers", "datasets", "pandas", "matplotlib", "scipy") if name in sys.modules])
+"""
+
+
+def test_a_second_run_imports_nothing_that_only_the_first_one_needs(tmp_path):
+    environment = os.environ | {"FEDMEZO_CACHE": str(tmp_path)}
+    command = [sys.executable, "-c", FIRST_ROUND]
+    for imported in (["transformers", "datasets", "pandas"], []):
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == str(imported)

@@ -251,7 +251,7 @@ def session(argv, errors=os.devnull, room=None, ends=True):
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
 
     if room:
-        fedmezo.plot_partition = fill
+        fedmezo.describe = fill
     if not ends:
         loop.save_adapter = lambda *_, **__: time.sleep(3600)
     sys.argv = ["fedmezo", *argv]
@@ -342,7 +342,7 @@ def test_a_torn_record_is_cut_off_and_a_flipped_bit_is_refused(place, sessions, 
     assert "record of round" in line
     assert "bytes" in line
     after = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-    assert {file.name for file in after if after[file] != before.get(file)} <= {"config.json", "partition.png"}
+    assert {file.name for file in after if after[file] != before.get(file)} <= {"config.json"}
     assert book.read_bytes() == flipped
     book.write_bytes((whole / "run.ledger").read_bytes()[: len(good) + 40])  # a part of the next record
     _cli.run(fedmezo.main, fedmezo.Config, "")

@@ -11,6 +11,7 @@ import pytest
 import small_run
 
 from fedmezo_jax.errors import UserError
+from fedmezo_jax.llama import prefix
 from fedmezo_jax.llama.checkpoints.adapter import load_adapter
 from fedmezo_jax.llama.checkpoints.base_model import load_base, save_base
 from fedmezo_jax.llama.config import LlamaConfig
@@ -100,7 +101,8 @@ def test_metrics_hold_a_record_for_each_round(undisturbed):
     assert any(rate != pytest.approx(1e-2) for rate in result.metrics[-1]["learning_rates"])
 
 
-def test_nothing_is_compiled_after_the_first_round(config, tmp_path):
+@pytest.mark.parametrize("layers", ["all", "last:1"])
+def test_nothing_is_compiled_after_the_first_round(config, tmp_path, layers):
     jax.clear_caches()  # other tests of this process have compiled the same programs
     compiled, after = [], []
 
@@ -110,11 +112,30 @@ def test_nothing_is_compiled_after_the_first_round(config, tmp_path):
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        start(tmp_path, config, on_round=lambda record: after.append(len(compiled)))
+        start(tmp_path, replace(config, layers=layers), on_round=lambda record: after.append(len(compiled)))
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
     assert after[0] > 0
     assert after == [after[0]] * 5
+
+
+def test_hidden_states_are_computed_before_the_rounds_or_within_them_with_the_same_result(
+    config, tmp_path, monkeypatch
+):
+    config, run, computed = replace(config, layers="last:1", rounds=3), prefix.Prefix.__call__, []
+    monkeypatch.setattr(prefix.Prefix, "__call__", lambda *args: computed.append(len(args[1])) or run(*args))
+    ledgers, at_start = [], []
+    for most in (prefix.READ_AGAIN, 0):
+        monkeypatch.setattr(prefix, "READ_AGAIN", most)
+        setup = prepare(config)
+        at_start.append(sum(computed) - len(setup.task.test.labels))
+        computed.clear()
+        folder = tmp_path / str(most)
+        start(folder, config)
+        computed.clear()
+        ledgers.append((folder / "run.ledger").read_bytes())
+    assert at_start[0] == 0 < at_start[1]
+    assert ledgers[0] == ledgers[1]
 
 
 class StopError(Exception):
