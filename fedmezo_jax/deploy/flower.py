@@ -34,8 +34,8 @@ APP = Path(__file__).parent / "flower_app"
 STATUS = "status.json"
 """The file beside the settings in which the server says that it runs, and in the end how the run ended."""
 RUNNING: Mapping[str, Any] = {"running": True}
-_PAUSE = 0.1
-"""Seconds between two looks for replies."""
+_PAUSE, _TRIES = 0.1, 3
+"""Seconds between two looks for replies; and how often a request is handed to a SuperLink that does not take it."""
 
 
 class FlowerTransport:
@@ -66,11 +66,17 @@ class FlowerTransport:
         self._sent: dict[str, tuple[int, bytes]] = {}
 
     def send(self, client: int, request: bytes) -> None:
-        """See :class:`Transport`."""
-        message = self._packed(self._nodes[client], request, self._seconds)
-        (sent,) = self._grid.push_messages([message])
-        if sent:  # else the SuperLink has not taken it
-            self._sent[sent] = client, request
+        """See :class:`Transport`. A request that the SuperLink does not take is lost."""
+        for _ in range(_TRIES):
+            message = self._packed(self._nodes[client], request, self._seconds)
+            try:
+                (sent,) = self._grid.push_messages([message])
+            except Exception as error:  # of many kinds, where the SuperLink is busy
+                print(f"notice: a request to client {client} was not sent: {error!r}", flush=True)
+                continue
+            if sent:
+                self._sent[sent] = client, request
+                return
 
     def poll(self, seconds: float) -> list[Reply]:
         """See :class:`Transport`. A SuperNode that has died is told of under the message that it had got."""

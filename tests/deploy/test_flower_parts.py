@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedmezo_jax.deploy import guard
 from fedmezo_jax.deploy.credentials import read_server_keys, read_signing_key, write_key
-from fedmezo_jax.deploy.flower import STATUS, has_died, read_status
+from fedmezo_jax.deploy.flower import STATUS, FlowerTransport, has_died, read_status
 from fedmezo_jax.deploy.local_network import Processes
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.run import run_folder
@@ -121,3 +121,38 @@ def test_other_files_are_no_keys_that_sign(tmp_path):
     for name in ("node.pub", "sign", "empty", "absent"):
         with pytest.raises(UserError, match=r"give the \.pub file"):
             read_server_keys(tmp_path / "sign", [tmp_path / name])
+
+
+class BusyGrid:
+    """Flower's grid at a SuperLink that does not take the first requests: it raises, or gives no id."""
+
+    def __init__(self, *failures):
+        self.failures, self.pushed = list(failures), []
+
+    def push_messages(self, messages):
+        self.pushed += messages
+        failure = self.failures.pop(0) if self.failures else f"id-{len(self.pushed)}"
+        if isinstance(failure, Exception):
+            raise failure
+        return [failure]
+
+    def pull_messages(self, sent):
+        metadata = [type("Metadata", (), {"reply_to_message_id": one}) for one in sent]
+        return [type("Message", (), {"metadata": one})() for one in metadata]
+
+
+@pytest.mark.parametrize("failures", [(), (None,), (RuntimeError("the push session may have expired"), None)])
+def test_a_request_that_a_busy_superlink_does_not_take_is_sent_again(failures):
+    grid = BusyGrid(*failures)
+    transport = FlowerTransport(grid, [7, 8], 60.0, lambda *parts: parts, lambda message: b"answer")
+    transport.send(1, b"request")
+    assert grid.pushed == [(8, b"request", 60.0)] * (len(failures) + 1)
+    assert transport.poll(1.0) == [(1, b"request", b"answer")]
+
+
+def test_a_request_that_is_never_taken_is_lost():
+    grid = BusyGrid(*[OSError("busy")] * 10)
+    transport = FlowerTransport(grid, [7], 60.0, lambda *parts: parts, lambda message: b"answer")
+    transport.send(0, b"request")
+    assert len(grid.pushed) == 3
+    assert transport.poll(0.2) == []
