@@ -1,6 +1,6 @@
 """Bytes, seconds and memory of a run over Flower, by the number of clients; beside it Flower's own FedAvg.
 
-    python -m experiments.benchmarks.deployment
+    python -m experiments.benchmarks.deployment --clients 3,8,16
 
 All parties are on this machine. Bytes on the wire are counted at a TCP relay before the SuperLink, between the first
 round and the last, and so hold TLS, signatures and the SuperNodes' asking for messages. FedAvg ships the same LoRA
@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -42,7 +43,7 @@ FEDAVG = Path(__file__).parent / "flower_fedavg"
 class Config:
     """What is measured."""
 
-    clients: str = "3,8"
+    clients: str = "3,8,16,50"
     """numbers of clients"""
     clients_per_worker: int = 50
     """how many clients share a worker"""
@@ -60,17 +61,17 @@ def main(config: Config) -> None:
     """Measures each number of clients, prints the table and writes the folder."""
     rows, seconds = [], 0.0
     for clients in _counts(config.clients):
-        place = config.out / f"run-{clients}"
-        ours, taken = _kept(
-            config.out / f"rows/{clients}.json",
-            lambda place=place, clients=clients: measure(clients, config.clients_per_worker, config.rounds, place),
-        )
-        theirs, more = _kept(
-            config.out / f"rows/{clients}-fedavg.json",
-            lambda place=place, clients=clients: measure_fedavg(clients, config.rounds, place),
-        )
-        rows.append(ours | theirs)
-        seconds += taken + more
+        place, row = config.out / f"run-{clients}", {}
+        parts = {
+            "ours": partial(measure, clients, config.clients_per_worker, config.rounds, place),
+            "simulated": partial(measure_simulated, clients, config.rounds, place),
+            "fedavg": partial(measure_fedavg, clients, config.rounds, place),
+        }
+        for name, part in parts.items():
+            found, taken = _kept(config.out / f"rows/{clients}-{name}.json", part)
+            row |= found
+            seconds += taken
+        rows.append(row)
         _cli.write_folder(config, rows, seconds)
     plot(config.out / "deployment.png", rows)
     _cli.print_table("a client and round over Flower", rows)
@@ -113,7 +114,6 @@ def measure(clients: int, clients_per_worker: int, rounds: int, out: Path) -> di
     last = run_folder.read_metrics(out / "run")[-1]
     sent, got = last["uplink_bytes"] / clients, last["downlink_bytes"] / clients
     up, down = sent + len(envelopes.pack(Answer(bytes(8), b"", b""))), got + len(envelopes.pack(_start(run)))
-    simulated = fine_tune(run, out / "simulated", notify=lambda line: None).metrics[1:]
     sizes = _sizes()
     return {
         "clients": clients,
@@ -127,10 +127,16 @@ def measure(clients: int, clients_per_worker: int, rounds: int, out: Path) -> di
         "wire_up": meter.up / clients,
         "wire_down": meter.down / clients,
         "seconds": meter.seconds,
-        "simulated_seconds": sum(record["seconds"] for record in simulated) / len(simulated),
         **{f"{kind}_mib": size for kind, size in meter.memory.items()},
         "mib_together": meter.together,
     }
+
+
+def measure_simulated(clients: int, rounds: int, out: Path) -> dict[str, Any]:
+    """The seconds of a round of the run's simulation, a part of a row."""
+    run = RunConfig(clients=clients, rounds=rounds)
+    records = fine_tune(run, out / "simulated", notify=lambda line: None).metrics[1:]
+    return {"simulated_seconds": sum(record["seconds"] for record in records) / len(records)}
 
 
 def measure_fedavg(clients: int, rounds: int, out: Path) -> dict[str, Any]:
