@@ -1,6 +1,6 @@
 """Bytes, seconds and memory of a run over Flower, by the number of clients; beside it Flower's own FedAvg.
 
-    python -m experiments.benchmarks.deployment --clients 3,8,16
+    python -m experiments.benchmarks.deployment
 
 All parties are on this machine. Bytes on the wire are counted at a TCP relay before the SuperLink, between the first
 round and the last, and so hold TLS, signatures and the SuperNodes' asking for messages. FedAvg ships the same LoRA
@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import numpy as np
 from safetensors.numpy import load_file
 
 from experiments import _cli, _plots, deploy
@@ -37,6 +38,7 @@ from fedmezo_jax.run.config import RunConfig
 from fedmezo_jax.run.job import fine_tune
 
 FEDAVG = Path(__file__).parent / "flower_fedavg"
+FEDAVG_COLUMNS = "fedavg_serialised", "fedavg_wire_up", "fedavg_wire_down", "fedavg_seconds"
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class Config:
 
     clients: str = "3,8,16,50"
     """numbers of clients"""
+    fedavg: str = "3,8,16"
+    """those at which Flower's FedAvg is measured too"""
     clients_per_worker: int = 50
     """how many clients share a worker"""
     rounds: int = 3
@@ -60,18 +64,20 @@ _EMPTY: dict[Any, Any] = {bytes: b"", int: 0, float: math.inf, Progressed: Progr
 def main(config: Config) -> None:
     """Measures each number of clients, prints the table and writes the folder."""
     rows, seconds = [], 0.0
-    for clients in _counts(config.clients):
+    with_fedavg = _counts("--fedavg", config.fedavg)
+    for clients in _counts("--clients", config.clients):
         place, row = config.out / f"run-{clients}", {}
         parts = {
             "ours": partial(measure, clients, config.clients_per_worker, config.rounds, place),
             "simulated": partial(measure_simulated, clients, config.rounds, place),
-            "fedavg": partial(measure_fedavg, clients, config.rounds, place),
         }
+        if clients in with_fedavg:
+            parts["fedavg"] = partial(measure_fedavg, clients, config.rounds, place)
         for name, part in parts.items():
             found, taken = _kept(config.out / f"rows/{clients}-{name}.json", part)
             row |= found
             seconds += taken
-        rows.append(row)
+        rows.append(dict.fromkeys(FEDAVG_COLUMNS) | row)
         _cli.write_folder(config, rows, seconds)
     plot(config.out / "deployment.png", rows)
     _cli.print_table("a client and round over Flower", rows)
@@ -88,13 +94,13 @@ def _kept(file: Path, measured: Callable[[], dict[str, Any]]) -> tuple[dict[str,
     return kept["row"], kept["seconds"]
 
 
-def _counts(text: str) -> list[int]:
+def _counts(option: str, text: str) -> list[int]:
     try:
         counts = [int(part) for part in text.split(",")]
     except ValueError:
         counts = []
     if not counts or min(counts) < 2:
-        raise UserError(f"--clients must be numbers of clients from 2 on, like 3,8,16, not {text}")
+        raise UserError(f"{option} must be numbers of clients from 2 on, like 3,8,16, not {text}")
     return counts
 
 
@@ -144,12 +150,8 @@ def measure_fedavg(clients: int, rounds: int, out: Path) -> dict[str, Any]:
     adapter = load_file(out / "run/adapter/adapter_model.safetensors")
     shapes = json.dumps([array.shape for array in adapter.values()])
     meter = _fedavg(clients, rounds, shapes, (out / "fedavg").absolute())
-    return {
-        "fedavg_serialised": _sizes().of_arrays(shapes),
-        "fedavg_wire_up": meter.up / clients,
-        "fedavg_wire_down": meter.down / clients,
-        "fedavg_seconds": meter.seconds,
-    }
+    found = _sizes().of_arrays(shapes), meter.up / clients, meter.down / clients, meter.seconds
+    return dict(zip(FEDAVG_COLUMNS, found, strict=True))
 
 
 def _sizes() -> Any:
@@ -237,7 +239,7 @@ def plot(file: Path, rows: list[dict[str, Any]]) -> None:
     for panel, ours, other, label in zip(axes, lines, theirs, labels, strict=True):
         for style, names in (("o-", ours), ("s--", other)):
             for name, said in names.items():
-                panel.plot(clients, [row[name] for row in rows], style, label=said)
+                panel.plot(clients, np.array([row[name] for row in rows], float), style, label=said)
         panel.set(xlabel="clients", ylabel=label, **({"yscale": "log"} if panel is axes[0] else {"ylim": (0, None)}))
         _plots.ticks_at(panel, clients, log=False)
         panel.grid(alpha=0.3)

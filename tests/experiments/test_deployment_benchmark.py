@@ -1,5 +1,6 @@
 """The benchmark of deployments: its meters, and what it refuses."""
 
+import json
 import socket
 import subprocess
 import sys
@@ -44,11 +45,41 @@ def test_memory_is_that_of_the_processes_that_were_started_here():
     assert memory_of_children() == ({}, 0.0)
 
 
-@pytest.mark.parametrize("clients", ["", "8,two", "1"])
-def test_other_numbers_of_clients_are_refused(clients, tmp_path):
-    with pytest.raises(UserError, match="--clients must be"):
-        deployment.main(deployment.Config(clients=clients, out=tmp_path / "out"))
+@pytest.mark.parametrize("numbers", ["", "8,two", "1"])
+@pytest.mark.parametrize("option", ["clients", "fedavg"])
+def test_other_numbers_of_clients_are_refused(option, numbers, tmp_path):
+    with pytest.raises(UserError, match=f"--{option} must be"):
+        deployment.main(deployment.Config(**{option: numbers}, out=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_measured_is_kept_and_fedavg_is_left_out_where_it_is_not_asked_for(tmp_path, monkeypatch):
+    """A command that ends in the middle goes on with the part of the row at which it ended."""
+    asked, failing = [], ["simulated"]
+
+    def part(name):
+        def measured(clients, *rest):
+            asked.append((name, clients))
+            if name in failing:
+                raise UserError("ended")
+            return {"clients": clients} if name == "ours" else {}
+
+        return measured
+
+    monkeypatch.setattr(deployment, "measure", part("ours"))
+    monkeypatch.setattr(deployment, "measure_simulated", part("simulated"))
+    monkeypatch.setattr(deployment, "measure_fedavg", part("fedavg"))
+    monkeypatch.setattr(deployment, "plot", lambda file, rows: None)
+    config = deployment.Config(clients="3,50", fedavg="3", out=tmp_path / "out")
+    with pytest.raises(UserError, match="ended"):
+        deployment.main(config)
+    failing.clear()
+    deployment.main(config)
+    kinds = [("ours", 3), ("simulated", 3), ("simulated", 3), ("fedavg", 3), ("ours", 50), ("simulated", 50)]
+    assert asked == kinds
+    rows = json.loads((tmp_path / "out/results.json").read_text())["rows"]
+    assert [row["clients"] for row in rows] == [3, 50]
+    assert rows[1]["fedavg_seconds"] is None
 
 
 @pytest.mark.flower
