@@ -3,8 +3,9 @@
     python -m experiments.studies.attacks
 
 Liars know everything: the numbers of the honest clients and the rule. What they send goes through the messages of a run
-and the server's checks. All clients draw the same directions, so that the rules act on the clients' scalars. The table
-has the share of the loss drop that is left, of what the mean gains where nobody lies.
+and the server's checks. All clients draw the same directions, so that the rules act on the clients' scalars; with
+``--own-directions`` each draws its own, the rules act on rebuilt parameters, and lies that follow the others' numbers
+are left out. The table has the share of the loss drop that is left, of what the mean gains where nobody lies.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple, get_args
 
 import jax
 import numpy as np
+import tyro
 from scipy import stats
 
 from experiments import _cli, _plots
@@ -36,6 +38,7 @@ from fedmezo_jax.run.traffic import Traffic
 
 RULES: tuple[Aggregation, ...] = get_args(Aggregation)
 NO_ATTACK, LABEL_FLIP, LYING_LOSSES = "none", "label flip", "sign flip, lying losses"
+A_LITTLE, INNER_PRODUCT = "a little is enough", "inner product"
 Lie = Callable[[np.ndarray, np.ndarray, np.random.Generator], np.ndarray]
 """``lie(honest, own, draw) -> sent``: from the honest clients' ``[K, m]`` numbers and the liars' own ``[f, m]``, what
 the liars send."""
@@ -63,8 +66,8 @@ LIES: Mapping[str, Lie] = {
     "sign flip × 10": lambda honest, own, draw: -10 * own,
     "noise × 100": lambda honest, own, draw: 100 * _size(honest) * draw.standard_normal(own.shape),
     "constant × 3": lambda honest, own, draw: np.full(own.shape, 3 * _size(honest)),
-    "a little is enough": _a_little,
-    "inner product": _inner_product,
+    A_LITTLE: _a_little,
+    INNER_PRODUCT: _inner_product,
     LABEL_FLIP: lambda honest, own, draw: own,  # measured on labels that are wrong
     LYING_LOSSES: lambda honest, own, draw: -own,
 }
@@ -100,20 +103,22 @@ class Config(runner.Config):
 
     settings: str | None = None
     """clients and liars among them, e.g. 8:1,8:2,10:2; by default the preset's"""
+    own_directions: tyro.conf.FlagCreatePairsOff[bool] = False
+    """each client draws its own directions"""
 
 
 def main(config: Config) -> None:
     """Runs every attack against every rule, prints the table, draws the matrix."""
     preset = PRESETS[config.preset]
     settings = preset.settings if config.settings is None else _settings(config.settings)
-    base = runner.changed(config, preset.run)
+    base = replace(runner.changed(config, preset.run), directions_shared=not config.own_directions)
     out = config.out or Path("runs") / f"attacks-{config.preset}"
     points = [
         {"attack": attack, "liars": liars, "run": asdict(run)}
         for clients in dict.fromkeys(clients for clients, _ in settings)
         for seed in range(config.seed, config.seed + (config.num_seeds or preset.num_seeds))
         for personalised in (False, True)
-        for attack, liars in _attacks(settings, clients, personalised)
+        for attack, liars in _attacks(settings, clients, personalised, base.directions_shared)
         for run in _runs(base, clients, seed, personalised)
     ]
     found, seconds = result_cache.measure(out / "points", points, lambda point: _final_losses(**point))
@@ -133,9 +138,13 @@ def _settings(text: str) -> list[tuple[int, int]]:
     return settings
 
 
-def _attacks(settings: Sequence[tuple[int, int]], clients: int, personalised: bool) -> list[tuple[str, int]]:
+def _attacks(
+    settings: Sequence[tuple[int, int]], clients: int, personalised: bool, directions_shared: bool
+) -> list[tuple[str, int]]:
     """(attack, liars) for so many clients; lies about losses are told where learning rates go by them."""
     names = [name for name in LIES if (name == LYING_LOSSES) == personalised]
+    if not directions_shared:  # another client's numbers say nothing about one's own directions
+        names = [name for name in names if name not in (A_LITTLE, INNER_PRODUCT)]
     return [(NO_ATTACK, 0), *((name, liars) for n, liars in settings if n == clients for name in names)]
 
 
@@ -242,6 +251,7 @@ def conclude(points: Sequence[Mapping[str, Any]], found: Sequence[Sequence[float
                 "attack": attack,
                 "liars": liars,
                 "clients": clients,
+                "directions": "shared" if points[0]["run"]["directions_shared"] else "own",
                 "rates": "by losses" if personalised else "the same",
                 "aggregation": rule,
                 "seeds": len(pairs),

@@ -62,3 +62,18 @@ def test_the_study_finds_a_rule_that_withstands_the_noise_and_runs_nothing_twice
     monkeypatch.setattr(attacks, "_final_losses", None)
     _cli.run(attacks.main, attacks.Config, attacks.__doc__)
     assert json.loads((tmp_path / "out" / "results.json").read_text())["rows"] == results["rows"]
+
+
+def test_with_own_directions_the_rules_act_on_rebuilt_parameters(tmp_path, monkeypatch):
+    monkeypatch.setattr(attacks, "RULES", ("mean", "norm-clip", "geometric-median"))
+    monkeypatch.setattr(attacks, "LIES", {name: attacks.LIES[name] for name in ("noise × 100", attacks.A_LITTLE)})
+    out = tmp_path / "out"
+    attacks.main(attacks.Config("smoke", num_seeds=1, own_directions=True, out=out))
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    assert {row["directions"] for row in rows} == {"own"}
+    loss = {(row["attack"], row["aggregation"]): row["loss_after"] for row in rows if row["rates"] == "the same"}
+    assert {attack for attack, _ in loss} == {attacks.NO_ATTACK, "noise × 100"}
+    clean = loss[attacks.NO_ATTACK, "mean"]
+    assert loss["noise × 100", "mean"] > clean + 0.5
+    for rule in ("norm-clip", "geometric-median"):
+        assert abs(loss["noise × 100", rule] - clean) < 0.1

@@ -15,7 +15,7 @@ from experiments.studies import result_cache, runner
 from fedmezo_jax.run.sweep import Curve
 
 STUDIES = [
-    *("batch_size", "clients", "convergence", "local_steps", "lora_rank", "model_size"),
+    *("batch_size", "ceiling", "clients", "convergence", "local_steps", "lora_rank", "model_size"),
     *("personalised_rates", "perturbation_scale", "shared_directions", "single_client", "partitioners"),
 ]
 
