@@ -149,35 +149,39 @@ def test_a_copy_of_the_weights_may_lie_across_processes(place, alone):
 
 COMPUTED = """
 import json, sys
-import jax
+from collections import defaultdict
 from fedmezo_jax.llama import prefix
-from fedmezo_jax.parallel import multihost, sharding
+from fedmezo_jax.parallel import multihost
 from fedmezo_jax.run.config import RunConfig
-from fedmezo_jax.run.prepare import prepare
+from fedmezo_jax.run.job import fine_tune
 
-at, options = sys.argv[1:]
+at, options, out, read_again = sys.argv[1:]
 multihost.join(at, 60)
-seen = []
+prefix.READ_AGAIN = int(read_again)
+computed = defaultdict(set)
 compute = prefix.HiddenStates.compute
 def noted(self, examples, *rest):
-    seen.append(examples.tolist())
+    computed[id(self)].update(examples.ravel().tolist())
     compute(self, examples, *rest)
 
 prefix.HiddenStates.compute = noted
-context = prepare(RunConfig(**json.loads(options)), sharding.parse_mesh(None, jax.devices()))
-print(json.dumps({"trained_on": seen[0], "parts": [part.tolist() for part in context.task.parts]}))
+task = fine_tune(RunConfig(**json.loads(options)), out, check_rate=False, notify=lambda line: None).context.task
+trained_on = sorted(computed[id(task.train[0])])
+print(json.dumps({"trained_on": trained_on, "parts": [part.tolist() for part in task.parts]}))
 """
 
 
-def test_each_process_computes_hidden_states_of_its_own_clients_examples_alone(place):
-    """Of four clients each process has two. The states of validation and test examples come after."""
+@pytest.mark.parametrize("read_again", [0, 1 << 26], ids=["before the run", "round by round"])
+def test_each_process_computes_hidden_states_of_its_own_clients_examples_alone(read_again, place, tmp_path):
+    """Of four clients each process has two."""
     _, variables = given(place, place / "none")
     options = {"model": str(place / "model"), "data": str(place / "data.jsonl"), "clients": 4, "rounds": 2}
     options |= {"local_steps": 2, "layers": "last:1", "max_length": 64, "test_examples": 10}
     at, pipes = f"localhost:{free_port()}", {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    given_to_all = json.dumps(options), str(tmp_path / "run"), str(read_again)
     running = [
         subprocess.Popen(
-            [sys.executable, "-c", COMPUTED, f"{at},2,{i}", json.dumps(options)], env=os.environ | variables, **pipes
+            [sys.executable, "-c", COMPUTED, f"{at},2,{i}", *given_to_all], env=os.environ | variables, **pipes
         )
         for i in range(2)
     ]
