@@ -80,10 +80,11 @@ def least_rows(precision: Precision, clients: int) -> int:
 def least_clients(precision: Precision, batch_size: int) -> int:
     """How many clients must run at once, so that a client's numbers do not depend on who it runs with.
 
-    A float32 program for a single example on a CPU is fused otherwise than one for several: a client that runs alone on
-    batches of one example runs beside a copy of itself, at twice the work.
+    A program for a single example on a CPU is fused otherwise than one for several: a client that runs alone on batches
+    of one example runs beside a copy of itself, at twice the work. A pair (``paired``) is two examples already.
     """
-    return 2 if _by_shape(precision) and batch_size == 1 else 1
+    alone = batch_size == 1 and precision != "paired"
+    return 2 if alone and jax.default_backend() == "cpu" else 1
 
 
 def _by_shape(precision: Precision) -> bool:
