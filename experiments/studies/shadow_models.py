@@ -50,7 +50,7 @@ _SMALL = replace(privacy_utility.PRESETS["small"].run, clients=100)
 PRESETS: Mapping[runner.PresetName, Preset] = MappingProxyType(
     {
         "small": Preset(_SMALL, (None, 8.0), 16),
-        "paper": Preset(replace(privacy_utility.PRESETS["paper"].run), (None, 8.0), 16),
+        "paper": Preset(privacy_utility.PRESETS["paper"].run, (None, 8.0), 16),
         "smoke": Preset(replace(_SMALL, clients=4, rounds=2, test_examples=8, lora_rank=2), (None, 8.0), 6),
     }
 )
