@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 import jax
 import pytest
@@ -35,3 +36,16 @@ def pytest_runtest_setup(item):
     if item.get_closest_marker("torch"):
         pytest.importorskip("torch")
         pytest.importorskip("peft")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_of_few_files_alone():
+    """Drops compiled programs between two files of tests before their memory maps run out.
+
+    Linux gives a process 65,530 of them (`vm.max_map_count`). A program takes up to some hundreds, and XLA crashes at
+    the next one.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > 20_000:
+        jax.clear_caches()
