@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments import _cli, _plots
-from experiments.studies import result_cache, runner
+from experiments.studies import rate_search, result_cache, runner
 from fedmezo_jax.run.config import RunConfig
 from fedmezo_jax.run.job import fine_tune
 from fedmezo_jax.run.prepare import prepare
@@ -103,35 +103,13 @@ def _measure(config: RunConfig, seeds: Sequence[int]) -> dict[str, Any]:
         return [curve.test_loss[-1] for curve in sweep([prepare(run) for run in runs], config.rounds)]
 
     start = float(2.0 ** np.round(np.log2(np.median(reached))))
-    return {"before": before, "auto": after, "fixed": search(losses_at, start)}
-
-
-def search(losses_at: Callable[[float], list[float]], start: float) -> list[tuple[float, list[float]]]:
-    """Losses at rates a factor of two apart, from ``start`` on until the best rate has a worse one on both sides.
-
-    Returns:
-        (rate, the losses at it), by rate.
-    """
-    found: dict[float, list[float]] = {}
-    rate = start
-    while True:
-        for near in (rate / 2, rate, rate * 2):
-            if near not in found:
-                found[near] = losses_at(near)
-        best = min(found, key=lambda each: (_mean(found[each]), each))  # of several that diverge the lowest
-        if best == rate:
-            return sorted(found.items())
-        rate = best
-
-
-def _mean(losses: Sequence[float]) -> float:
-    return float(np.nan_to_num(np.mean(losses), nan=np.inf, posinf=np.inf))
+    return {"before": before, "auto": after, "fixed": rate_search.search(losses_at, start)}
 
 
 def row(point: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
     """A row of the table: the losses, and the share of the best fixed rate's loss drop that the automatic one has."""
     run, before = point["run"], np.asarray(found["before"])
-    rate, best = min(found["fixed"], key=lambda pair: _mean(pair[1]))
+    rate, best = rate_search.best(found["fixed"])
     shares = (before - np.asarray(found["auto"])) / np.mean(before - np.asarray(best))
     return {
         "layers": run["layers"],
