@@ -50,8 +50,8 @@ class Config:
 
     run: RunConfig
     recipe: Literal["fast", "paper"] | None = None
-    """start from the defaults (fast) or from the published method (paper), which sets --layers, --estimator,
-    --directions, --distribution, --learning-rate and --server-learning-rate"""
+    """start from the defaults (fast) or from the published method (paper), which sets --targets, --layers,
+    --estimator, --directions, --distribution, --learning-rate and --server-learning-rate"""
     config: Path | None = None
     """config.json of a run, whose options take the place of the defaults; options given beside it come before its own
     """
@@ -192,10 +192,11 @@ def _rows(result: RunResult) -> list[dict[str, Any]]:
 def describe(setup: RunContext) -> None:
     """Prints what will run: sizes, and how the categories are spread over the clients."""
     config, llama = setup.config, setup.task.model.config
+    trained = len(setup.task.model.trained_layers)
     print(
         f"{config.algorithm}: {config.model} ({llama.num_hidden_layers} layers of {llama.hidden_size}), "
         f"{divergence.count(setup.params):,} LoRA parameters at rank {config.lora_rank} on {config.targets} "
-        f"of {len(setup.task.model.trained_layers)} layers"
+        f"of {trained} layer{'s' if trained > 1 else ''}"
     )
     if config.algorithm == "fedmezo":
         print(

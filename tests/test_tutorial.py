@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "docs" / "tutorial.ipynb"
 RESULTS = {
     "train": r"test loss (\d\.\d{3}) -> (\d\.\d{3}) nats/token\n",
-    "adapter": r"7,168 LoRA parameters\n",
+    "adapter": r"8,192 LoRA parameters\n",
     "replay": r"10 rounds from [\d,]+ bytes; the same adapter: True\n",
 }
 """What the cells print, each once."""

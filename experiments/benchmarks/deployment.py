@@ -28,6 +28,7 @@ from safetensors.numpy import load_file
 
 from experiments import _cli, _plots, deploy
 from experiments._network_meters import Relay, memory_of_children
+from experiments.studies.runner import Q_AND_V
 from fedmezo_jax.deploy import envelopes
 from fedmezo_jax.deploy.credentials import make_certificates, make_node_key
 from fedmezo_jax.deploy.envelopes import Answer, Progressed, Result, Start
@@ -106,7 +107,7 @@ def _counts(option: str, text: str) -> list[int]:
 
 def measure(clients: int, clients_per_worker: int, rounds: int, out: Path) -> dict[str, Any]:
     """Our part of a row."""
-    run = RunConfig(clients=clients, rounds=rounds)
+    run = RunConfig(**Q_AND_V, clients=clients, rounds=rounds)
     relays: list[Relay] = []
 
     def through(address: str) -> str:
@@ -140,7 +141,7 @@ def measure(clients: int, clients_per_worker: int, rounds: int, out: Path) -> di
 
 def measure_simulated(clients: int, rounds: int, out: Path) -> dict[str, Any]:
     """The seconds of a round of the run's simulation, a part of a row."""
-    run = RunConfig(clients=clients, rounds=rounds)
+    run = RunConfig(**Q_AND_V, clients=clients, rounds=rounds)
     records = fine_tune(run, out / "simulated", notify=lambda line: None).metrics[1:]
     return {"simulated_seconds": sum(record["seconds"] for record in records) / len(records)}
 

@@ -87,7 +87,14 @@ class Preset(NamedTuple):
     num_seeds: int
 
 
-_FAST = {"learning_rate": 5e-3, "directions": 4, "directions_shared": True, "length_buckets": 1, "rounds": 6}
+_FAST: dict[str, Any] = {
+    **runner.Q_AND_V,
+    "learning_rate": 5e-3,
+    "directions": 4,
+    "directions_shared": True,
+    "length_buckets": 1,
+    "rounds": 6,
+}
 PRESETS: Mapping[runner.PresetName, Preset] = MappingProxyType(
     {
         "small": Preset(RunConfig(**_FAST, batch_size=1, precision="float32"), ((8, 1), (8, 2), (10, 2)), 5),

@@ -2,7 +2,7 @@
 
     python -m experiments.studies.candidates
 
-All train the last two layers by forward gradients, and all have the same compute: half the batch gets twice the rounds.
+All take the recipe's forward gradients, and all have the same compute: half the batch gets twice the rounds.
 A candidate changes the directions z, the projected gradients of a step, or the server's step. It goes by what server
 and clients both know from earlier rounds, and so sends no more than the recipe. What earned no place in the package can
 still be measured here.
@@ -156,8 +156,6 @@ CANDIDATES: Mapping[str, Candidate] = MappingProxyType(
         "server momentum": Candidate(server=with_momentum),
         "batch 1": Candidate({"batch_size": 1}),
         "5 directions": Candidate({"directions": 5}),
-        "q, k, v and o": Candidate({"targets": "q_proj,k_proj,v_proj,o_proj"}),
-        "all projections": Candidate({"targets": "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"}),
     }
 )
 
@@ -176,13 +174,11 @@ class Preset(NamedTuple):
     num_seeds: int
 
 
-_SMALL = RunConfig(clients=4, rounds=8, length_buckets=1, layers="last:2", server_learning_rate=1.0)
+_SMALL = RunConfig(clients=4, rounds=15, length_buckets=1, server_learning_rate=1.0)
 PRESETS: Mapping[runner.PresetName, Preset] = MappingProxyType(
     {
         "small": Preset(_SMALL, tuple(CANDIDATES), 3),
-        "paper": Preset(
-            replace(_SMALL, model=runner.PAPER.model, data="gsm8k", layers="last:8", rounds=100), tuple(CANDIDATES), 3
-        ),
+        "paper": Preset(replace(_SMALL, model=runner.PAPER.model, data="gsm8k", rounds=100), tuple(CANDIDATES), 3),
         "smoke": Preset(
             replace(_SMALL, clients=2, rounds=2, local_steps=2, directions=2, test_examples=8),
             (RECIPE, "block-guided directions, t = 1.2", "FZOO", "orthogonal server step"),

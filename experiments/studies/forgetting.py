@@ -51,6 +51,7 @@ class Preset(NamedTuple):
 
 
 _FAST: dict[str, Any] = {
+    **runner.Q_AND_V,
     "learning_rate": 5e-3,
     "directions": 4,
     "length_buckets": 1,

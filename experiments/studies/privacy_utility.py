@@ -53,6 +53,7 @@ class Preset(NamedTuple):
 
 
 _SMALL = RunConfig(
+    **runner.Q_AND_V,
     rounds=10,
     local_steps=2,
     directions=4,

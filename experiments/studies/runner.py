@@ -45,6 +45,8 @@ PAPER = paper_config(
 """The paper's setting (Sec. 4.1, arXiv 2402.05926) on GSM8K; it ran in fp16, where ``paired`` is exact enough."""
 SMALL = paper_config(clients=4, rounds=20, learning_rate=5e-4, length_buckets=1, precision="float32")
 """For minutes on two CPU cores: the shipped model, with bundled tasks partitioned by Dirichlet shares."""
+Q_AND_V: Mapping[str, Any] = MappingProxyType({"layers": "last:40%", "targets": "q_proj,v_proj"})
+"""The adapters of studies that were measured when these were the default recipe's."""
 SMOKE = replace(SMALL, clients=2, rounds=2, local_steps=2, test_examples=8, lora_rank=2)
 
 

@@ -122,6 +122,7 @@ class RunConfig(
 PRIVATE = {"personalize": "frozen", "on_divergence": "warn", "aggregation": "mean", "weighting": "equal"}
 """What a run with ``--dp-epsilon`` or ``--secure-sum`` must have."""
 PAPER: dict[str, Any] = {
+    "targets": "q_proj,v_proj",
     "layers": "all",
     "estimator": "two-point",
     "directions": 1,

@@ -119,9 +119,10 @@ class LoraConfig(Options):
     """rank r of the LoRA matrices"""
     lora_alpha: float = 16.0
     """LoRA α; the adapter's output is scaled by α/r"""
-    targets: str = "q_proj,v_proj"
-    """projections with an adapter, among q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"""
-    layers: str = "last:40%"
+    targets: str = "up_proj,down_proj"
+    """projections with an adapter, among q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj (paper: q_proj,v_proj)
+    """
+    layers: str = "last:20%"
     """layers with an adapter: all (paper), last:K, first:K (a number or a share in percent), every:N, a-b (counted from
     0), or several of these joined by commas; what lies below the first of them is computed once for each example"""
     hidden_states: Literal["float32", "bfloat16"] = "float32"

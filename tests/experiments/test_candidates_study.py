@@ -32,9 +32,9 @@ def flat(tree):
 
 def test_the_recipe_ends_where_the_packages_run_ends():
     context = prepare(replace(RUN, algorithm="fedavg", learning_rate=1.0))
-    curve = sweep([prepare(replace(RUN, learning_rate=0.01))], RUN.rounds)[0]
-    assert curve.test_loss[-1] < curve.test_loss[0] - 0.01
-    assert candidates.final_loss(candidates.RECIPE, context, 0.01) == pytest.approx(curve.test_loss[-1], abs=1e-5)
+    curve = sweep([prepare(replace(RUN, learning_rate=0.05))], RUN.rounds)[0]
+    assert abs(curve.test_loss[-1] - curve.test_loss[0]) > 1e-3  # far more than may lie between the two
+    assert candidates.final_loss(candidates.RECIPE, context, 0.05) == pytest.approx(curve.test_loss[-1], abs=1e-5)
 
 
 def test_a_guided_direction_is_a_mean_of_the_draw_and_of_the_known_update():
@@ -96,8 +96,8 @@ def test_directions_of_b_alone_leave_a():
 def test_all_candidates_have_the_same_compute():
     base = candidates.PRESETS["small"].run
     rounds = {label: candidates._run(base, each).rounds for label, each in candidates.CANDIDATES.items()}
-    assert (rounds.pop("batch 1"), rounds.pop("5 directions")) == (16, 15)  # 8 · 11/6 = 14.7
-    assert set(rounds.values()) == {8}
+    assert (rounds.pop("batch 1"), rounds.pop("5 directions")) == (30, 28)  # 15 · 11/6 = 27.5
+    assert set(rounds.values()) == {15}
 
 
 def test_an_unknown_candidate_is_refused():
