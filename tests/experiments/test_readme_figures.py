@@ -254,21 +254,31 @@ def test_learning_at_equal_compute_is_that_of_the_results():
     assert all(row["p_paired"] <= 2e-4 for label, row in by_label.items() if "last" in label)
 
 
+def attack_lines(rows, names):
+    """The lines of a table of attacks by rules of these names, and its rows by attack and rule."""
+    left = {}
+    for row in rows:
+        name = row["attack"] + (", rates by losses" if (row["attack"], row["rates"]) == ("none", "by losses") else "")
+        name += f", {row['liars']} of {row['clients']}" if row["liars"] and row["clients"] == 8 else ""
+        left.setdefault(name, {})[row["aggregation"]] = row
+    lines = [f"{name} | " + " | ".join(f"{of[rule]['drop_left']:.2f}" for rule in names) for name, of in left.items()]
+    return [f"| {line} |" for line in lines], left
+
+
 def test_what_attacks_leave_is_that_of_the_results():
     section = STUDIES.split("\n## Clients that lie\n")[1].split("\n## ")[0]
-    head, _, *lines = [line for line in section.splitlines() if line.startswith("|")]
-    rules = re.findall(r"`([\w-]+)`", head)
-    left, bands = {}, {}
-    for row in read("attacks"):
-        name = row["attack"] + (", rates by losses" if (row["attack"], row["rates"]) == ("none", "by losses") else "")
-        left.setdefault(name, {})[row["aggregation"]] = row["drop_left"]
-        bands[name, row["aggregation"]] = row["band_90"]
-    expected = [f"| {name} | " + " | ".join(f"{of[rule]:.2f}" for rule in rules) + " |" for name, of in left.items()]
-    assert lines == expected
-    best = {name: of["multi-krum"] for name, of in left.items()}
-    assert round(min(best.values()), 2) == 0.95
-    lost = 100 * (1 - best["sign flip"])
-    assert f"{lost:.1f} ± {100 * bands['sign flip', 'multi-krum']:.1f} %" in section
+    lines = [line for line in section.splitlines() if line.startswith("|") and not line.startswith("|---")]
+    first, second = (i for i, line in enumerate(lines) if line.startswith("| attack |"))
+    assert lines[first] == lines[second]
+    rules = re.findall(r"`([\w-]+)`", lines[first])
+    of_ten, ten = attack_lines(read("attacks"), rules)
+    of_eight, eight = attack_lines(read("attacks_of_eight"), rules)
+    assert (lines[first + 1 : second], lines[second + 1 :]) == (of_ten, of_eight)
+    assert round(min(of["multi-krum"]["drop_left"] for of in ten.values()), 2) == 0.95
+    least = min(of["multi-krum"]["drop_left"] for of in eight.values())
+    assert f"leaves at least {least:.2f} of it with eight clients" in section
+    flipped = ten["sign flip"]["multi-krum"]
+    assert f"{100 * (1 - flipped['drop_left']):.1f} ± {100 * flipped['band_90']:.1f} %" in section
 
 
 def test_what_privacy_costs_is_that_of_the_results():
