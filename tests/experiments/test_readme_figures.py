@@ -281,6 +281,16 @@ def test_what_attacks_leave_is_that_of_the_results():
     assert f"{100 * (1 - flipped['drop_left']):.1f} ± {100 * flipped['band_90']:.1f} %" in section
 
 
+def test_the_ceiling_of_few_layers_is_that_of_the_results():
+    section = STUDIES.split("\n## The ceiling of few layers\n")[1].split("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("| ")][1:]
+    for line, row in zip(lines, read("ceiling"), strict=True):
+        assert not row["at_an_end_of_the_sweep"]
+        loss = f"{row['lowest_loss']:.3f} ± {row['band_90']:.3f} (η = {_rate(row['learning_rate'])})"
+        paired = "–" if row["p_paired"] is None else f"{row['p_paired']:.2g}"
+        assert line == f"| {row['trained']} | {loss} | {row['after_rounds']} | {paired} |"
+
+
 def test_what_privacy_costs_is_that_of_the_results():
     section = STUDIES.split("\n## What privacy costs\n")[1].split("\n## ")[0]
     lines = [line for line in section.splitlines() if line.startswith("| ")][1:]
