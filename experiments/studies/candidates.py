@@ -58,14 +58,12 @@ class Candidate(NamedTuple):
         direction: ``direction(memory, z, key) -> z``, changes each direction; the key is for more random numbers.
         slopes: ``slopes(memory, [n]) -> [n]``, changes the projected gradients of a step.
         server: ``server(memory, update) -> update``, changes the mean update of a round; the memory has it already.
-        start: the learning rate at which the search begins.
     """
 
     fields: Mapping[str, Any] = MappingProxyType({})
     direction: Callable[[Memory, Params, jax.Array], Params] = lambda memory, z, key: z
     slopes: Callable[[Memory, jax.Array], jax.Array] = lambda memory, slopes: slopes
     server: Callable[[Memory, Params], Params] = lambda memory, update: update
-    start: float = 2e-2
 
 
 def _norm(tree: Params) -> jax.Array:
@@ -233,7 +231,7 @@ def _measure(point: Mapping[str, Any]) -> dict[str, Any]:
     def losses_at(rate: float) -> list[float]:
         return [final_loss(label, context, rate) for context in contexts]
 
-    found = rate_search.search(losses_at, CANDIDATES[label].start)
+    found = rate_search.search(losses_at, start=2e-2)
     return {"before": [context.task.loss_before(context.params) for context in contexts], "fixed": found}
 
 

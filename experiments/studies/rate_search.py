@@ -23,17 +23,16 @@ def search(losses_at: Callable[[float], list[float]], start: float) -> list[tupl
         for near in (rate / 2, rate, rate * 2):
             if near not in found:
                 found[near] = losses_at(near)
-        best = min(found, key=lambda each: (mean(found[each]), each))  # of several that diverge the lowest
-        if best == rate:
+        lowest = min(found, key=lambda each: (_mean(found[each]), each))  # of several that diverge the lowest
+        if lowest == rate:
             return sorted(found.items())
-        rate = best
+        rate = lowest
 
 
 def best(found: Sequence[tuple[float, list[float]]]) -> tuple[float, list[float]]:
     """The rate with the lowest mean loss, and its losses."""
-    return min(found, key=lambda pair: mean(pair[1]))
+    return min(found, key=lambda pair: _mean(pair[1]))
 
 
-def mean(losses: Sequence[float]) -> float:
-    """Their mean; infinite where one of them is not finite."""
+def _mean(losses: Sequence[float]) -> float:
     return float(np.nan_to_num(np.mean(losses), nan=np.inf, posinf=np.inf))
