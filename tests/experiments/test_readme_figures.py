@@ -1,47 +1,16 @@
 """The figures in the README, in the documents and in the index of experiments are those of the results files."""
 
-import json
 import re
-from pathlib import Path
 
 import pytest
+from stored_results import ROOT, after, after_band, best_rates, rate_text, read, stored
 
 from fedmezo_jax.run.config import RunConfig
 
-ROOT = Path(__file__).parents[2]
 README, STUDIES, SCALING, PERFORMANCE, INDEX = (
     (ROOT / name).read_text(encoding="utf-8")
     for name in ("README.md", "docs/results.md", "docs/scaling.md", "docs/performance.md", "experiments/README.md")
 )
-
-
-def stored(name):
-    file = ROOT / "experiments" / "results" / f"{name}.json"
-    return json.loads(file.read_text(encoding="utf-8"))
-
-
-def read(name):
-    return stored(name)["rows"]
-
-
-def after(row):
-    return f"{row['loss_after']:.3f}"
-
-
-def after_band(row):
-    return f"{after(row)} ± {row['band_90']:.3f}"
-
-
-def best_rates(rows):
-    """Every method at the best rate of its sweep, which must lie inside the sweep."""
-    best = [row for row in rows if row.get("best")]
-    assert not any(row["at_an_end_of_the_sweep"] for row in best)
-    return [f"{after_band(row)} (η = {_rate(row['variant'].split(' = ')[-1])})" for row in best]
-
-
-def _rate(text):
-    mantissa, exponent = f"{float(text):e}".split("e")
-    return f"{float(mantissa):g}e{int(exponent)}" if int(exponent) < -2 else f"{float(text):g}"
 
 
 def single_client(rows):
@@ -64,7 +33,10 @@ def divergence(rows):
         if row["first_divergence"] is not None
     ]
     return [
-        *(f"{_rate(rate)}: {', '.join('none' if t is None else str(t) for t in each)}" for rate, each in first.items()),
+        *(
+            f"{rate_text(rate)}: {', '.join('none' if t is None else str(t) for t in each)}"
+            for rate, each in first.items()
+        ),
         f"before {sum(early)} of the {len(early)} divergences",
         f"in {sum(row['first_warning'] is not None for row in calm)} of the {len(calm)} runs without one",
     ]
@@ -238,94 +210,6 @@ def test_every_study_of_the_table_is_checked():
 @pytest.mark.parametrize("name", FIGURES)
 def test_a_study_s_figures_are_those_of_its_results(name):
     check(table()[name], FIGURES[name](read(name)))
-
-
-def test_learning_at_equal_compute_is_that_of_the_results():
-    rows = [row for row in read("estimators") if row["best"]]
-    section = STUDIES.split("\n## Learning at equal compute\n")[1].split("\n## ")[0]
-    lines = [line for line in section.splitlines() if line.startswith("| ")][1:]
-    for line, row, loss in zip(lines, rows, best_rates(rows), strict=True):
-        reached = "never" if row["compute_to_its_loss"] is None else f"{row['compute_to_its_loss']:.2f}"
-        label, drop = row["variant"].rpartition(", η = ")[0], f"{row['drop_over_its_drop']:.2f}"
-        assert line == f"| {label} | {row['rounds']} | {loss} | {drop} | {reached} | {row['numbers_up'] or '–'} |"
-    by_label = {row["variant"].rpartition(", η = ")[0]: row for row in rows}
-    for label, share in (("two-point, last 1", 27), ("two-point, last 2", 8), ("back-propagation, last 2", 46)):
-        assert round(1 / by_label[label]["compute_to_its_loss"]) == share
-    assert all(row["p_paired"] <= 2e-4 for label, row in by_label.items() if "last" in label)
-
-
-def attack_lines(rows, names):
-    """The lines of a table of attacks by rules of these names, and its rows by attack and rule."""
-    left = {}
-    for row in rows:
-        name = row["attack"] + (", rates by losses" if (row["attack"], row["rates"]) == ("none", "by losses") else "")
-        name += f", {row['liars']} of {row['clients']}" if row["liars"] and row["clients"] == 8 else ""
-        left.setdefault(name, {})[row["aggregation"]] = row
-    lines = [f"{name} | " + " | ".join(f"{of[rule]['drop_left']:.2f}" for rule in names) for name, of in left.items()]
-    return [f"| {line} |" for line in lines], left
-
-
-def test_what_attacks_leave_is_that_of_the_results():
-    section = STUDIES.split("\n## Clients that lie\n")[1].split("\n## ")[0]
-    lines = [line for line in section.splitlines() if line.startswith("|") and not line.startswith("|---")]
-    first, second = (i for i, line in enumerate(lines) if line.startswith("| attack |"))
-    assert lines[first] == lines[second]
-    rules = re.findall(r"`([\w-]+)`", lines[first])
-    of_ten, ten = attack_lines(read("attacks"), rules)
-    of_eight, eight = attack_lines(read("attacks_of_eight"), rules)
-    assert (lines[first + 1 : second], lines[second + 1 :]) == (of_ten, of_eight)
-    assert round(min(of["multi-krum"]["drop_left"] for of in ten.values()), 2) == 0.95
-    least = min(of["multi-krum"]["drop_left"] for of in eight.values())
-    assert f"leaves at least {least:.2f} of it with eight clients" in section
-    flipped = ten["sign flip"]["multi-krum"]
-    assert f"{100 * (1 - flipped['drop_left']):.1f} ± {100 * flipped['band_90']:.1f} %" in section
-
-
-def test_the_ceiling_of_few_layers_is_that_of_the_results():
-    section = STUDIES.split("\n## The ceiling of few layers\n")[1].split("\n## ")[0]
-    lines = [line for line in section.splitlines() if line.startswith("| ")][1:]
-    for line, row in zip(lines, read("ceiling"), strict=True):
-        assert not row["at_an_end_of_the_sweep"]
-        loss = f"{row['lowest_loss']:.3f} ± {row['band_90']:.3f} (η = {_rate(row['learning_rate'])})"
-        paired = "–" if row["p_paired"] is None else f"{row['p_paired']:.2g}"
-        assert line == f"| {row['trained']} | {loss} | {row['after_rounds']} | {paired} |"
-
-
-def test_what_privacy_costs_is_that_of_the_results():
-    section = STUDIES.split("\n## What privacy costs\n")[1].split("\n## ")[0]
-    lines = [line for line in section.splitlines() if line.startswith("| ")][1:]
-    rows = read("privacy_utility")
-
-    def with_band(row, name, form, unit=""):
-        scale = 100 if unit else 1
-        band = row[f"{name}_band_90"]
-        return f"{scale * row[name]:{form}}{'' if band is None else f' ± {scale * band:{form}}'}{unit}"
-
-    for line, row in zip(lines, rows, strict=True):
-        lost = "–" if row["epsilon"] is None else with_band(row, "drop_lost", ".1f", " %")
-        aucs = " | ".join(with_band(row, name, ".2f") for name in ("auc_adapter", "auc_ledger"))
-        epsilon = "∞" if row["epsilon"] is None else f"{row['epsilon']:g}"
-        expected = f"| {row['clients']:,} | {epsilon} | {row['seeds']} | {row['loss_after']:.3f} | {lost} | {aucs} |"
-        assert line == expected
-        assert row["auc_ledger"] == 1 if row["epsilon"] is None else row["auc_ledger"] <= 0.52
-
-
-def test_what_forgetting_leaves_is_that_of_the_results():
-    section = STUDIES.split("\n## Forgetting a client\n")[1].split("\n## ")[0]
-    lines = [line for line in section.splitlines() if line.startswith("| ")][1:]
-    rows = {(row["partition"], row["adapter"]): row for row in read("forgetting")}
-    compared = {key: row for key, row in rows.items() if key[1] != "never there"}
-    for line, ((partition, adapter), row) in zip(lines, compared.items(), strict=True):
-        gap, distance, auc = (
-            f"{row[key]:{form}} ± {row[f'{key}_band_90']:{form[-3:]}}"
-            for key, form in (("client_gap", "+.3f"), ("distance", ".2f"), ("auc", ".2f"))
-        )
-        assert line == f"| {partition} | {adapter} | {gap} | {distance} | {auc} |"
-    left_out = {partition: row for (partition, adapter), row in rows.items() if adapter == "left out in a replay"}
-    assert all(row["client_gap"] < -row["client_gap_band_90"] for row in left_out.values())
-    never = [row["seconds"] for (_, adapter), row in rows.items() if adapter == "never there"]
-    assert f"{left_out['iid']['seconds']:.1f} seconds" in section
-    assert f"took {min(never):.0f} to {max(never):.0f}" in section
 
 
 def test_every_result_of_the_readme_is_checked():

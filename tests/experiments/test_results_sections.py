@@ -1,0 +1,106 @@
+"""The tables in the sections of docs/results.md are those of the results files."""
+
+import re
+
+from stored_results import ROOT, best_rates, rate_text, read
+
+RESULTS = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+
+
+def section_of(title):
+    return RESULTS.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def tables_of(title):
+    """The lines of each table in a section, without its head."""
+    tables = re.findall(r"^\|.*\n\|---.*\n((?:\|.*\n)*)", section_of(title), re.MULTILINE)
+    return [table.splitlines() for table in tables]
+
+
+def test_learning_at_equal_compute_is_that_of_the_results():
+    rows = [row for row in read("estimators") if row["best"]]
+    [lines] = tables_of("Learning at equal compute")
+    for line, row, loss in zip(lines, rows, best_rates(rows), strict=True):
+        reached = "never" if row["compute_to_its_loss"] is None else f"{row['compute_to_its_loss']:.2f}"
+        label, drop = row["variant"].rpartition(", η = ")[0], f"{row['drop_over_its_drop']:.2f}"
+        assert line == f"| {label} | {row['rounds']} | {loss} | {drop} | {reached} | {row['numbers_up'] or '–'} |"
+    by_label = {row["variant"].rpartition(", η = ")[0]: row for row in rows}
+    for label, share in (("two-point, last 1", 27), ("two-point, last 2", 8), ("back-propagation, last 2", 46)):
+        assert round(1 / by_label[label]["compute_to_its_loss"]) == share
+    assert all(row["p_paired"] <= 2e-4 for label, row in by_label.items() if "last" in label)
+
+
+def attack_lines(rows, names):
+    """The lines of a table of attacks by rules of these names, and its rows by attack and rule."""
+    left = {}
+    for row in rows:
+        name = row["attack"] + (", rates by losses" if (row["attack"], row["rates"]) == ("none", "by losses") else "")
+        name += f", {row['liars']} of {row['clients']}" if row["liars"] and row["clients"] == 8 else ""
+        left.setdefault(name, {})[row["aggregation"]] = row
+    lines = [f"{name} | " + " | ".join(f"{of[rule]['drop_left']:.2f}" for rule in names) for name, of in left.items()]
+    return [f"| {line} |" for line in lines], left
+
+
+def test_what_attacks_leave_is_that_of_the_results():
+    section = section_of("Clients that lie")
+    heads = [line for line in section.splitlines() if line.startswith("| attack |")]
+    assert len(set(heads)) == 1
+    rules = re.findall(r"`([\w-]+)`", heads[0])
+    of_ten, ten = attack_lines(read("attacks"), rules)
+    of_eight, eight = attack_lines(read("attacks_of_eight"), rules)
+    assert tables_of("Clients that lie") == [of_ten, of_eight]
+    assert round(min(of["multi-krum"]["drop_left"] for of in ten.values()), 2) == 0.95
+    least = min(of["multi-krum"]["drop_left"] for of in eight.values())
+    assert f"leaves at least {least:.2f} of it with eight clients" in section
+    flipped = ten["sign flip"]["multi-krum"]
+    assert f"{100 * (1 - flipped['drop_left']):.1f} ± {100 * flipped['band_90']:.1f} %" in section
+
+
+def test_the_ceiling_of_few_layers_is_that_of_the_results():
+    [lines] = tables_of("The ceiling of few layers")
+    for line, row in zip(lines, read("ceiling"), strict=True):
+        assert not row["at_an_end_of_the_sweep"]
+        loss = f"{row['lowest_loss']:.3f} ± {row['band_90']:.3f} (η = {rate_text(row['learning_rate'])})"
+        paired = "–" if row["p_paired"] is None else f"{row['p_paired']:.2g}"
+        assert line == f"| {row['trained']} | {loss} | {row['after_rounds']} | {paired} |"
+
+
+def test_what_privacy_costs_is_that_of_the_results():
+    lines, shadow_lines = tables_of("What privacy costs")
+    rows, shadow_rows = read("privacy_utility"), read("shadow_models")
+
+    def with_band(row, name, form, unit=""):
+        scale = 100 if unit else 1
+        band = row[f"{name}_band_90"]
+        return f"{scale * row[name]:{form}}{'' if band is None else f' ± {scale * band:{form}}'}{unit}"
+
+    for line, row in zip(lines, rows, strict=True):
+        lost = "–" if row["epsilon"] is None else with_band(row, "drop_lost", ".1f", " %")
+        aucs = " | ".join(with_band(row, name, ".2f") for name in ("auc_adapter", "auc_ledger"))
+        epsilon = "∞" if row["epsilon"] is None else f"{row['epsilon']:g}"
+        expected = f"| {row['clients']:,} | {epsilon} | {row['seeds']} | {row['loss_after']:.3f} | {lost} | {aucs} |"
+        assert line == expected
+        assert row["auc_ledger"] == 1 if row["epsilon"] is None else row["auc_ledger"] <= 0.52
+    for line, row in zip(shadow_lines, shadow_rows, strict=True):
+        epsilon = "∞" if row["epsilon"] is None else f"{row['epsilon']:g}"
+        aucs = " | ".join(with_band(row, name, ".3f") for name in ("auc_threshold", "auc_shadow"))
+        assert line == f"| {epsilon} | {row['loss_after']:.3f} | {aucs} |"
+        assert row["auc_shadow"] + row["auc_shadow_band_90"] < 0.51
+
+
+def test_what_forgetting_leaves_is_that_of_the_results():
+    [lines] = tables_of("Forgetting a client")
+    rows = {(row["partition"], row["adapter"]): row for row in read("forgetting")}
+    compared = {key: row for key, row in rows.items() if key[1] != "never there"}
+    for line, ((partition, adapter), row) in zip(lines, compared.items(), strict=True):
+        gap, distance, auc = (
+            f"{row[key]:{form}} ± {row[f'{key}_band_90']:{form[-3:]}}"
+            for key, form in (("client_gap", "+.3f"), ("distance", ".2f"), ("auc", ".2f"))
+        )
+        assert line == f"| {partition} | {adapter} | {gap} | {distance} | {auc} |"
+    left_out = {partition: row for (partition, adapter), row in rows.items() if adapter == "left out in a replay"}
+    assert all(row["client_gap"] < -row["client_gap_band_90"] for row in left_out.values())
+    never = [row["seconds"] for (_, adapter), row in rows.items() if adapter == "never there"]
+    section = section_of("Forgetting a client")
+    assert f"{left_out['iid']['seconds']:.1f} seconds" in section
+    assert f"took {min(never):.0f} to {max(never):.0f}" in section
