@@ -78,7 +78,7 @@ class Setting(NamedTuple):
 def main(config: Config) -> None:
     """Times every setting, prints the table and writes the folder."""
     start = time.perf_counter()
-    settings = [_setting(text) for text in config.settings.split(",")]
+    settings = [parse_setting(text) for text in config.settings.split(",")]
     if config.repeats < 1:
         raise UserError(f"--repeats must be at least 1, not {config.repeats}")
     llama = named_shape(config.model)
@@ -289,10 +289,11 @@ def _labels(setting: Setting) -> int:
     return max(1, setting.length // 2)
 
 
-def _setting(text: str) -> Setting:
+def parse_setting(text: str) -> Setting:
+    """The sizes that an option gives as clients x batch x tokens x rank; ``UserError`` where it is anything else."""
     parts = text.split("x")
     if len(parts) != 4 or not all(part.isdecimal() and int(part) for part in parts):
-        raise UserError(f"--settings: {text!r} is not clients x batch x tokens x rank, like 8x1x128x8")
+        raise UserError(f"a setting is clients x batch x tokens x rank, like 8x1x128x8, not {text!r}")
     return Setting(*map(int, parts))
 
 

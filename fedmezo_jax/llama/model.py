@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from fedmezo_jax.core.mezo import Perturbation, shift_row
 from fedmezo_jax.data.packing import Layout
+from fedmezo_jax.llama import head
 from fedmezo_jax.llama.attention import causal_attention, layer_rope, layer_window, rotary_table, rotate
 from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.precision import Precision, Products, frozen_product, keep_in_loop, product, unfused
@@ -27,7 +28,6 @@ Lora: TypeAlias = dict[str, dict[str, jax.Array]]
 """``{"q_proj": {"A": [L, in, r], "B": [L, r, out]}, …}``, float32; ``{}`` is the base alone."""
 
 _INIT = nn.initializers.normal(0.02)
-_VOCABULARY_BLOCK = 4096
 
 
 class RMSNorm(nn.Module):
@@ -312,42 +312,21 @@ class Llama(nn.Module):
         return self.lm_head(x)
 
     def label_losses(self, hidden: jax.Array, labels: jax.Array) -> jax.Array:
-        """−log softmax(logits)[label] in nats, ``[R]`` float32, of labels ``[R]``, from residual streams ``[R, D]``."""
-        return self.label_scores(hidden, labels)[0]
+        """See :func:`head.label_losses`: ``[R]`` from residual streams ``[R, D]`` and labels ``[R]``."""
+        return head.label_losses(*self._at_head(hidden, labels))[: len(hidden)]
 
     def label_scores(self, hidden: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """:meth:`label_losses`, and whether each label is the most likely token, ``[R]`` bool.
+        """See :func:`head.label_scores`: both ``[R]`` from residual streams ``[R, D]`` and labels ``[R]``."""
+        losses, is_best = head.label_scores(*self._at_head(hidden, labels))
+        return losses[: len(hidden)], is_best[: len(hidden)]
 
-        The logits exist for one block of the vocabulary at a time, no wider than about an MLP's activations; the
-        blocks' maxima and sums are joined as they come (online softmax, arXiv 1805.02867).
-        """
-        count = hidden.shape[0]
-        rows, vocabulary = max(count, self.least_rows), self.config.vocab_size
-        labels = jnp.pad(labels, (0, rows - count))
-        x = self.norm(jnp.pad(hidden, [(0, rows - count), (0, 0)]))
+    def _at_head(self, hidden: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, bool, Precision]:
+        """What the head's functions take, with as many rows as its products need."""
+        missing = max(0, self.least_rows - len(hidden))
+        x = self.norm(jnp.pad(hidden, [(0, missing), (0, 0)]))
         tied = self.config.tie_word_embeddings
         table = self.embed_tokens.embedding if tied else self.variables["params"]["lm_head"]["kernel"]
-        blocks = -(-vocabulary // _VOCABULARY_BLOCK)
-        width = -(-vocabulary // blocks)
-
-        def join(carry, block):
-            largest, total, picked = carry
-            start = jnp.minimum(block * width, vocabulary - width)  # the last block may overlap the one before it
-            part = jax.lax.dynamic_slice_in_dim(*keep_in_loop(table, start), width, axis=0 if tied else 1)
-            logits = frozen_product(x, part.T if tied else part, Products(self.precision))
-            place = labels - start
-            own = jnp.take_along_axis(logits, jnp.clip(place, 0, width - 1)[:, None], axis=1)[:, 0]
-            picked = jnp.where((place >= 0) & (place < width), own, picked)
-            if vocabulary % width:
-                logits = jnp.where(start + jnp.arange(width) >= block * width, logits, -jnp.inf)
-            higher = jnp.maximum(largest, jnp.max(logits, axis=1))
-            total = total * jnp.exp(largest - higher) + jnp.sum(jnp.exp(logits - higher[:, None]), axis=1)
-            return (higher, total, picked), None
-
-        join = jax.checkpoint(join, prevent_cse=False) if self.checkpointed else join
-        start = (jnp.full(rows, -jnp.inf), jnp.zeros(rows), jnp.zeros(rows))
-        (largest, total, picked), _ = jax.lax.scan(join, start, jnp.arange(blocks))
-        return (largest + jnp.log(total) - picked)[:count], (picked == largest)[:count]
+        return x, table, jnp.pad(labels, (0, missing)), tied, self.precision
 
     def __call__(self, tokens: jax.Array, lora: Lora) -> jax.Array:
         """Logits ``[B, S, V]`` float32 of every position."""

@@ -22,7 +22,7 @@ from fedmezo_jax.core.federated import RoundReport
 
 FIRST_MOVE = 2e-3
 """Root mean square of the first local step's change, over the entries of θ."""
-STEPS = {2.0: 1.4, 1.0: 1.1, 0.25: 0.7, 0.0: 0.5}
+STEPS = {2.0: 1.4, 1.0: 1.05, 0.25: 0.5, 0.0: 0.35}
 """How much of an update the server may take, and by what the rate is multiplied then."""
 VALIDATION = 32
 """Training examples that the server keeps for its validation loss."""

@@ -241,6 +241,17 @@ def test_the_times_of_a_round_are_those_of_the_results(row):
     assert cells == expected
 
 
+def test_the_cost_of_directions_is_that_of_the_results():
+    section = PERFORMANCE.split("\n## Directions\n")[1].split("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("| ")][1:]
+    rows = [("all", row) for row in read("directions")] + [("last 6", row) for row in read("directions_last6")]
+    for line, (layers, row) in zip(lines, rows, strict=True):
+        cost = f"{row['seconds']:.2f} | {row['in_forward_passes']:.1f} | {row['over_two_point']:.2f}"
+        named = f"{layers} | `{row['estimator']}` | {row['directions']}"
+        assert line == f"| {named} | {cost} | {row['temporary_bytes'] / 2**20:.1f} |"
+        assert row["estimator"] == "two-point" or row["directions"] == 1 or row["over_two_point"] <= 0.55
+
+
 def test_the_minutes_of_the_index_are_those_of_the_results():
     rows = re.findall(
         r"^\| `python -m experiments\.(?:studies|benchmarks)\.(\w+).*\| ([\d.]+) \|$", INDEX, re.MULTILINE

@@ -70,7 +70,7 @@ def test_operations_are_those_of_the_products():
 @pytest.mark.parametrize("text", ["8x1x128", "8x1x128x0", "8x1xax8", ""])
 def test_a_setting_must_have_four_numbers(text):
     with pytest.raises(UserError, match="clients x batch x tokens x rank"):
-        step._setting(text)
+        step.parse_setting(text)
 
 
 def test_clients_in_blocks_take_no_more_memory(model, tmp_path, monkeypatch):

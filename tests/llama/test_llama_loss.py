@@ -12,7 +12,7 @@ from llama_cases import golden, load, random_lora, random_rows
 
 from fedmezo_jax.core import mezo
 from fedmezo_jax.data.examples import TokenBatch
-from fedmezo_jax.llama import model as model_module
+from fedmezo_jax.llama import head
 from fedmezo_jax.llama.loss import loss_of, loss_sums, pair_loss_of
 from fedmezo_jax.llama.model import Llama
 from fedmezo_jax.llama.precision import PAIR, Products, frozen_product
@@ -34,7 +34,7 @@ def cross_entropy(logits, rows):
 
 @pytest.mark.parametrize(("case", "width"), [(CASES[0], 61), (CASES[0], 23), (CASES[1], 8), (CASES[1], 1)])
 def test_loss_is_the_mean_cross_entropy_of_the_labels(case, width, monkeypatch):
-    monkeypatch.setattr(model_module, "_VOCABULARY_BLOCK", width)  # 61 tokens: one block, blocks that overlap, single
+    monkeypatch.setattr(head, "_BLOCK", width)  # 61 tokens: one block, blocks that overlap, single
     config, base = load(case)
     model, lora, rows = Llama(config, SCALE), random_lora(config, ("q_proj", "up_proj")), random_rows(3)
     logits = jax.jit(model.apply)({"params": base}, rows.tokens, lora)
@@ -56,7 +56,7 @@ def test_sums_over_parts_of_a_batch_add_up():
 
 def test_full_logits_never_exist(monkeypatch):
     config, base = load(CASES[0])
-    monkeypatch.setattr(model_module, "_VOCABULARY_BLOCK", 16)
+    monkeypatch.setattr(head, "_BLOCK", 16)
     model, lora, rows = Llama(config), random_lora(config, ("q_proj",)), random_rows(3, labels=5)
     for function in (loss_of(model, base), jax.grad(loss_of(model.clone(checkpointed=True), base))):
         text = str(jax.make_jaxpr(function)(lora, rows))

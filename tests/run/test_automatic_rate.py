@@ -60,7 +60,7 @@ def test_rates_are_rounded_to_float32_as_the_ledger_holds_them():
     for step in (2.0, 1.0, 0.25, 0.0):
         rate = next_rate(rate, step)
         assert rate.dtype == np.float32
-    assert float(rate) == pytest.approx(0.1 * 1.4 * 1.1 * 0.7 * 0.5)
+    assert float(rate) == pytest.approx(0.1 * 1.4 * 1.05 * 0.5 * 0.35)
 
 
 def report_of(gradients):

@@ -20,7 +20,7 @@ from fedmezo_jax.run import ledger, rounds, run_folder
 from fedmezo_jax.run.loop import RunResult, train
 
 ROUNDS = 6
-FACTORS = {2.0: 1.4, 1.0: 1.1, 0.25: 0.7, 0.0: 0.5}
+FACTORS = {2.0: 1.4, 1.0: 1.05, 0.25: 0.5, 0.0: 0.35}
 """The rule as the documents state it: what the server may take, and what the rate is multiplied by then."""
 SCRIPT = [  # validation losses of a round: without the update, after all of it, after twice or a quarter of it
     (1.0, 2.0, 3.0),

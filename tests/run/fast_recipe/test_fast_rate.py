@@ -104,7 +104,7 @@ def test_theta_moves_by_as_much_of_the_update_as_was_taken(config, scripted):
     for entry, before, after in zip(scripted.entries, scripted.states[:-1], scripted.thetas, strict=True):
         whole = whole_update(before, entry, config)
         for old, all_of_it, new in zip(*map(jax.tree.leaves, (before, whole, after)), strict=True):
-            assert np.abs(all_of_it - old).max() > 1e-3
+            assert np.abs(all_of_it - old).max() > 5e-4
             np.testing.assert_allclose(new, old + entry.step * (all_of_it - old), rtol=0, atol=2e-6)
         if not entry.step:
             assert largest_difference(before, after) is None
@@ -121,7 +121,7 @@ def test_a_round_in_which_all_clients_diverge_is_not_taken(lost):
     assert (first.step > 0, second.step, second.attempt) == (True, 0.0, 0)
     assert not second.weights.any()
     assert largest_difference(*lost.thetas[:2]) is None
-    np.testing.assert_array_equal(third.learning_rates, second.learning_rates / 2)
+    np.testing.assert_array_equal(third.learning_rates, second.learning_rates * np.float32(FACTORS[0.0]))
     assert third.step > 0
     assert lost.result.metrics[1]["train_loss"] is None
 
