@@ -112,6 +112,10 @@ class Config(runner.Config):
     """clients and liars among them, e.g. 8:1,8:2,10:2; by default the preset's"""
     own_directions: tyro.conf.FlagCreatePairsOff[bool] = False
     """each client draws its own directions"""
+    rules: tuple[Aggregation, ...] = RULES
+    """rules of aggregation, mean among them"""
+    attacks: tuple[str, ...] = tuple(LIES)
+    """attacks, by their names in the table"""
 
 
 def main(config: Config) -> None:
@@ -119,14 +123,18 @@ def main(config: Config) -> None:
     preset = PRESETS[config.preset]
     settings = preset.settings if config.settings is None else _settings(config.settings)
     base = replace(runner.changed(config, preset.run), directions_shared=not config.own_directions)
+    if "mean" not in config.rules:
+        raise UserError("--rules must have mean, which the others are compared with")
+    if unknown := set(config.attacks) - set(LIES):
+        raise UserError(f"--attacks must be of {', '.join(map(repr, LIES))}, not {min(unknown)!r}")
     out = config.out or Path("runs") / f"attacks-{config.preset}"
     points = [
         {"attack": attack, "liars": liars, "run": asdict(run)}
         for clients in dict.fromkeys(clients for clients, _ in settings)
         for seed in range(config.seed, config.seed + (config.num_seeds or preset.num_seeds))
         for personalised in (False, True)
-        for attack, liars in _attacks(settings, clients, personalised, base.directions_shared)
-        for run in _runs(base, clients, seed, personalised)
+        for attack, liars in _attacks(config.attacks, settings, clients, personalised, base.directions_shared)
+        for run in _runs(base, config.rules, clients, seed, personalised)
     ]
     found, seconds = result_cache.measure(out / "points", points, lambda point: _final_losses(**point))
     table = conclude(points, found)
@@ -146,19 +154,26 @@ def _settings(text: str) -> list[tuple[int, int]]:
 
 
 def _attacks(
-    settings: Sequence[tuple[int, int]], clients: int, personalised: bool, directions_shared: bool
+    attacks: Sequence[str],
+    settings: Sequence[tuple[int, int]],
+    clients: int,
+    personalised: bool,
+    directions_shared: bool,
 ) -> list[tuple[str, int]]:
     """(attack, liars) for so many clients; lies about losses are told where learning rates go by them."""
-    names = [name for name in LIES if (name == LYING_LOSSES) == personalised]
+    names = [name for name in attacks if (name == LYING_LOSSES) == personalised]
     if not directions_shared:  # another client's numbers say nothing about one's own directions
         names = [name for name in names if name not in (A_LITTLE, INNER_PRODUCT)]
-    return [(NO_ATTACK, 0), *((name, liars) for n, liars in settings if n == clients for name in names)]
+    clean = [(NO_ATTACK, 0)] if names else []
+    return clean + [(name, liars) for n, liars in settings if n == clients for name in names]
 
 
-def _runs(base: RunConfig, clients: int, seed: int, personalised: bool) -> list[RunConfig]:
+def _runs(
+    base: RunConfig, rules: Sequence[Aggregation], clients: int, seed: int, personalised: bool
+) -> list[RunConfig]:
     """A run for each rule. Where losses matter, they set the learning rates and decide whether a round counts."""
     by_losses = {"personalize": "round-wise", "on_divergence": "rollback"} if personalised else {}
-    return [replace(base, clients=clients, seed=seed, aggregation=rule, **by_losses) for rule in RULES]
+    return [replace(base, clients=clients, seed=seed, aggregation=rule, **by_losses) for rule in rules]
 
 
 @lru_cache(maxsize=1)
@@ -278,18 +293,19 @@ def plot(file: Path, table: Sequence[Mapping[str, Any]]) -> None:
         1, len(settings), figsize=(2 + 3.6 * len(settings), 4), sharey=True, squeeze=False
     )
     attacks = list(dict.fromkeys(row["attack"] for row in table))
+    rules = list(dict.fromkeys(row["aggregation"] for row in table))
     for axes, (clients, liars) in zip(all_axes[0], settings, strict=True):
         left = {
             (row["attack"], row["aggregation"]): row["drop_left"]
             for row in reversed(table)
             if row["clients"] == clients and row["liars"] in (0, liars)
         }
-        shares = [[left.get((attack, rule)) for rule in RULES] for attack in attacks]
+        shares = [[left.get((attack, rule)) for rule in rules] for attack in attacks]
         values = np.array([[-np.inf if share is None else share for share in row] for row in shares])
         axes.imshow(np.clip(values, 0, 1), cmap="RdYlGn", vmin=0, vmax=1.2, aspect="auto")
         for (i, j), value in np.ndenumerate(values):
             axes.text(j, i, f"{value:.2f}" if value > -10 else "↓", ha="center", va="center", fontsize="x-small")
-        axes.set_xticks(range(len(RULES)), RULES, rotation=60, ha="right", fontsize="small")
+        axes.set_xticks(range(len(rules)), rules, rotation=60, ha="right", fontsize="small")
         axes.set_yticks(range(len(attacks)), attacks, fontsize="small")
         axes.set_title(f"{liars} of {clients} clients lie", fontsize="medium")
     figure.suptitle("share of the clean loss drop that is left (1 is all, ↓ below −10)", fontsize="medium")

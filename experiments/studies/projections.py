@@ -16,7 +16,7 @@ from experiments import _cli
 from experiments.studies import estimators, runner
 
 _FORWARD = {"estimator": "forward-gradient", "distribution": "rademacher", "directions": 10}
-_RATES = (1e-2, 2e-2, 4e-2, 8e-2)
+_RATES = (1e-2, 2e-2, 4e-2, 8e-2, 1.6e-1)
 TARGETS = {
     "q and v": "q_proj,v_proj",
     "all of attention": "q_proj,k_proj,v_proj,o_proj",
@@ -39,9 +39,12 @@ def methods(last: int, few: int, scale: float) -> estimators.Methods:
         fields = {"layers": f"last:{few}", "targets": TARGETS[label]}
         table[f"{label}, last {few}"] = ({**_FORWARD, **fields}, _RATES)
         table[f"two-point, {label}, last {few}"] = (fields, (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2))
-        rates = (3e-2, 1e-1, 2e-1, 4e-1)
+        rates = (3e-2, 1e-1, 2e-1, 4e-1, 8e-1, 1.6)
         table[f"back-propagation, {label}, last {few}"] = ({"algorithm": "fedavg", **fields}, rates)
-    table["up and down, all layers"] = ({**_FORWARD, "targets": TARGETS["up and down"]}, (2e-3, 5e-3, 1e-2, 2e-2))
+    table["up and down, all layers"] = (
+        {**_FORWARD, "targets": TARGETS["up and down"]},
+        (2e-3, 5e-3, 1e-2, 2e-2, 4e-2, 8e-2),
+    )
     return {label: (fields, [rate * scale for rate in rates]) for label, (fields, rates) in table.items()}
 
 

@@ -15,7 +15,7 @@ from fedmezo_jax.core.mezo import Params
 from fedmezo_jax.core.robust_rules import RULES, Rule
 
 Aggregation: TypeAlias = Literal[
-    "mean", "norm-clip", "median", "trimmed-mean", "krum", "multi-krum", "geometric-median"
+    "mean", "norm-clip", "median", "trimmed-mean", "krum", "multi-krum", "polar-krum", "geometric-median"
 ]
 
 

@@ -6,7 +6,8 @@ all clients count alike. ``liars`` is f, how many of the K may lie; rules that n
 The rows must mean the same for all clients. Updates θ_i − θ do. Coefficients do where directions are shared: client i's
 update is then −Σ_k c_ik·z_k, and the squared length of Σ_k a_k·z_k is D·‖a‖², up to a relative error of about √(m/D)
 for m directions z_k of D entries. So the distances between coefficients are those between updates, divided by √D, and
-the rules that go by distances choose the same clients. The median and the trimmed mean go by axes: along directions
+the rules that go by distances choose the same clients. So does the rule that goes by angles and ratios of lengths,
+which scale out. The median and the trimmed mean go by axes: along directions
 they are other rules than along the entries of θ.
 """
 
@@ -43,8 +44,18 @@ def krum(vectors: np.ndarray, liars: int) -> np.ndarray:
 
 def multi_krum(vectors: np.ndarray, liars: int) -> np.ndarray:
     """The mean of the K − f vectors with the best scores of :func:`krum`."""
-    best = np.argsort(_krum_scores(vectors, liars), kind="stable")[: len(vectors) - liars]
-    return np.mean(vectors[np.sort(best)], axis=0)
+    return _mean_of_best(vectors, _krum_scores(vectors, liars), liars)
+
+
+def polar_krum(vectors: np.ndarray, liars: int) -> np.ndarray:
+    """:func:`multi_krum` by angles and ratios of lengths, so that honest clients with long vectors are not mistaken.
+
+    Its squared distance is ‖a/‖a‖ − b/‖b‖‖² + log²(‖a‖/‖b‖). By plain distances long vectors lie far from all others,
+    whatever way they point, and are left out before a vector of usual length that points the wrong way.
+    """
+    lengths = np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.finfo(np.float64).tiny)
+    polar = np.hstack([vectors / lengths, np.log(lengths)])
+    return _mean_of_best(vectors, _krum_scores(polar, liars), liars)
 
 
 def geometric_median(vectors: np.ndarray, liars: int) -> np.ndarray:
@@ -63,6 +74,12 @@ def geometric_median(vectors: np.ndarray, liars: int) -> np.ndarray:
     return point
 
 
+def _mean_of_best(vectors: np.ndarray, scores: np.ndarray, liars: int) -> np.ndarray:
+    """The mean of the K − f vectors with the lowest scores."""
+    best = np.argsort(scores, kind="stable")[: len(vectors) - liars]
+    return np.mean(vectors[np.sort(best)], axis=0)
+
+
 def _krum_scores(vectors: np.ndarray, liars: int) -> np.ndarray:
     """``[K]`` sums of the squared distances to the K − f − 2 nearest others, or to the nearest if that is none."""
     squared = np.array([np.sum((vectors - vector) ** 2, axis=1) for vector in vectors])
@@ -75,6 +92,7 @@ RULES: Mapping[str, Rule] = {
     "trimmed-mean": trimmed_mean,
     "krum": krum,
     "multi-krum": multi_krum,
+    "polar-krum": polar_krum,
     "geometric-median": geometric_median,
 }
 """By their name on the command line."""

@@ -71,7 +71,7 @@ class RunConfig(
                 "give --estimator forward-gradient, or leave it out"
             )
         liars = int(self.byzantine_share * self.participants)
-        if self.aggregation in ("krum", "multi-krum") and self.participants < 2 * liars + 3:
+        if self.aggregation in ("krum", "multi-krum", "polar-krum") and self.participants < 2 * liars + 3:
             raise UserError(
                 f"--aggregation {self.aggregation} takes at least 2f + 3 clients a round, of which f lie: lower "
                 f"--byzantine-share {self.byzantine_share:g} for {self.participants}"

@@ -211,8 +211,8 @@ class ServerConfig(Options):
     """how the server combines the clients' updates: their mean; their mean with none longer than the median; or a
     robust rule, which clients that lie cannot move far"""
     byzantine_share: float = 0.25
-    """share of a round's clients that may lie, rounded down to whole clients: what trimmed-mean, krum and multi-krum
-    withstand"""
+    """share of a round's clients that may lie, rounded down to whole clients: what trimmed-mean, krum, multi-krum and
+    polar-krum withstand"""
     uplink: Literal["coefficients", "lora"] | None = None
     """what a client sends: its projected gradients, from which the server reconstructs its update, or its LoRA; by
     default the former, and the LoRA with fedavg, which has none"""

@@ -14,7 +14,7 @@ from fedmezo_jax.core.robust_rules import RULES
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.run.config import RunConfig
 
-BY_DISTANCE = ("krum", "multi-krum", "geometric-median")
+BY_DISTANCE = ("krum", "multi-krum", "polar-krum", "geometric-median")
 
 
 def vectors(clients, width=12, seed=0):
@@ -84,6 +84,23 @@ def test_rules_by_distance_are_the_same_along_shared_directions_and_over_theta(n
     whole = np.concatenate([found["a"], found["b"].ravel()])
     tolerance = 1e-5 if name != "geometric-median" else np.sqrt(6 / 40_000)
     assert np.linalg.norm(whole - expected) <= tolerance * np.linalg.norm(expected)
+
+
+def test_polar_krum_finds_flipped_signs_among_honest_vectors_of_any_length():
+    """Two of ten point the other way and are of usual length; two honest ones are three times as long."""
+    rows = 1 + 0.7 * vectors(10, 40)
+    rows[:2] *= 3
+    rows[-2:] *= -1
+    np.testing.assert_allclose(RULES["polar-krum"](rows, 2), rows[:-2].mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(RULES["multi-krum"](rows, 2), rows[2:].mean(axis=0), rtol=1e-12)
+
+
+@pytest.mark.parametrize("length", [0.0, 1e-6, 0.02, 50.0, 1e6, 1e100])
+def test_polar_krum_leaves_out_vectors_of_another_length(length):
+    """Even where they point the honest way."""
+    rows = 1 + 0.7 * vectors(10, 40)
+    rows[-2:] = length
+    np.testing.assert_allclose(RULES["polar-krum"](rows, 2), rows[:-2].mean(axis=0), rtol=1e-12)
 
 
 START = {"w": np.linspace(-1, 1, 6, dtype=np.float32), "m": np.ones((2, 5), np.float32)}

@@ -9,6 +9,7 @@ import pytest
 from experiments import _cli
 from experiments.studies import attacks
 from fedmezo_jax.core.federated import RoundReport
+from fedmezo_jax.errors import UserError
 
 DRAW = np.random.default_rng(0)
 GRADIENTS = DRAW.standard_normal((8, 3, 2)).astype(np.float32)
@@ -44,18 +45,16 @@ def test_what_liars_say_by_hand():
 
 
 def test_the_study_finds_a_rule_that_withstands_the_noise_and_runs_nothing_twice(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        sys, "argv", ["attacks", "--preset", "smoke", "--num-seeds", "1", "--out", str(tmp_path / "out")]
-    )
-    kinds = {name: attacks.LIES[name] for name in ("noise × 100", attacks.LABEL_FLIP, attacks.LYING_LOSSES)}
-    monkeypatch.setattr(attacks, "LIES", kinds)
+    chosen = ["noise × 100", attacks.LABEL_FLIP, attacks.LYING_LOSSES]
+    options = ["--preset", "smoke", "--num-seeds", "1", "--out", str(tmp_path / "out"), "--attacks", *chosen]
+    monkeypatch.setattr(sys, "argv", ["attacks", *options])
     _cli.run(attacks.main, attacks.Config, attacks.__doc__)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     loss = {(row["attack"], row["rates"], row["aggregation"]): row["loss_after"] for row in results["rows"]}
     assert len(loss) == (1 + 2 + 1 + 1) * len(attacks.RULES)
     clean = loss[attacks.NO_ATTACK, "the same", "mean"]
     assert loss["noise × 100", "the same", "mean"] > clean + 1
-    for rule in ("median", "trimmed-mean", "krum", "multi-krum", "geometric-median"):
+    for rule in ("median", "trimmed-mean", "krum", "multi-krum", "polar-krum", "geometric-median"):
         assert abs(loss["noise × 100", "the same", rule] - clean) < 0.1
     assert loss[attacks.LABEL_FLIP, "the same", "mean"] != clean
     assert (tmp_path / "out" / "attacks.png").read_bytes()[:4] == b"\x89PNG"
@@ -64,16 +63,25 @@ def test_the_study_finds_a_rule_that_withstands_the_noise_and_runs_nothing_twice
     assert json.loads((tmp_path / "out" / "results.json").read_text())["rows"] == results["rows"]
 
 
-def test_with_own_directions_the_rules_act_on_rebuilt_parameters(tmp_path, monkeypatch):
-    monkeypatch.setattr(attacks, "RULES", ("mean", "norm-clip", "geometric-median"))
-    monkeypatch.setattr(attacks, "LIES", {name: attacks.LIES[name] for name in ("noise × 100", attacks.A_LITTLE)})
-    out = tmp_path / "out"
-    attacks.main(attacks.Config("smoke", num_seeds=1, own_directions=True, out=out))
+def test_with_own_directions_the_rules_act_on_rebuilt_parameters(tmp_path):
+    out, rules, kinds = tmp_path / "out", ("mean", "norm-clip", "geometric-median"), ("noise × 100", attacks.A_LITTLE)
+    attacks.main(attacks.Config("smoke", num_seeds=1, own_directions=True, out=out, rules=rules, attacks=kinds))
     rows = json.loads((out / "results.json").read_text())["rows"]
     assert {row["directions"] for row in rows} == {"own"}
     loss = {(row["attack"], row["aggregation"]): row["loss_after"] for row in rows if row["rates"] == "the same"}
-    assert {attack for attack, _ in loss} == {attacks.NO_ATTACK, "noise × 100"}
+    assert set(loss) == {(attack, rule) for attack in (attacks.NO_ATTACK, "noise × 100") for rule in rules}
+    assert {row["rates"] for row in rows} == {"the same"}  # no lies about losses were asked for
     clean = loss[attacks.NO_ATTACK, "mean"]
     assert loss["noise × 100", "mean"] > clean + 0.5
     for rule in ("norm-clip", "geometric-median"):
         assert abs(loss["noise × 100", rule] - clean) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [({"rules": ("krum",)}, "--rules must have mean"), ({"attacks": ("sign flop",)}, "--attacks .* not 'sign flop'")],
+)
+def test_rules_without_the_mean_and_unknown_attacks_are_refused(options, named, tmp_path):
+    with pytest.raises(UserError, match=named):
+        attacks.main(attacks.Config("smoke", out=tmp_path / "out", **options))
+    assert not (tmp_path / "out").exists()
