@@ -208,20 +208,19 @@ def run(
     Returns:
         The folder and the outcomes.
     """
-    start = time.perf_counter()
     preset = presets[config.preset]
     out = config.out or Path("runs") / f"{name}-{config.preset}"
     base = changed(config, preset.run)
     seeds = range(config.seed, config.seed + (config.num_seeds or preset.num_seeds))
     plan = {label: [replace(base, **fields, seed=seed) for seed in seeds] for label, fields in preset.variants.items()}
-    curves = _finish([one for runs in plan.values() for one in runs], preset.eval_every, out / "finished")
+    runs = [one for runs in plan.values() for one in runs]
+    curves, seconds = _finish(runs, preset.eval_every, out / "finished")
     outcomes = [Outcome(label, runs[0], [curves[one] for one in runs]) for label, runs in plan.items()]
     write_json(
         out / "curves.json",
         {"curves": [{"variant": one.label, **curve._asdict()} for one in outcomes for curve in one.curves]},
     )
     table = conclude(outcomes) if conclude else rows(outcomes, QUESTIONS[name].by_variant)
-    seconds = time.perf_counter() - start
     _cli.write_folder(replace(config, out=out), table, seconds, run=asdict(base))
     plot(out / f"{name}.png", title, outcomes)
     _cli.print_table(title, table)
@@ -280,11 +279,16 @@ def draw(axes: Any, x: Sequence[float] | np.ndarray, values: np.ndarray, label: 
         axes.fill_between(x, mean - width, mean + width, color=line.get_color(), alpha=0.15, linewidth=0)
 
 
-def _finish(runs: Sequence[RunConfig], eval_every: int, folder: Path) -> dict[RunConfig, Curve]:
-    """The curves of all runs: those in ``folder`` are read; the others run together and are stored."""
+def _finish(runs: Sequence[RunConfig], eval_every: int, folder: Path) -> tuple[dict[RunConfig, Curve], float]:
+    """The curves of all runs, and the seconds spent on them, in this run of the study or an earlier one.
+
+    Those in ``folder`` are read; the others run together and are stored.
+    """
     cache = ResultCache(folder)
     points = {config: {"run": asdict(config), "eval_every": eval_every} for config in runs}
-    finished = {config: Curve(**stored["found"]) for config, point in points.items() if (stored := cache.load(point))}
+    stored = {config: found for config, point in points.items() if (found := cache.load(point))}
+    finished = {config: Curve(**found["found"]) for config, found in stored.items()}
+    total = sum(found["seconds"] for found in stored.values())
     groups: dict[RunConfig, list[RunConfig]] = {}
     for config in points:
         if config not in finished:
@@ -297,11 +301,12 @@ def _finish(runs: Sequence[RunConfig], eval_every: int, folder: Path) -> dict[Ru
             for batch in (group[i::parts] for i in range(parts)):
                 size, start = len(batch), time.perf_counter()
                 curves = sweep(_prepare(batch), eval_every, lambda t, size=size: bar.advance(task, size))
-                seconds = (time.perf_counter() - start) / size
+                seconds = time.perf_counter() - start
+                total += seconds
                 for config, curve in zip(batch, curves, strict=True):
-                    cache.store(points[config], curve._asdict(), seconds)
+                    cache.store(points[config], curve._asdict(), seconds / size)
                     finished[config] = curve
-    return finished
+    return finished, total
 
 
 def _prepare(runs: Sequence[RunConfig]) -> list[RunContext]:

@@ -54,6 +54,7 @@ def test_a_study_runs_and_is_not_run_twice(tmp_path, monkeypatch, capsys):
     assert run(monkeypatch, *given) == 0
     again = json.loads((tmp_path / "out" / "results.json").read_text())
     assert again["rows"] == results["rows"]
+    assert again["seconds"] == pytest.approx(results["seconds"])
     # What is not finished is run, and nothing else.
     asked = []
 
@@ -72,7 +73,8 @@ def test_runs_are_kept_by_all_their_settings(tmp_path):
     points = {run: {"run": asdict(run), "eval_every": 2} for run in (runner.SMOKE, runner.SMALL)}
     for run_config, point in points.items():
         kept.store(point, curve._replace(seconds_per_round=float(run_config.rounds))._asdict(), 1.0)
-    found = runner._finish([runner.SMALL, runner.SMOKE], 2, tmp_path / "finished")
+    found, seconds = runner._finish([runner.SMALL, runner.SMOKE], 2, tmp_path / "finished")
+    assert seconds == 2.0
     assert found == {run: curve._replace(seconds_per_round=float(run.rounds)) for run in points}
     assert kept.load(points[runner.SMOKE] | {"eval_every": 1}) is None
 
