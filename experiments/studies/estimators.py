@@ -137,7 +137,7 @@ def plot(path: str, chosen: Mapping[str, runner.Outcome], decoder: Decoder) -> N
     """Plots the test loss of each method at its best rate over the compute."""
     from matplotlib import colormaps
 
-    figure, axes = _plots.subplots(figsize=(8, 4.8))
+    figure, axes = _plots.subplots(figsize=(11, 5.5))
     axes.set_prop_cycle(color=[colormaps["tab20"](i) for i in range(20)])  # more methods than the usual ten colours
     whole = compute(chosen[PAPER_METHOD].config, decoder)
     for label, outcome in chosen.items():
@@ -145,9 +145,10 @@ def plot(path: str, chosen: Mapping[str, runner.Outcome], decoder: Decoder) -> N
         share = compute(outcome.config, decoder) / whole
         values = np.array([curve.test_loss for curve in outcome.curves])
         runner.draw(axes, rounds / rounds[-1] * share, values, f"{label}, η = {outcome.config.learning_rate:g}")
-    axes.set(xlabel="compute / compute of the paper's method", ylabel="test loss (nats/token)")
+    top = 1.1 * max(outcome.curves[0].test_loss[0] for outcome in chosen.values())  # a first step may go far beyond
+    axes.set(xlabel="compute / compute of the paper's method", ylabel="test loss (nats/token)", ylim=(None, top))
     axes.grid(alpha=0.3)
-    _plots.legend(figure, axes, columns=2)
+    figure.legend(loc="outside right upper", fontsize="small")
     _plots.save(figure, path, dpi=100)
 
 

@@ -34,7 +34,8 @@ def methods(last: int, few: int, scale: float) -> estimators.Methods:
         estimators.PAPER_METHOD: ({}, (3e-4, 7e-4, 1e-3, 2e-3))
     }
     for label, targets in TARGETS.items():
-        table[f"{label}, last {last}"] = ({**_FORWARD, "layers": f"last:{last}", "targets": targets}, _RATES)
+        rates = (*_RATES, 3.2e-1) if label in ("up", "down") else _RATES
+        table[f"{label}, last {last}"] = ({**_FORWARD, "layers": f"last:{last}", "targets": targets}, rates)
     for label in ("q and v", "up and down"):
         fields = {"layers": f"last:{few}", "targets": TARGETS[label]}
         table[f"{label}, last {few}"] = ({**_FORWARD, **fields}, _RATES)

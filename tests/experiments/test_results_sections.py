@@ -17,17 +17,37 @@ def tables_of(title):
     return [table.splitlines() for table in tables]
 
 
-def test_learning_at_equal_compute_is_that_of_the_results():
-    rows = [row for row in read("estimators") if row["best"]]
-    [lines] = tables_of("Learning at equal compute")
-    for line, row, loss in zip(lines, rows, best_rates(rows), strict=True):
+def equal_compute_lines(rows):
+    """The lines of a table of methods at equal compute, and its rows by method."""
+    by_label, lines = {}, []
+    for row, loss in zip(rows, best_rates(rows), strict=True):
         reached = "never" if row["compute_to_its_loss"] is None else f"{row['compute_to_its_loss']:.2f}"
         label, drop = row["variant"].rpartition(", η = ")[0], f"{row['drop_over_its_drop']:.2f}"
-        assert line == f"| {label} | {row['rounds']} | {loss} | {drop} | {reached} | {row['numbers_up'] or '–'} |"
-    by_label = {row["variant"].rpartition(", η = ")[0]: row for row in rows}
+        lines.append(f"| {label} | {row['rounds']} | {loss} | {drop} | {reached} | {row['numbers_up'] or '–'} |")
+        by_label[label] = row
+    return lines, by_label
+
+
+def test_learning_at_equal_compute_is_that_of_the_results():
+    lines, by_label = equal_compute_lines([row for row in read("estimators") if row["best"]])
+    assert tables_of("Learning at equal compute") == [lines]
     for label, share in (("two-point, last 1", 27), ("two-point, last 2", 8), ("back-propagation, last 2", 46)):
         assert round(1 / by_label[label]["compute_to_its_loss"]) == share
     assert all(row["p_paired"] <= 2e-4 for label, row in by_label.items() if "last" in label)
+
+
+def test_the_table_of_projections_is_that_of_the_results():
+    lines, by_label = equal_compute_lines([row for row in read("projections") if row["best"]])
+    assert tables_of("Which projections")[1] == lines
+    section, best = section_of("Which projections"), by_label["up and down, last 1"]
+    assert f"{best['drop_over_its_drop']:.1f} times as far as the paper's method** (paired p = 6e-4)" in section
+    assert round(best["p_paired"], 4) == 6e-4
+    assert f"it is {by_label['q and v, last 2']['drop_over_its_drop']:.1f} times" in section
+    two_point, back = by_label["two-point, up and down, last 1"], by_label["back-propagation, up and down, last 1"]
+    assert f"end {two_point['loss_after'] - best['loss_after']:.2f} nats higher" in section
+    assert f"(p = {by_label['up and down, all layers']['p_paired']:.2f})" in section
+    assert f"{back['drop_over_its_drop'] / best['drop_over_its_drop']:.1f} times the drop" in section
+    assert f"after 1/{1 / back['compute_to_its_loss']:.0f} of its compute" in section
 
 
 def attack_lines(rows, names):
