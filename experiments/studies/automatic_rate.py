@@ -32,27 +32,28 @@ class Preset(NamedTuple):
 
     Attributes:
         run: configuration of all its runs.
-        layers: which layers are trained.
         ranks: LoRA ranks r; α = 2r.
-        local_steps: numbers H of local steps.
+        local_steps: numbers H of local steps, by which layers are trained.
         num_seeds: number of seeds.
     """
 
     run: RunConfig
-    layers: Sequence[str]
     ranks: Sequence[int]
-    local_steps: Sequence[int]
+    local_steps: Mapping[str, Sequence[int]]
     num_seeds: int
 
 
 _SMALL = RunConfig(clients=4, rounds=10, length_buckets=1)
 PRESETS: Mapping[runner.PresetName, Preset] = MappingProxyType(
     {
-        "small": Preset(_SMALL, ("last:2", "all"), (2, 8, 32), (3, 10, 30), 2),
-        "paper": Preset(RunConfig(model=runner.PAPER.model, data="gsm8k"), ("last:2", "last:8", "all"), (8,), (10,), 3),
-        "smoke": Preset(
-            replace(_SMALL, clients=2, rounds=2, directions=2, test_examples=8), ("last:1",), (2,), (2,), 1
+        "small": Preset(_SMALL, (2, 8, 32), {"last:2": (3, 10, 30), "all": (3, 10)}, 2),
+        "paper": Preset(
+            RunConfig(model=runner.PAPER.model, data="gsm8k"),
+            (8,),
+            dict.fromkeys(("last:2", "last:8", "all"), (10,)),
+            3,
         ),
+        "smoke": Preset(replace(_SMALL, clients=2, rounds=2, directions=2, test_examples=8), (2,), {"last:1": (2,)}, 1),
     }
 )
 
@@ -75,7 +76,8 @@ def main(config: Config) -> None:
             ),
             "seeds": seeds,
         }
-        for layers, rank, steps in itertools.product(preset.layers, preset.ranks, preset.local_steps)
+        for layers, numbers in preset.local_steps.items()
+        for rank, steps in itertools.product(preset.ranks, numbers)
     ]
     found, seconds = result_cache.measure(
         out / "points", points, lambda point: _measure(RunConfig(**point["run"]), point["seeds"])

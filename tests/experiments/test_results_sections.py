@@ -50,6 +50,23 @@ def test_the_table_of_projections_is_that_of_the_results():
     assert f"after 1/{1 / back['compute_to_its_loss']:.0f} of its compute" in section
 
 
+def test_what_the_automatic_rate_reaches_is_that_of_the_results():
+    rows, section = read("automatic_rate"), section_of("Without a rate to tune")
+    [lines] = tables_of("Without a rate to tune")
+    for line, row in zip(lines, rows, strict=True):
+        setting = f"{row['layers']} | {row['lora_rank']} | {row['local_steps']} | {row['loss_auto']:.3f}"
+        fixed = f"{row['loss_best_fixed']:.3f} (η = {rate_text(row['best_fixed_rate'])})"
+        assert line == f"| {setting} | {fixed} | {row['share_of_the_drop']:.2f} ± {row['band_90']:.2f} |"
+    least = min(row["share_of_the_drop"] for row in rows)
+    assert (
+        f"keeps {100 * least:.0f} % of the best fixed rate's loss drop or more** in all {len(rows)} settings" in section
+    )
+    assert least >= 0.8  # the target
+    assert all(row["worst_auto"] < row["loss_before"] for row in rows)
+    rates = [row["best_fixed_rate"] for row in rows]
+    assert f"by a factor of {max(rates) / min(rates):g} between" in section
+
+
 def attack_lines(rows, names):
     """The lines of a table of attacks by rules of these names, and its rows by attack and rule."""
     left = {}
