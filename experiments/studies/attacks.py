@@ -99,6 +99,19 @@ PRESETS: Mapping[runner.PresetName, Preset] = MappingProxyType(
     {
         "small": Preset(RunConfig(**_FAST, batch_size=1, precision="float32"), ((8, 1), (8, 2), (10, 2)), 5),
         "paper": Preset(replace(runner.PAPER, directions_shared=True, clients=10), ((10, 2),), 3),
+        "smollm2": Preset(
+            RunConfig(
+                **runner.SMOLLM2,
+                layers="last:1",
+                learning_rate=5e-3,
+                directions_shared=True,
+                rounds=6,
+                clients=10,
+                precision="float32",
+            ),
+            ((10, 2),),
+            1,
+        ),
         "smoke": Preset(replace(runner.SMOKE, directions_shared=True, clients=5), ((5, 1),), 2),
     }
 )
@@ -120,7 +133,7 @@ class Config(runner.Config):
 
 def main(config: Config) -> None:
     """Runs every attack against every rule, prints the table, draws the matrix."""
-    preset = PRESETS[config.preset]
+    preset = runner.preset_of(PRESETS, config.preset)
     settings = preset.settings if config.settings is None else _settings(config.settings)
     base = replace(runner.changed(config, preset.run), directions_shared=not config.own_directions)
     if "mean" not in config.rules:

@@ -65,7 +65,7 @@ class Config(runner.Config):
 
 def main(config: Config) -> None:
     """Measures every setting, prints the table and draws it."""
-    preset = PRESETS[config.preset]
+    preset = runner.preset_of(PRESETS, config.preset)
     base = runner.changed(config, preset.run)
     out = config.out or Path("runs") / f"automatic_rate-{config.preset}"
     seeds = list(range(config.seed, config.seed + (config.num_seeds or preset.num_seeds)))

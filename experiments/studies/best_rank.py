@@ -94,7 +94,7 @@ def _effective_ranks(config: Config) -> dict[int, dict[str, Any]]:
     """Rows of the whole Hessian after training, by LoRA rank; ``{}`` if no file is given."""
     if config.effective_rank is None:
         return {}
-    run = PRESETS[config.preset].run
+    run = runner.preset_of(PRESETS, config.preset).run
     wanted = (config.model or run.model, config.data or run.data, "trained", "all")
     try:
         rows = json.loads(config.effective_rank.read_text(encoding="utf-8"))["rows"]

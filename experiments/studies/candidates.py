@@ -196,7 +196,7 @@ class Config(runner.Config):
 
 def main(config: Config) -> None:
     """Searches every candidate's best rate, prints the table and draws it."""
-    preset = PRESETS[config.preset]
+    preset = runner.preset_of(PRESETS, config.preset)
     base = runner.changed(config, preset.run)
     labels = preset.candidates if config.only is None else (RECIPE, *_chosen(config.only))
     out = config.out or Path("runs") / f"candidates-{config.preset}"

@@ -55,7 +55,7 @@ _SMALL = Preset(
     2,
     3,
 )
-PRESETS = {
+PRESETS: dict[runner.PresetName, Preset] = {
     "small": _SMALL,
     "paper": Preset(
         runner.PAPER, {"clients": (3, 5, 9, 20), "local_steps": (10, 30, 50), "rounds": (125, 250, 500)}, 3, 10
@@ -85,7 +85,7 @@ class Config:
 
 def main(config: Config) -> None:
     """Runs, prints the tables and writes the folder."""
-    preset = PRESETS[config.preset]
+    preset = runner.preset_of(PRESETS, config.preset)
     base = replace(preset.run, data_dir=config.data_dir)
     seeds = range(config.seed, config.seed + preset.num_seeds)
     runs = {

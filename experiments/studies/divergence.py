@@ -47,7 +47,7 @@ class Config(runner.Config):
 def main(config: Config) -> None:
     """Runs every rate and seed, prints the table, draws the curves."""
     factors = _factors(config.factors)
-    run, num_seeds = PRESETS[config.preset]
+    run, num_seeds = runner.preset_of(PRESETS, config.preset)
     changed = {name: getattr(config, name) for name in ("rounds", "model", "data", "data_dir", "on_divergence")}
     base = replace(run, **{name: value for name, value in changed.items() if value is not None})
     out = config.out or Path("runs") / f"divergence-{config.preset}"

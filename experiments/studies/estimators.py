@@ -3,9 +3,10 @@
     python -m experiments.studies.estimators
 
 Compute is counted in products with the frozen weights: tokens × layers that are run, and the head as its share. Layers
-below the first trained one cost nothing, since they are run once for each example, and a tangent costs a forward pass.
-Every method gets the rounds that the paper's method has for its compute, and is shown at the best rate of its sweep.
-Back-propagation from the same layers on stands beside them.
+below the first trained one cost nothing, since they are run once for each example. A tangent costs a forward pass
+through the trained layers, and all tangents of a step together one more product with the head. Every method gets the
+rounds that the paper's method has for its compute, and is shown at the best rate of its sweep. Back-propagation from
+the same layers on stands beside them.
 """
 
 from __future__ import annotations
@@ -39,13 +40,18 @@ class Decoder(NamedTuple):
 
 
 TINY = Decoder(5, 0.3)  # 1813·128 at a quarter of the tokens, against 196,608 in a layer
+SMOLLM2 = Decoder(30, 4.9)  # 49152·576 at 0.6 of the tokens, against 3.54 million
 OPEN_LLAMA_3B = Decoder(26, 0.4)  # 32000·3200 at half of the tokens, against 123.9 million
 
 
 def compute(config: RunConfig, decoder: Decoder) -> float:
     """Products of a run, in those of the layers of one example's forward pass through one layer."""
     trained = decoder.layers if config.layers == "all" else int(config.layers.removeprefix("last:"))
-    return config.rounds * forward_passes(config) * config.batch_size * (trained + decoder.head)
+    passes = forward_passes(config)
+    heads = passes
+    if config.algorithm == "fedmezo" and config.estimator == "forward-gradient":
+        heads = 2 * passes / (1 + config.directions)
+    return config.rounds * config.batch_size * (passes * trained + heads * decoder.head)
 
 
 Methods = Mapping[str, tuple[Mapping[str, Any], Sequence[float]]]
@@ -91,14 +97,27 @@ def methods(last: int, few: int, scale: float) -> Methods:
     return {label: (fields, [rate * scale for rate in rates]) for label, (fields, rates) in table.items()}
 
 
+def _smollm2_methods() -> Methods:
+    """The paper's method, the default recipe's steps in the last layer, and back-propagation of the same adapters."""
+    last = {"layers": "last:1", "targets": "up_proj,down_proj"}
+    forward = {"estimator": "forward-gradient", "distribution": "rademacher", "directions": 10}
+    return {
+        PAPER_METHOD: ({}, (3.5e-3, 7e-3, 1.4e-2, 2.8e-2)),
+        "forward gradient, n = 10, up and down, last 1": ({**forward, **last}, (1.5e-2, 3e-2, 6e-2)),
+        "back-propagation, up and down, last 1": ({"algorithm": "fedavg", **last}, (1e-1, 2e-1, 4e-1)),
+    }
+
+
+_SMOLLM2_RUN = replace(runner.SMALL, **runner.SMOLLM2)
 _SMALL_METHODS, _PAPER_METHODS = methods(2, 1, 1.0), methods(8, 4, 0.03)
 _SMOKE_METHODS = {label: _SMALL_METHODS[label] for label in (PAPER_METHOD, "forward gradient, n = 4, last 2")}
 PRESETS: dict[runner.PresetName, runner.Preset] = {
     "small": runner.Preset(runner.SMALL, 5, 1, variants(runner.SMALL, TINY, _SMALL_METHODS)),
     "paper": runner.Preset(runner.PAPER, 3, 10, variants(runner.PAPER, OPEN_LLAMA_3B, _PAPER_METHODS)),
+    "smollm2": runner.Preset(_SMOLLM2_RUN, 3, 5, variants(_SMOLLM2_RUN, SMOLLM2, _smollm2_methods())),
     "smoke": runner.Preset(runner.SMOKE, 2, 1, variants(runner.SMOKE, TINY, _SMOKE_METHODS)),
 }
-_DECODERS = {"small": TINY, "paper": OPEN_LLAMA_3B, "smoke": TINY}
+_DECODERS = {"small": TINY, "paper": OPEN_LLAMA_3B, "smollm2": SMOLLM2, "smoke": TINY}
 
 
 def conclude(decoder: Decoder, outcomes: Sequence[runner.Outcome]) -> list[dict[str, Any]]:

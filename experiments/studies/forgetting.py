@@ -74,7 +74,7 @@ class Config(runner.Config):
 
 def main(config: Config) -> None:
     """Makes the three adapters of each partition and seed, prints the table and draws it."""
-    preset = PRESETS[config.preset]
+    preset = runner.preset_of(PRESETS, config.preset)
     base = runner.changed(config, preset.run)
     out = config.out or Path("runs") / f"forgetting-{config.preset}"
     seeds = range(config.seed, config.seed + (config.num_seeds or preset.num_seeds))

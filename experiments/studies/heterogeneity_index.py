@@ -67,7 +67,7 @@ _SMALL = Preset(
     32,
     (0, 7),
 )
-PRESETS = {
+PRESETS: dict[runner.PresetName, Preset] = {
     "small": _SMALL,
     "paper": Preset(
         replace(runner.PAPER, data="dolly", partition="dirichlet", clients=8, rounds=100),
@@ -104,7 +104,7 @@ class Config:
 
 def main(config: Config) -> None:
     """Runs, prints the table and writes the folder."""
-    preset = PRESETS[config.preset]
+    preset = runner.preset_of(PRESETS, config.preset)
     changed = {name: value for name in ("data", "data_dir") if (value := getattr(config, name)) is not None}
     run = replace(preset.run, **changed, personalize="model-diff", personalize_scale=0.0)  # measured but not applied
     seeds = range(config.seed, config.seed + preset.num_seeds)

@@ -83,7 +83,7 @@ class Config(runner.Config):
 
 def main(config: Config) -> None:
     """Runs every ε, prints the table and draws it."""
-    preset = PRESETS[config.preset]
+    preset = runner.preset_of(PRESETS, config.preset)
     base = runner.changed(config, preset.run)
     out = config.out or Path("runs") / f"privacy_utility-{config.preset}"
     points = [

@@ -1,7 +1,8 @@
 """The runner of all training studies: it runs variants × seeds together, resumes, averages and plots them.
 
 A study's module defines its variants and presets. ``paper`` has the paper's model, data and hyper-parameters; ``small``
-answers the same question on two CPU cores; ``smoke`` takes seconds and only tests the code.
+answers the same question on two CPU cores; ``smollm2``, which some studies have, answers it with a real model in hours;
+``smoke`` takes seconds and only tests the code.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 from scipy import stats
@@ -19,13 +20,14 @@ from scipy import stats
 from experiments import _cli, _plots
 from experiments.studies.paper import QUESTIONS
 from experiments.studies.result_cache import ResultCache, progress
+from fedmezo_jax.errors import UserError
 from fedmezo_jax.run.config import RunConfig, paper_config
 from fedmezo_jax.run.context import RunContext
 from fedmezo_jax.run.prepare import prepare
 from fedmezo_jax.run.run_folder import write_json
 from fedmezo_jax.run.sweep import Curve, SweepAxes, runs_at_once, shape_of, sweep
 
-PresetName = Literal["small", "paper", "smoke"]
+PresetName = Literal["small", "paper", "smollm2", "smoke"]
 PAPER = paper_config(
     model="openlm-research/open_llama_3b_v2",
     data="gsm8k",
@@ -45,6 +47,17 @@ PAPER = paper_config(
 """The paper's setting (Sec. 4.1, arXiv 2402.05926) on GSM8K; it ran in fp16, where ``paired`` is exact enough."""
 SMALL = paper_config(clients=4, rounds=20, learning_rate=5e-4, length_buckets=1, precision="float32")
 """For minutes on two CPU cores: the shipped model, with bundled tasks partitioned by Dirichlet shares."""
+SMOLLM2: Mapping[str, Any] = MappingProxyType(
+    {
+        "model": "smollm2-135m",
+        "data": "gsm8k",
+        "max_length": 144,
+        "partition": "iid",
+        "batch_size": 1,
+        "length_buckets": 1,
+    }
+)
+"""A real model on real data that two CPU cores can train; the shorter half of the questions, for less compute."""
 Q_AND_V: Mapping[str, Any] = MappingProxyType({"layers": "last:40%", "targets": "q_proj,v_proj"})
 """The adapters of studies that were measured when these were the default recipe's."""
 SMOKE = replace(SMALL, clients=2, rounds=2, local_steps=2, test_examples=8, lora_rank=2)
@@ -76,7 +89,8 @@ class Config:
     """The preset, and changes to it."""
 
     preset: PresetName = "small"
-    """small: minutes on two CPU cores; paper: the paper's model, data and hyper-parameters; smoke: seconds"""
+    """small: minutes on two CPU cores; paper: the paper's model, data and hyper-parameters; smollm2: SmolLM2-135M on
+    GSM8K, hours on two CPU cores; smoke: seconds. Not every study has all"""
     seed: int = 0
     """the first seed"""
     num_seeds: int | None = None
@@ -182,6 +196,20 @@ def tuned_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     ]
 
 
+AnyPreset = TypeVar("AnyPreset")
+
+
+def preset_of(presets: Mapping[PresetName, AnyPreset], name: PresetName) -> AnyPreset:
+    """Returns a study's preset.
+
+    Raises:
+        UserError: the study has none of that name.
+    """
+    if name not in presets:
+        raise UserError(f"--preset {name}: this study has {', '.join(presets)}")
+    return presets[name]
+
+
 def changed(config: Config, run: RunConfig) -> RunConfig:
     """Returns a preset's run with the options that the command line changes."""
     options = {key: getattr(config, key) for key in ("rounds", "model", "data", "data_dir")}
@@ -208,7 +236,7 @@ def run(
     Returns:
         The folder and the outcomes.
     """
-    preset = presets[config.preset]
+    preset = preset_of(presets, config.preset)
     out = config.out or Path("runs") / f"{name}-{config.preset}"
     base = changed(config, preset.run)
     seeds = range(config.seed, config.seed + (config.num_seeds or preset.num_seeds))

@@ -63,7 +63,7 @@ class Config(runner.Config):
 
 def main(config: Config) -> None:
     """Makes all runs, attacks each, prints the table and draws the scores."""
-    preset = PRESETS[config.preset]
+    preset = runner.preset_of(PRESETS, config.preset)
     base = replace(runner.changed(config, preset.run), seed=config.seed)
     out = config.out or Path("runs") / f"shadow_models-{config.preset}"
     points = [

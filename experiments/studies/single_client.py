@@ -61,7 +61,9 @@ PRESETS = runner.standard_presets(
 
 def estimators(config: runner.Config) -> list[dict[str, Any]]:
     """Returns the relative root-mean-square errors of both estimates over directions, per μ, on a training batch."""
-    run = replace(PRESETS[config.preset].run, seed=config.seed, data_dir=config.data_dir, precision="float32")
+    run = replace(
+        runner.preset_of(PRESETS, config.preset).run, seed=config.seed, data_dir=config.data_dir, precision="float32"
+    )
     setup = prepare(replace(run, model=config.model or run.model, data=config.data or run.data))
     loss = loss_of(setup.task.model.clone(precision="float32"), setup.task.base)
     rows = TokenBatch(*(leaf[:8] for leaf in setup.task.train))

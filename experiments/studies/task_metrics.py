@@ -19,7 +19,7 @@ from rich.progress import Progress
 
 from experiments import _cli
 from experiments.evaluate import LoadedModel, generator
-from experiments.studies.runner import PAPER, SMOKE, PresetName
+from experiments.studies.runner import PAPER, SMOKE, PresetName, preset_of
 from fedmezo_jax.data.examples import Example
 from fedmezo_jax.data.prompts import prompt_ids
 from fedmezo_jax.evaluation import gsm8k
@@ -62,7 +62,7 @@ class Config:
 def main(config: Config) -> None:
     """Answers the questions before and after training, and writes the folder."""
     start = time.perf_counter()
-    run, count, tokens = PRESETS[config.preset]
+    run, count, tokens = preset_of(PRESETS, config.preset)
     run = replace(run, seed=config.seed, data_dir=config.data_dir, test_examples=count)
     with Progress() as bar:
         task = bar.add_task("rounds", total=run.rounds)

@@ -65,7 +65,7 @@ _SMALL = Preset(
     (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
     64,
 )
-PRESETS = {
+PRESETS: dict[runner.PresetName, Preset] = {
     "small": _SMALL,
     "paper": Preset(
         replace(runner.PAPER, data="dolly", partition="meta"), 5, 100, 16, 16, (1e-6, 3e-6, 1e-5, 3e-5, 1e-4), 512
@@ -93,7 +93,7 @@ class Config:
 
 def main(config: Config) -> None:
     """Measures, prints the table and writes the folder."""
-    preset = PRESETS[config.preset]
+    preset = runner.preset_of(PRESETS, config.preset)
     run = replace(preset.run, data_dir=config.data_dir, seed=config.seed)
     path = {name: getattr(preset, name) for name in ("checkpoints", "between", "client_batches", "probes")}
     step = {"rates": preset.rates, "draws": preset.draws}

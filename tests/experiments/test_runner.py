@@ -110,6 +110,9 @@ def test_a_method_is_shown_at_its_best_rate_and_a_best_rate_at_an_end_is_marked(
     assert marked == [no, best, no, no, edge, edge, no]
 
 
-def test_an_unknown_preset_is_one_line(monkeypatch, capsys):
-    assert run(monkeypatch, "partitioners", "--preset", "huge") == 2
-    assert capsys.readouterr().err.count("\n") == 1
+@pytest.mark.parametrize("preset", ["huge", "smollm2"])  # the second is one of other studies
+def test_an_unknown_preset_is_one_line(monkeypatch, capsys, preset):
+    assert run(monkeypatch, "partitioners", "--preset", preset) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert preset in error
