@@ -7,8 +7,8 @@ The rows must mean the same for all clients. Updates θ_i − θ do. Coefficient
 update is then −Σ_k c_ik·z_k, and the squared length of Σ_k a_k·z_k is D·‖a‖², up to a relative error of about √(m/D)
 for m directions z_k of D entries. So the distances between coefficients are those between updates, divided by √D, and
 the rules that go by distances choose the same clients. So does the rule that goes by angles and ratios of lengths,
-which scale out. The median and the trimmed mean go by axes: along directions
-they are other rules than along the entries of θ.
+which do not depend on √D. The median and the trimmed mean go by axes: along directions they are other rules than along
+the entries of θ.
 """
 
 from __future__ import annotations
