@@ -96,3 +96,5 @@ RULES: Mapping[str, Rule] = {
     "geometric-median": geometric_median,
 }
 """By their name on the command line."""
+BY_NEAREST = frozenset({"krum", "multi-krum", "polar-krum"})
+"""Rules that take at least 2f + 3 clients: a client's K − f − 2 nearest others are then more than the liars."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from fedmezo_jax.core.robust_rules import BY_NEAREST
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.run.config_parts import (
     DataConfig,
@@ -71,7 +72,7 @@ class RunConfig(
                 "give --estimator forward-gradient, or leave it out"
             )
         liars = int(self.byzantine_share * self.participants)
-        if self.aggregation in ("krum", "multi-krum", "polar-krum") and self.participants < 2 * liars + 3:
+        if self.aggregation in BY_NEAREST and self.participants < 2 * liars + 3:
             raise UserError(
                 f"--aggregation {self.aggregation} takes at least 2f + 3 clients a round, of which f lie: lower "
                 f"--byzantine-share {self.byzantine_share:g} for {self.participants}"
