@@ -103,9 +103,9 @@ PRESETS: Mapping[runner.PresetName, Preset] = MappingProxyType(
             RunConfig(
                 **runner.SMOLLM2,
                 layers="last:1",
-                learning_rate=5e-3,
+                learning_rate=1.5e-2,
                 directions_shared=True,
-                rounds=6,
+                rounds=8,
                 clients=10,
                 precision="float32",
             ),

@@ -171,9 +171,22 @@ def speed_in_short(rows):
 
 
 DTYPES = ("paired", "float32")
+
+
+def learning_in_short(rows):
+    """The published method, the default recipe's steps and back-propagation, each at its best rate."""
+    of = dict(zip([row["variant"].rpartition(", η")[0] for row in rows if row["best"]], best_rates(rows), strict=True))
+    chosen = ("two-point, all layers", "up and down, last 1", "back-propagation, up and down, last 1")
+    return [f"{rows[0]['loss_before']:.3f}", *(of[name] for name in chosen)]
+
+
+def real_model_in_short(rows):
+    return [f"{rows[0]['loss_before']:.3f} → {after(rows[0])}"]
+
+
 IN_SHORT = {
-    "Learning": ("convergence", best_rates),
-    "A real model": ("task_metrics", answers),
+    "Learning": ("projections", learning_in_short),
+    "A real model": ("smollm2_gsm8k", real_model_in_short),
     "Memory": ("memory_a100", memory_in_short),
     "Communication": ("communication", bytes_in_short),
     "Speed": ("step", speed_in_short),

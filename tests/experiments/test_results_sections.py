@@ -67,6 +67,13 @@ def test_what_the_automatic_rate_reaches_is_that_of_the_results():
     assert f"by a factor of {max(rates) / min(rates):g} between" in section
 
 
+def test_the_last_layer_of_a_real_model_is_that_of_the_results():
+    row = read("smollm2_gsm8k")[0]
+    losses = f"{row['loss_before']:.3f} | {row['loss_after']:.3f}"
+    line = f"| `--layers last:1 --local-steps 30` | {losses} | {row['forward_passes']:,} | 1 of 30 | 300 |"
+    assert line in section_of("A real model")
+
+
 def attack_lines(rows, names):
     """The lines of a table of attacks by rules of these names, and its rows by attack and rule."""
     left = {}
