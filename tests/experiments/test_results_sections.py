@@ -88,11 +88,11 @@ def attack_lines(rows, names):
 def test_what_attacks_leave_is_that_of_the_results():
     section = section_of("Clients that lie")
     heads = [line for line in section.splitlines() if line.startswith("| attack |")]
-    assert len(set(heads)) == 1
-    rules = re.findall(r"`([\w-]+)`", heads[0])
-    of_ten, ten = attack_lines(read("attacks"), rules)
-    of_eight, eight = attack_lines(read("attacks_of_eight"), rules)
-    assert tables_of("Clients that lie") == [of_ten, of_eight]
+    files = [read(name) for name in ("attacks", "attacks_of_eight", "attacks_smollm2")]
+    tables = [attack_lines(rows, re.findall(r"`([\w-]+)`", head)) for rows, head in zip(files, heads, strict=True)]
+    assert tables_of("Clients that lie") == [lines for lines, _ in tables]
+    ten, eight, real = (left for _, left in tables)
+    rules = ten["none"]
     least = {rule: [min(of[rule]["drop_left"] for of in left.values()) for left in (ten, eight)] for rule in rules}
     assert f"keeps {least['polar-krum'][0]:.2f} of the loss drop or more" in section
     assert f"leaves at least {least['polar-krum'][1]:.2f} of it with eight clients" in section
@@ -102,6 +102,10 @@ def test_what_attacks_leave_is_that_of_the_results():
         assert f"loses {100 * (1 - flipped['drop_left']):.1f} ± {100 * flipped['band_90']:.1f} %" in section
     assert min(of["polar-krum"]["drop_left"] for of in ten.values()) >= 0.95  # the target, at 20 % of liars
     assert ten["none"]["polar-krum"]["drop_left"] >= 0.95
+    clean = real["none"]["mean"]
+    assert f"from {clean['loss_before']:.3f} to {clean['loss_after']:.3f}" in section
+    assert f"take {100 * (1 - real['sign flip']['mean']['drop_left']):.0f} % of the mean's loss drop" in section
+    assert real["sign flip"]["polar-krum"]["drop_left"] >= 0.95
 
 
 def test_the_ceiling_of_few_layers_is_that_of_the_results():
