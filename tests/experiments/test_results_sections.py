@@ -102,6 +102,9 @@ def test_what_attacks_leave_is_that_of_the_results():
         assert f"loses {100 * (1 - flipped['drop_left']):.1f} ± {100 * flipped['band_90']:.1f} %" in section
     assert min(of["polar-krum"]["drop_left"] for of in ten.values()) >= 0.95  # the target, at 20 % of liars
     assert ten["none"]["polar-krum"]["drop_left"] >= 0.95
+    fresh = [row["drop_left"] for row in read("attacks_fresh_seeds") if row["aggregation"] == "polar-krum"]
+    assert f"with seeds 5 to 9 it keeps {int(100 * min(fresh)) / 100:.2f} or more" in section
+    assert min(fresh) >= 0.95
     clean = real["none"]["mean"]
     assert f"from {clean['loss_before']:.3f} to {clean['loss_after']:.3f}" in section
     assert f"take {100 * (1 - real['sign flip']['mean']['drop_left']):.0f} % of the mean's loss drop" in section
