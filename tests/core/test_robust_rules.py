@@ -166,7 +166,10 @@ def test_norms_are_bounded_by_the_median_of_all_clients_that_are_known():
         ({"aggregation": "norm-clip", "uplink": "lora"}, "--aggregation norm-clip"),
         ({"aggregation": "norm-clip", "algorithm": "fedavg"}, "--aggregation norm-clip"),
         ({"aggregation": "median", "weighting": "samples"}, "--weighting samples"),
-        ({"aggregation": "krum", "clients": 4}, "--byzantine-share 0.25"),
+        *(
+            ({"aggregation": f"{kind}krum", "clients": 4}, "--byzantine-share 0.25")
+            for kind in ("", "multi-", "polar-")
+        ),
         ({"aggregation": "median", "byzantine_share": 0.5}, "--byzantine-share"),
         ({"aggregation": "average"}, "--aggregation"),
     ],
