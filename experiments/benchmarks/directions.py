@@ -1,4 +1,4 @@
-"""Times n directions by two-point differences and by a forward gradient, alternately in one run.
+"""Times n directions by two-point differences, by a forward and by a backward gradient, alternately in one run.
 
     python -m experiments.benchmarks.directions
     python -m experiments.benchmarks.directions --layers last:6 --setting 4x2x128x8
@@ -23,11 +23,13 @@ import numpy as np
 from experiments import _cli
 from experiments.benchmarks import step
 from fedmezo_jax.core import mezo
-from fedmezo_jax.core.estimators import ForwardGradient, TwoPoint
 from fedmezo_jax.data.examples import HiddenBatch, Rows
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.loss import loss_of, pair_loss_of, point_loss_of
 from fedmezo_jax.llama.shapes import named_shape
+from fedmezo_jax.run.context import ESTIMATORS
+
+_LOSSES = {"two-point": pair_loss_of, "forward-gradient": point_loss_of, "backward-gradient": loss_of}
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def main(config: Config) -> None:
     forward = jax.jit(lambda loss, lora, rows: jax.vmap(loss, (None, 0))(lora, rows))
     works: dict[str, Callable[[], Any]] = {"forward": partial(forward, loss_of(case.model, base), case.lora, rows)}
     table: list[dict[str, Any]] = []
-    for estimator, count in itertools.product(("two-point", "forward-gradient"), map(int, counts)):
+    for estimator, count in itertools.product(ESTIMATORS, map(int, counts)):
         program, arguments = _compiled(case, base, rows, estimator, count)
         works[f"{estimator} {count}"] = partial(program, *arguments)
         held = program.memory_analysis().temp_size_in_bytes
@@ -100,10 +102,8 @@ def _from_first_trained(case: step.Case, seed: int) -> tuple[Rows, Any]:
 
 def _compiled(case: step.Case, base: Any, rows: Rows, estimator: str, count: int) -> tuple[Any, tuple[Any, ...]]:
     """The program of an estimate by all clients along ``count`` directions, and its arguments."""
-    settings = mezo.MezoConfig(directions=count, distribution="rademacher")
-    two_point = estimator == "two-point"
-    chosen = TwoPoint(settings) if two_point else ForwardGradient(settings)
-    loss = (pair_loss_of if two_point else point_loss_of)(case.model, base)
+    chosen = ESTIMATORS[estimator](mezo.MezoConfig(directions=count, distribution="rademacher"))
+    loss = _LOSSES[estimator](case.model, base)
 
     def estimate(loss, lora, rows, keys):
         return jax.vmap(lambda rows, key: chosen.estimate(loss, lora, rows, key))(rows, keys)

@@ -71,6 +71,10 @@ PRESETS: Mapping[runner.PresetName, Preset] = MappingProxyType(
         "paper": Preset(
             replace(runner.PAPER, directions_shared=True, clients=100), ((100, None, 3), (100, 8.0, 3), (100, 1.0, 3))
         ),
+        "smollm2": Preset(
+            replace(_SMALL, **runner.SMOLLM2, layers="last:1", targets="up_proj,down_proj"),
+            ((100, None, 1), (100, 8.0, 1), (100, 1.0, 1)),
+        ),
         "smoke": Preset(replace(_SMALL, rounds=2, test_examples=8, lora_rank=2), ((4, None, 2), (4, 8.0, 2))),
     }
 )

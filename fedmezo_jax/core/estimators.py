@@ -105,3 +105,36 @@ class ForwardGradient:
     ) -> Params:
         """See :func:`mezo.apply_step`."""
         return mezo.apply_step(params, key, coefficients, learning_rate, self.config)
+
+
+@dataclass(frozen=True)
+class BackwardGradient:
+    """The slopes of :class:`ForwardGradient`, g_k = ⟨∇L, z_k⟩, from one back-propagation however many directions.
+
+    A step costs about two forward passes, since the base is frozen, and n inner products over θ. It stores the
+    activations of the trained layers for its backward pass, which is little where these are few. What a client sends,
+    and what a replay needs, are still the n slopes. Its loss is a :data:`mezo.LossFn`.
+
+    Attributes:
+        config: n, the distribution of z and λ; μ is not used.
+    """
+
+    config: mezo.MezoConfig
+
+    def estimate(self, loss: Any, params: Params, batch: Any, key: jax.Array) -> Estimate:
+        """The slopes at θ, one direction after the other."""
+        value, gradient = jax.value_and_grad(loss)(params, batch)
+        zeros = jax.tree.map(jnp.zeros_like, params)
+
+        def slope(k):
+            direction = mezo.Perturbation(jax.random.fold_in(key, k), 1.0, self.config.distribution)
+            products = jax.tree.map(lambda g, z: jnp.sum(g * z), gradient, mezo.shift(zeros, direction))
+            return sum(jax.tree.leaves(products), jnp.float32(0))
+
+        return Estimate(jax.lax.map(slope, jnp.arange(self.config.directions)), value)
+
+    def apply(
+        self, params: Params, key: jax.Array, coefficients: jax.Array, learning_rate: jax.Array | float
+    ) -> Params:
+        """See :func:`mezo.apply_step`."""
+        return mezo.apply_step(params, key, coefficients, learning_rate, self.config)

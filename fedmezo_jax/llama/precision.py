@@ -33,18 +33,18 @@ PAIR = "pair"
 """The ``vmap`` axis, of size 2 in the order (+, −), under which ``paired`` must run."""
 
 
-def default_precision(sixteen_bit: bool, tangents: bool = False) -> tuple[Precision, str]:
+def default_precision(sixteen_bit: bool, differentiated: bool = False) -> tuple[Precision, str]:
     """The precision to use where none is asked for, and the reason.
 
     Args:
         sixteen_bit: whether the model's weights have at most sixteen bits.
-        tangents: whether the loss is differentiated forward instead of being evaluated at pairs θ ± μz.
+        differentiated: whether slopes are derivatives of the loss and not differences of its values at θ ± μz.
     """
     if not sixteen_bit:
         return "float32", "the weights have 32 bits"
-    if tangents and jax.default_backend() == "cpu":
-        return "float32", "tangents in bfloat16 are no faster on a CPU"
-    if tangents:
+    if differentiated and jax.default_backend() == "cpu":
+        return "float32", "derivatives in bfloat16 are no faster on a CPU"
+    if differentiated:
         return "bfloat16", "the weights have at most sixteen bits"
     if jax.default_backend() == "cpu" and not _multiplies_bfloat16():
         return "float32", "this CPU has no bfloat16 products, without which paired is slower"

@@ -159,9 +159,10 @@ class LocalConfig(Options):
     learning_rate: float | Literal["auto"] = "auto"
     """base learning rate η₀ of the clients; auto raises it for as long as the server's validation loss does not rise,
     and undoes a round after which it has"""
-    estimator: Literal["two-point", "forward-gradient"] = "forward-gradient"
-    """how a step measures the slope of the loss along its directions: from two losses at 2n forward passes (paper), or
-    by forward-mode differentiation at the cost of about 1 + n"""
+    estimator: Literal["two-point", "forward-gradient", "backward-gradient"] = "forward-gradient"
+    """how a step measures the slope of the loss along its directions: from two losses at 2n forward passes (paper), by
+    forward-mode differentiation at the cost of about 1 + n, or by back-propagation at that of two, which stores the
+    activations of the trained layers"""
     directions: int = 10
     """directions n averaged in a step (paper: 1)"""
     distribution: Distribution = "rademacher"

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jax.tree_util import Partial
 
 from fedmezo_jax.core import aggregation, client, federated, mezo, personalization
-from fedmezo_jax.core.estimators import Estimator, ForwardGradient, TwoPoint
+from fedmezo_jax.core.estimators import BackwardGradient, Estimator, ForwardGradient, TwoPoint
 from fedmezo_jax.core.per_example import PerExample
 from fedmezo_jax.core.random import init_key
 from fedmezo_jax.core.task import Task
@@ -24,7 +24,7 @@ from fedmezo_jax.run import example_privacy
 from fedmezo_jax.run.config import RunConfig
 from fedmezo_jax.run.config_parts import LocalConfig
 
-ESTIMATORS = {"two-point": TwoPoint, "forward-gradient": ForwardGradient}
+ESTIMATORS = {"two-point": TwoPoint, "forward-gradient": ForwardGradient, "backward-gradient": BackwardGradient}
 """By their name on the command line."""
 AnyTask = TypeVar("AnyTask", bound=Task)
 
@@ -93,7 +93,7 @@ def context_of(task: Task, config: RunConfig, mesh: Mesh | None = None) -> RunCo
 def build(setup: RunContext) -> tuple[federated.Federated, Any]:
     """The run's ``(init, round)`` and the loss that its rounds take."""
     config, task = setup.config, setup.task
-    if config.algorithm == "fedavg":
+    if config.algorithm == "fedavg" or config.estimator == "backward-gradient":
         loss = task.loss
     else:
         loss = task.pair_loss if config.estimator == "two-point" else task.point_loss

@@ -40,9 +40,9 @@ def forward_passes(config: RunConfig) -> int:
     With a frozen base the backward pass has as many products as the forward one: gradients of activations alone. A
     tangent of forward-mode differentiation has as many too.
     """
-    passes = 2
-    if config.algorithm == "fedmezo":
-        passes = 2 * config.directions if config.estimator == "two-point" else 1 + config.directions
+    n = config.directions
+    by_estimator = {"two-point": 2 * n, "forward-gradient": 1 + n, "backward-gradient": 2}
+    passes = 2 if config.algorithm == "fedavg" else by_estimator[config.estimator]
     return config.participants * config.local_steps * passes
 
 

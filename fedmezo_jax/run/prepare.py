@@ -203,8 +203,8 @@ def resolve_defaults(config: RunConfig, notify: Callable[[str], None] = lambda n
         return config
     folder = resolve(config.model)
     sixteen = sixteen_bit(folder, LlamaConfig.from_json(folder)) if config.base is None else config.base != "float32"
-    tangents = config.algorithm == "fedmezo" and config.estimator == "forward-gradient"
-    precision, reason = default_precision(sixteen, tangents)
+    differentiated = config.algorithm == "fedmezo" and config.estimator != "two-point"
+    precision, reason = default_precision(sixteen, differentiated)
     notify(f"precision {precision}: {reason}")
     return replace(config, precision=precision)
 
@@ -212,7 +212,7 @@ def resolve_defaults(config: RunConfig, notify: Callable[[str], None] = lambda n
 def precision_warnings(config: RunConfig) -> Iterator[str]:
     """What to say where the products of a LLaMA are likely too coarse for μ."""
     if config.estimator != "two-point":
-        return  # a tangent's rounding is relative to the tangent
+        return  # a derivative's rounding is relative to the derivative
     if config.precision is None or (error := expected_error(config.precision, config.perturbation_scale)) <= WARN_ABOVE:
         return
     size = f"{error:.0%}" if error < 10 else "more than 1000%"

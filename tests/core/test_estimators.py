@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fedmezo_jax.core import aggregation, mezo, transforms
-from fedmezo_jax.core.estimators import ForwardGradient, TwoPoint
+from fedmezo_jax.core.estimators import BackwardGradient, ForwardGradient, TwoPoint
 
 MU = 1e-2
 ESTIMATORS = {
@@ -18,12 +18,16 @@ ESTIMATORS = {
     "a tangent": ForwardGradient(mezo.MezoConfig()),
     "tangents along four directions": ForwardGradient(mezo.MezoConfig(directions=4)),
     "tangents along signs with decay": ForwardGradient(mezo.MezoConfig(MU, 2, "rademacher", 0.1)),
+    "a gradient": BackwardGradient(mezo.MezoConfig()),
+    "a gradient along four directions": BackwardGradient(mezo.MezoConfig(directions=4)),
+    "a gradient along signs with decay": BackwardGradient(mezo.MezoConfig(MU, 2, "rademacher", 0.1)),
 }
+LOSSES = {TwoPoint: mezo.pair_loss_of, ForwardGradient: mezo.point_loss_of, BackwardGradient: lambda loss: loss}
 
 
 def loss_of(name):
     """What makes of a plain loss the one that the estimator of this name takes."""
-    return mezo.point_loss_of if isinstance(ESTIMATORS[name], ForwardGradient) else mezo.pair_loss_of
+    return LOSSES[type(ESTIMATORS[name])]
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
@@ -36,17 +40,18 @@ def test_the_mean_move_is_the_gradient(name):
     estimator_contract.check_unbiased(ESTIMATORS[name], loss_of(name))
 
 
-def test_tangents_are_exact_and_share_one_evaluation_of_the_loss():
-    """⟨∇L, z⟩ with z taken from the update, for all directions at once; the primal is traced once, without an axis."""
+@pytest.mark.parametrize("kind", [ForwardGradient, BackwardGradient])
+def test_slopes_are_exact_and_share_one_evaluation_of_the_loss(kind):
+    """⟨∇L, z⟩ with z taken from the update, for all directions at once; the loss is traced once, without an axis."""
     evaluated = []
 
     def counted(params, batch):
         evaluated.append(params["w"].shape)
         return estimator_contract.quadratic(params, batch)
 
-    estimator, key = ForwardGradient(mezo.MezoConfig(directions=5)), estimator_contract.KEY
+    estimator, key = kind(mezo.MezoConfig(directions=5)), estimator_contract.KEY
     start, target = estimator_contract.START, estimator_contract.TARGETS[0]
-    found = estimator.estimate(mezo.point_loss_of(counted), start, target, key)
+    found = estimator.estimate(LOSSES[kind](counted), start, target, key)
     gradient = {"w": estimator_contract.CURVATURE * (start["w"] - target), "m": start["m"]}
     zeros = jax.tree.map(np.zeros_like, start)
     for k in range(5):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fedmezo_jax.core import mezo
-from fedmezo_jax.core.estimators import ForwardGradient, TwoPoint
+from fedmezo_jax.core.estimators import BackwardGradient, ForwardGradient, TwoPoint
 from fedmezo_jax.core.per_example import NoisyBatch, PerExample, clip_norm
 
 KEY = jax.random.key(4, impl="threefry2x32")
@@ -25,6 +25,7 @@ def loss(params, targets):
 
 ESTIMATORS = {
     "forward gradient": (ForwardGradient(mezo.MezoConfig(directions=DIRECTIONS)), mezo.point_loss_of(loss), 1e-4),
+    "backward gradient": (BackwardGradient(mezo.MezoConfig(directions=DIRECTIONS)), loss, 1e-4),
     "two points": (TwoPoint(mezo.MezoConfig(1e-2, DIRECTIONS)), mezo.pair_loss_of(loss), 1e-3),
 }
 

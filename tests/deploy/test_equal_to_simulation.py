@@ -35,6 +35,8 @@ RUNS = {
     "shared directions": {"clients": 8, "directions_shared": True, "directions": 2, "personalize": "random"},
     "bounded norms": {"personalize": "round-wise", "aggregation": "norm-clip", "rounds": 3},
     "clipped": {"personalize": "model-diff", "on_divergence": "clip", "weight_decay": 0.1, "rounds": 3},
+    "back-propagated slopes": {"estimator": "backward-gradient", "directions": 3},
+    "back-propagated slopes of one example": {"estimator": "backward-gradient", "batch_size": 1, "clients": 5},
     "rolled back": {"on_divergence": "rollback", "learning_rate": 3.0},
 }
 

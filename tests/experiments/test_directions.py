@@ -21,7 +21,7 @@ def test_a_row_for_each_estimator_and_number(layers, tmp_path, monkeypatch):
     _cli.run(directions.main, directions.Config, directions.__doc__)
     rows = json.loads((out / "results.json").read_text())["rows"]
     assert [(row["estimator"], row["directions"]) for row in rows] == [
-        (estimator, count) for estimator in ("two-point", "forward-gradient") for count in (1, 3)
+        (estimator, count) for estimator in ("two-point", "forward-gradient", "backward-gradient") for count in (1, 3)
     ]
     by_name = {(row["estimator"], row["directions"]): row for row in rows}
     for row in rows:

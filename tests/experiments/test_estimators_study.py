@@ -1,5 +1,7 @@
 """The study of estimators compares its methods at equal compute."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -18,12 +20,14 @@ def test_every_method_has_the_compute_of_the_paper_s(preset):
 
 
 def test_compute_by_hand():
-    """Two losses a step, or one and five tangents, which share one more product with the head."""
+    """Two losses a step; one and five tangents, which share one more product with the head; forward and backward."""
     sizes = {"rounds": 3, "clients": 4, "participation": 1.0, "local_steps": 10, "batch_size": 2}
     decoder = estimators.Decoder(layers=5, head=0.5)
     assert estimators.compute(paper_config(**sizes), decoder) == 3 * 4 * 10 * 2 * 2 * 5.5
     fast = paper_config(**sizes, estimator="forward-gradient", directions=5, layers="last:2")
     assert estimators.compute(fast, decoder) == 3 * 4 * 10 * 2 * (6 * 2 + 2 * 0.5)
+    backward = replace(fast, estimator="backward-gradient")
+    assert estimators.compute(backward, decoder) == 3 * 4 * 10 * 2 * 2 * 2.5
 
 
 def outcome(label, losses, **fields):
