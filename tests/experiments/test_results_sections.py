@@ -88,6 +88,28 @@ def test_the_last_layer_of_a_real_model_is_that_of_the_results(name, options, nu
         assert f"{row['uplink_bytes']:,} bytes a round, where its adapter would be {lora['uplink_bytes']:,}" in section
 
 
+def test_methods_at_equal_compute_on_a_real_model_are_those_of_the_results():
+    rows, section = read("estimators_smollm2"), section_of("A real model")
+    lines, by_label = equal_compute_lines([row for row in rows if row["best"]])
+    assert lines in tables_of("A real model")
+    slopes = by_label["backward gradient, n = 40, up and down, last 1"]
+    back = by_label["back-propagation, up and down, last 1"]
+    ours, drop = f"{slopes['compute_to_its_loss']:.2f}", f"{slopes['drop_over_its_drop']:.2f}"
+    assert f"for {ours} of its compute**, and {drop} times its drop" in section
+    assert slopes["compute_to_its_loss"] <= 1 / 3  # the targets
+    assert slopes["drop_over_its_drop"] >= 1.5
+    assert f"{slopes['compute_to_its_loss'] / back['compute_to_its_loss']:.1f} times sooner" in section
+    assert f"{back['drop_over_its_drop'] / slopes['drop_over_its_drop']:.1f} times the drop" in section
+    of_paper = {row["variant"].rpartition(" = ")[2]: row["loss_after"] for row in rows if row["numbers_up"] == 10}
+    assert f"ends at {of_paper['0.00175']:.3f} with half" in section
+    of_best = {
+        row["variant"].rpartition(" = ")[0]: float(row["variant"].rpartition(" = ")[2]) for row in rows if row["best"]
+    }
+    for method, best in of_best.items():
+        twice = next(row for row in rows if row["variant"] == f"{method} = {2 * best:g}")
+        assert twice["loss_after"] > twice["loss_before"], method
+
+
 def attack_lines(rows, names):
     """The lines of a table of attacks by rules of these names, and its rows by attack and rule."""
     left = {}

@@ -20,7 +20,8 @@ def after(row):
 
 
 def after_band(row):
-    return f"{after(row)} ± {row['band_90']:.3f}"
+    """The loss and its band, which a single seed does not have."""
+    return after(row) if row["band_90"] is None else f"{after(row)} ± {row['band_90']:.3f}"
 
 
 def best_rates(rows):
