@@ -40,8 +40,9 @@ def test_the_mean_move_is_the_gradient(name):
     estimator_contract.check_unbiased(ESTIMATORS[name], loss_of(name))
 
 
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
 @pytest.mark.parametrize("kind", [ForwardGradient, BackwardGradient])
-def test_slopes_are_exact_and_share_one_evaluation_of_the_loss(kind):
+def test_slopes_are_exact_and_share_one_evaluation_of_the_loss(kind, distribution):
     """⟨∇L, z⟩ with z taken from the update, for all directions at once; the loss is traced once, without an axis."""
     evaluated = []
 
@@ -49,7 +50,8 @@ def test_slopes_are_exact_and_share_one_evaluation_of_the_loss(kind):
         evaluated.append(params["w"].shape)
         return estimator_contract.quadratic(params, batch)
 
-    estimator, key = kind(mezo.MezoConfig(directions=5)), estimator_contract.KEY
+    estimator = kind(mezo.MezoConfig(directions=5, distribution=distribution))
+    key = estimator_contract.KEY
     start, target = estimator_contract.START, estimator_contract.TARGETS[0]
     found = estimator.estimate(LOSSES[kind](counted), start, target, key)
     gradient = {"w": estimator_contract.CURVATURE * (start["w"] - target), "m": start["m"]}
