@@ -174,6 +174,16 @@ def test_a_run_trains_and_leaves_what_every_run_leaves(finished):
     assert json.loads((folder / "config.json").read_text())["model"] == "task:Network"
 
 
+def test_slopes_from_a_back_propagation_make_the_same_run_for_fewer_passes(finished, tmp_path):
+    _, expected = finished  # along the same directions by tangents
+    result = run(tmp_path / "run", estimator="backward-gradient")
+    assert {record["tokens"] for record in result.metrics} == {2 * 3 * STEPS * BATCH}
+    for leaf, other in zip(*map(jax.tree.leaves, (result.params, expected.params)), strict=True):
+        np.testing.assert_allclose(leaf, other, atol=1e-4)
+    moved = jax.tree.map(jnp.subtract, expected.params, expected.context.params)
+    assert max(jnp.abs(leaf).max() for leaf in jax.tree.leaves(moved)) > 0.05
+
+
 def test_a_stopped_run_goes_on_bit_for_bit(finished, tmp_path):
     folder, expected = finished
 
