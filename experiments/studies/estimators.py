@@ -98,7 +98,7 @@ def methods(last: int, few: int, scale: float) -> Methods:
 
 
 def _smollm2_methods() -> Methods:
-    """The paper's method, the default recipe's steps in the last layer, and back-propagation of the same adapters."""
+    """The paper's method, tangents and back-propagated slopes of the last layer, and back-propagation of the same."""
     last = {"layers": "last:1", "targets": "up_proj,down_proj"}
     forward = {"estimator": "forward-gradient", "distribution": "rademacher", "directions": 10}
     return {
