@@ -118,7 +118,7 @@ _SMOKE_METHODS = {label: _SMALL_METHODS[label] for label in (PAPER_METHOD, "forw
 PRESETS: dict[runner.PresetName, runner.Preset] = {
     "small": runner.Preset(runner.SMALL, 5, 1, variants(runner.SMALL, TINY, _SMALL_METHODS)),
     "paper": runner.Preset(runner.PAPER, 3, 10, variants(runner.PAPER, OPEN_LLAMA_3B, _PAPER_METHODS)),
-    "smollm2": runner.Preset(_SMOLLM2_RUN, 3, 5, variants(_SMOLLM2_RUN, SMOLLM2, _smollm2_methods())),
+    "smollm2": runner.Preset(_SMOLLM2_RUN, 3, 5, variants(_SMOLLM2_RUN, SMOLLM2, _smollm2_methods()), sweep_seeds=1),
     "smoke": runner.Preset(runner.SMOKE, 2, 1, variants(runner.SMOKE, TINY, _SMOKE_METHODS)),
 }
 _DECODERS = {"small": TINY, "paper": OPEN_LLAMA_3B, "smollm2": SMOLLM2, "smoke": TINY}
@@ -128,7 +128,8 @@ def conclude(decoder: Decoder, outcomes: Sequence[runner.Outcome]) -> list[dict[
     """:func:`runner.tuned_rows`, with each method's compute, and how it compares with the paper's method.
 
     ``compute`` is in that of the paper's method; ``compute_to_its_loss`` is what had been spent when the mean test loss
-    was first as low as the paper's method ends; ``p_paired`` is of a paired t test of the final losses, by seeds.
+    was first as low as the paper's method ends; ``p_paired`` is of a paired t test of the final losses, by seeds, where
+    both have the same seeds.
     """
     paper = runner.tune(outcomes)[PAPER_METHOD].best
     whole, reached = compute(paper.config, decoder), float(np.mean(paper.after))
@@ -139,7 +140,7 @@ def conclude(decoder: Decoder, outcomes: Sequence[runner.Outcome]) -> list[dict[
         means = np.mean([run.test_loss for run in outcome.curves], axis=0)
         there = np.flatnonzero(means <= reached)
         p_paired = None
-        if outcome is not paper and len(outcome.after) > 1:
+        if outcome is not paper and len(outcome.after) == len(paper.after) > 1:
             p_paired = float(stats.ttest_rel(outcome.after, paper.after).pvalue)
         table.append(
             row

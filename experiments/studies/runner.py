@@ -76,12 +76,15 @@ class Preset(NamedTuple):
         num_seeds: number of seeds per variant.
         eval_every: rounds between measurements of the test loss.
         variants: the variants to compare.
+        sweep_seeds: number of seeds with which every rate of a sweep is tried; the best rate of each method is run with
+            the other seeds too. By default all seeds try every rate.
     """
 
     run: RunConfig
     num_seeds: int
     eval_every: int
     variants: Variants
+    sweep_seeds: int | None = None
 
 
 @dataclass(frozen=True)
@@ -181,8 +184,12 @@ def tune(outcomes: Sequence[Outcome]) -> dict[str, Tuned]:
 
 
 def best_of(sweep: Sequence[Outcome]) -> Tuned:
-    """Returns the outcome with the lowest final mean test loss, of runs that differ in their learning rate."""
-    best = min(sweep, key=lambda outcome: np.nan_to_num(np.mean(outcome.after), nan=np.inf))
+    """Returns the outcome with the lowest final mean test loss, of runs that differ in their learning rate.
+
+    The mean is over the seeds that all of them have.
+    """
+    common = min(len(outcome.curves) for outcome in sweep)
+    best = min(sweep, key=lambda outcome: np.nan_to_num(np.mean(outcome.after[:common]), nan=np.inf))
     rates = [outcome.config.learning_rate for outcome in sweep]
     return Tuned(best, best.config.learning_rate in (min(rates), max(rates)))
 
@@ -241,9 +248,11 @@ def run(
     base = changed(config, preset.run)
     seeds = range(config.seed, config.seed + (config.num_seeds or preset.num_seeds))
     plan = {label: [replace(base, **fields, seed=seed) for seed in seeds] for label, fields in preset.variants.items()}
-    runs = [one for runs in plan.values() for one in runs]
-    curves, seconds = _finish(runs, preset.eval_every, out / "finished")
-    outcomes = [Outcome(label, runs[0], [curves[one] for one in runs]) for label, runs in plan.items()]
+    tried = {label: runs[: preset.sweep_seeds] for label, runs in plan.items()}
+    outcomes, seconds = _outcomes(tried, preset.eval_every, out / "finished")
+    if tried != plan:
+        tried |= {tuned.best.label: plan[tuned.best.label] for tuned in tune(outcomes).values()}
+        outcomes, seconds = _outcomes(tried, preset.eval_every, out / "finished")
     write_json(
         out / "curves.json",
         {"curves": [{"variant": one.label, **curve._asdict()} for one in outcomes for curve in one.curves]},
@@ -305,6 +314,12 @@ def draw(axes: Any, x: Sequence[float] | np.ndarray, values: np.ndarray, label: 
     (line,) = axes.plot(x, mean, ".-", label=label)
     if (width := half_width(values)) is not None:
         axes.fill_between(x, mean - width, mean + width, color=line.get_color(), alpha=0.15, linewidth=0)
+
+
+def _outcomes(plan: Mapping[str, Sequence[RunConfig]], eval_every: int, folder: Path) -> tuple[list[Outcome], float]:
+    """The outcomes of all runs by label, and the seconds spent on them."""
+    curves, seconds = _finish([one for runs in plan.values() for one in runs], eval_every, folder)
+    return [Outcome(label, runs[0], [curves[one] for one in runs]) for label, runs in plan.items()], seconds
 
 
 def _finish(runs: Sequence[RunConfig], eval_every: int, folder: Path) -> tuple[dict[RunConfig, Curve], float]:

@@ -48,3 +48,14 @@ def test_when_a_method_was_as_good_as_the_paper_s():
     assert [row["drop_over_its_drop"] for row in rows] == [1, pytest.approx(2), pytest.approx(0.5), None]
     assert rows[0]["p_paired"] is None
     assert rows[3]["p_paired"] is None
+
+
+def test_methods_are_paired_with_the_paper_s_where_both_have_the_same_seeds():
+    paper = outcome(estimators.PAPER_METHOD, [2.0, 1.8], learning_rate=1e-3)
+    good = outcome("good", [2.0, 1.6], learning_rate=1e-2)
+    tried = outcome("good", [2.0, 1.7], learning_rate=2e-2)
+    tried = tried._replace(curves=tried.curves[:1])
+    rows = estimators.conclude(estimators.TINY, [paper, good, tried])
+    # Differences of 0.2 and 0.21: t = 41 with one degree of freedom.
+    assert rows[1]["p_paired"] == pytest.approx(0.0155, abs=1e-4)
+    assert rows[2]["p_paired"] is None

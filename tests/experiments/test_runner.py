@@ -110,6 +110,30 @@ def test_a_method_is_shown_at_its_best_rate_and_a_best_rate_at_an_end_is_marked(
     assert marked == [no, best, no, no, edge, edge, no]
 
 
+def test_the_best_rate_is_chosen_by_the_seeds_that_all_rates_have():
+    found = outcomes({"a": {0.1: [2.0], 0.2: [1.0, 4.0, 4.0], 0.4: [1.5]}})
+    assert runner.tune(found)["a"].best.config.learning_rate == 0.2
+
+
+def test_other_seeds_are_run_at_the_best_rate_alone(tmp_path, monkeypatch):
+    """The loss of a run is its rate's distance from 2; 1 more for the second seed, which must not change the choice."""
+    asked = []
+
+    def sweep(setups, eval_every, on_round):
+        configs = [setup.config for setup in setups]
+        asked.extend((one.batch_size, one.learning_rate, one.seed) for one in configs)
+        return [Curve([0, 1], [9.0, abs(one.learning_rate - 2) + one.seed], [], 0.1) for one in configs]
+
+    monkeypatch.setattr(runner, "sweep", sweep)
+    variants = runner.swept({"a": ({"batch_size": 1}, (1.0, 2.0, 3.5)), "b": ({"batch_size": 2}, (1.0, 1.8, 4.0))})
+    presets = {"smoke": runner.Preset(runner.SMOKE, 2, 1, variants, sweep_seeds=1)}
+    config = runner.Config(preset="smoke", out=tmp_path / "out")
+    _, found = runner.run(config, "estimators", presets, title="a study", conclude=runner.tuned_rows)
+    first = [(1, 1.0, 0), (1, 2.0, 0), (1, 3.5, 0), (2, 1.0, 0), (2, 1.8, 0), (2, 4.0, 0)]
+    assert (sorted(asked[:6]), sorted(asked[6:])) == (first, [(1, 2.0, 1), (2, 1.8, 1)])
+    assert [len(outcome.curves) for outcome in found] == [1, 2, 1, 1, 2, 1]
+
+
 @pytest.mark.parametrize("preset", ["huge", "smollm2"])  # the second is one of other studies
 def test_an_unknown_preset_is_one_line(monkeypatch, capsys, preset):
     assert run(monkeypatch, "partitioners", "--preset", preset) == 2
