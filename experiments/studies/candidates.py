@@ -324,10 +324,13 @@ def rows(points: Sequence[Mapping[str, Any]], found: Sequence[Mapping[str, Any]]
 
 
 def plot(file: Path, table: Sequence[Mapping[str, Any]]) -> None:
-    """Draws a bar for each candidate: its loss drop in the recipe's."""
+    """Draws each candidate's loss drop in the recipe's, with the 90 % band of its final losses."""
     figure, axes = _plots.subplots(figsize=(6.4, 0.6 + 0.32 * len(table)))
-    labels = [row["candidate"] for row in table][::-1]
-    axes.barh(labels, [row["drop_over_the_recipes"] for row in table][::-1], color="C0")
+    rows = table[::-1]
+    recipe_drop = table[0]["loss_before"] - table[0]["loss_after"]
+    bands = [(row["band_90"] or 0) / recipe_drop for row in rows]
+    drops, labels = [row["drop_over_the_recipes"] for row in rows], [row["candidate"] for row in rows]
+    axes.errorbar(drops, labels, xerr=bands, fmt="o", capsize=3)
     axes.axvline(1.0, color="0.3", linewidth=1)
     axes.set(xlabel="loss drop at equal compute, in the recipe's")
     axes.grid(alpha=0.3, axis="x")

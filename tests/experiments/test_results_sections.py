@@ -51,6 +51,18 @@ def test_the_table_of_projections_is_that_of_the_results():
     assert f"after 1/{1 / back['compute_to_its_loss']:.0f} of its compute" in section
 
 
+def test_the_table_of_candidates_is_that_of_the_results():
+    rows, [lines] = read("candidates"), tables_of("Other directions and steps")
+    for line, row in zip(lines, rows, strict=True):
+        loss = f"{row['loss_after']:.3f} ± {row['band_90']:.3f} (η = {rate_text(row['learning_rate'])})"
+        p = "–" if row["p_paired"] is None else f"{row['p_paired']:.2g}"
+        assert line == f"| {row['candidate']} | {row['rounds']} | {loss} | {row['drop_over_the_recipes']:.2f} | {p} |"
+    assert all(row["rates_tried"] >= 3 for row in rows)
+    assert max(row["drop_over_the_recipes"] for row in rows) < 1.02
+    behind = [row["candidate"] for row in rows if row["p_paired"] is not None and row["p_paired"] < 0.05]
+    assert behind == ["block-guided directions, t = 1.2", "ConMeZO, t = 1.35", "server momentum"]
+
+
 def test_what_the_automatic_rate_reaches_is_that_of_the_results():
     rows, section = read("automatic_rate"), section_of("Without a rate to tune")
     [lines] = tables_of("Without a rate to tune")
