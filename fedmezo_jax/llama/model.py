@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from fedmezo_jax.core.mezo import Perturbation, shift_row
 from fedmezo_jax.data.packing import Layout
-from fedmezo_jax.llama import head
+from fedmezo_jax.llama import head, tangents
 from fedmezo_jax.llama.attention import causal_attention, layer_rope, layer_window, rotary_table, rotate
 from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.precision import Precision, Products, frozen_product, keep_in_loop, product, unfused
@@ -293,12 +293,19 @@ class Llama(nn.Module):
         missing = self.config.num_hidden_layers - jax.tree.leaves(stacked)[0].shape[0]
         block = Block(self.config, self.lora_scale, self._products, parent=None)
 
-        def run_layer(x, layer_and_lora):
-            layer, lora = layer_and_lora
+        def apply(x, lora, frozen, perturbation=None):
+            stacked, layer, rope, layout = frozen
             weights = jax.tree.map(lambda leaf: checkpoint_name(leaf, "weights"), _sliced(stacked, layer - missing))
             own_rope, window = layer_rope(self.config, rope, layer), layer_window(self.config, layer, length)
             at = layer - start + row
-            return block.apply({"params": weights}, x, lora, at, own_rope, perturbation, window, layout)
+            return block.apply({"params": weights}, x, lora, at, own_rope, perturbation, window, layout)[0]
+
+        def run_layer(x, layer_and_lora):
+            layer, lora = layer_and_lora
+            frozen = stacked, layer, rope, layout
+            if perturbation is not None and perturbation.tangent and x.size >= tangents.LEAST_ROWS * x.shape[-1]:
+                return tangents.one_by_one(apply)(x, lora, frozen, perturbation, layer - start + row), None
+            return apply(x, lora, frozen, perturbation), None
 
         policy = None if self.checkpointed else jax.checkpoint_policies.save_anything_except_these_names("weights")
         run_layer = jax.checkpoint(run_layer, prevent_cse=False, policy=policy)
