@@ -27,7 +27,6 @@ from experiments.studies import rate_search, result_cache, runner
 from fedmezo_jax.core import mezo, random
 from fedmezo_jax.core.mezo import Params
 from fedmezo_jax.data.batches import take
-from fedmezo_jax.errors import UserError
 from fedmezo_jax.run.config import RunConfig
 from fedmezo_jax.run.context import RunContext, build, round_examples
 from fedmezo_jax.run.loop import forward_passes
@@ -198,7 +197,7 @@ def main(config: Config) -> None:
     """Searches every candidate's best rate, prints the table and draws it."""
     preset = runner.preset_of(PRESETS, config.preset)
     base = runner.changed(config, preset.run)
-    labels = preset.candidates if config.only is None else (RECIPE, *_chosen(config.only))
+    labels = preset.candidates if config.only is None else runner.chosen(config.only, list(CANDIDATES))
     out = config.out or Path("runs") / f"candidates-{config.preset}"
     seeds = list(range(config.seed, config.seed + (config.num_seeds or preset.num_seeds)))
     points = [{"candidate": label, "run": asdict(_run(base, CANDIDATES[label])), "seeds": seeds} for label in labels]
@@ -207,13 +206,6 @@ def main(config: Config) -> None:
     _cli.write_folder(replace(config, out=out), table, seconds, run=asdict(base))
     plot(out / "candidates.png", table)
     _cli.print_table("candidates at equal compute, each at its best rate", table)
-
-
-def _chosen(text: str) -> list[str]:
-    chosen = [label.strip() for label in text.split(";")]
-    if unknown := [label for label in chosen if label not in CANDIDATES]:
-        raise UserError(f"--only: unknown {', '.join(map(repr, unknown))}; choose from {'; '.join(CANDIDATES)}")
-    return [label for label in chosen if label != RECIPE]
 
 
 def _run(base: RunConfig, candidate: Candidate) -> RunConfig:

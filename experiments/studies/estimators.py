@@ -12,7 +12,7 @@ compute, and is shown at the best rate of its sweep. Back-propagation from the s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -176,13 +176,25 @@ def plot(path: str, chosen: Mapping[str, runner.Outcome], decoder: Decoder) -> N
     _plots.save(figure, path, dpi=100)
 
 
-def main(config: runner.Config) -> None:
+@dataclass(frozen=True)
+class Config(runner.Config):
+    """The preset, and changes to it."""
+
+    only: str | None = None
+    """methods to compare with the paper's, separated by semicolons; by default all"""
+
+
+def main(config: Config) -> None:
     """Runs the study."""
-    decoder = _DECODERS[config.preset]
+    preset, decoder = runner.preset_of(PRESETS, config.preset), _DECODERS[config.preset]
+    if config.only is not None:
+        labels = runner.chosen(config.only, list(dict.fromkeys(map(runner.method_of, preset.variants))))
+        kept = {label: fields for label, fields in preset.variants.items() if runner.method_of(label) in labels}
+        preset = preset._replace(variants=kept)
     out, outcomes = runner.run(
         config,
         "estimators",
-        PRESETS,
+        {config.preset: preset},
         title="estimators at equal compute, each at its best rate",
         conclude=partial(conclude, decoder),
     )
@@ -190,4 +202,4 @@ def main(config: runner.Config) -> None:
 
 
 if __name__ == "__main__":
-    _cli.run(main, runner.Config, __doc__)
+    _cli.run(main, Config, __doc__)

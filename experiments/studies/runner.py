@@ -175,11 +175,16 @@ def swept(methods: Mapping[str, tuple[Mapping[str, Any], Sequence[float]]]) -> V
     }
 
 
+def method_of(label: str) -> str:
+    """Returns the method in the label of a variant of :func:`swept`."""
+    return label.rpartition(_RATE)[0]
+
+
 def tune(outcomes: Sequence[Outcome]) -> dict[str, Tuned]:
     """Returns each method of :func:`swept` at its best rate, by label. A rate at which a run diverged is never best."""
     methods: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
-        methods.setdefault(outcome.label.rpartition(_RATE)[0], []).append(outcome)
+        methods.setdefault(method_of(outcome.label), []).append(outcome)
     return {label: best_of(sweep) for label, sweep in methods.items()}
 
 
@@ -215,6 +220,18 @@ def preset_of(presets: Mapping[PresetName, AnyPreset], name: PresetName) -> AnyP
     if name not in presets:
         raise UserError(f"--preset {name}: this study has {', '.join(presets)}")
     return presets[name]
+
+
+def chosen(only: str, labels: Sequence[str]) -> list[str]:
+    """Returns the first label and those that ``--only`` names, separated by semicolons.
+
+    Raises:
+        UserError: a name is none of the labels.
+    """
+    names = [name.strip() for name in only.split(";")]
+    if unknown := [name for name in names if name not in labels]:
+        raise UserError(f"--only: unknown {', '.join(map(repr, unknown))}; choose from {'; '.join(labels)}")
+    return [label for i, label in enumerate(labels) if i == 0 or label in names]
 
 
 def changed(config: Config, run: RunConfig) -> RunConfig:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from experiments.studies import estimators, runner
+from fedmezo_jax.errors import UserError
 from fedmezo_jax.run.config import paper_config
 from fedmezo_jax.run.sweep import Curve
 
@@ -59,3 +60,19 @@ def test_methods_are_paired_with_the_paper_s_where_both_have_the_same_seeds():
     # Differences of 0.2 and 0.21: t = 41 with one degree of freedom.
     assert rows[1]["p_paired"] == pytest.approx(0.0155, abs=1e-4)
     assert rows[2]["p_paired"] is None
+
+
+def test_only_some_methods_are_compared_with_the_paper_s(monkeypatch):
+    asked = []
+
+    def run(config, name, presets, **rest):
+        asked.extend(presets["smollm2"].variants)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "run", run)
+    with pytest.raises(KeyboardInterrupt):
+        estimators.main(estimators.Config("smollm2", only="back-propagation, up and down, last 1"))
+    methods = ["two-point, all layers"] * 4 + ["back-propagation, up and down, last 1"] * 3
+    assert list(map(runner.method_of, asked)) == methods
+    with pytest.raises(UserError, match="--only: unknown 'Adam'; choose from two-point, all layers; forward"):
+        estimators.main(estimators.Config("smollm2", only="Adam"))
