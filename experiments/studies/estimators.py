@@ -128,20 +128,21 @@ def conclude(decoder: Decoder, outcomes: Sequence[runner.Outcome]) -> list[dict[
     """:func:`runner.tuned_rows`, with each method's compute, and how it compares with the paper's method.
 
     ``compute`` is in that of the paper's method; ``compute_to_its_loss`` is what had been spent when the mean test loss
-    was first as low as the paper's method ends; ``p_paired`` is of a paired t test of the final losses, by seeds, where
-    both have the same seeds.
+    was first as low as the paper's method ends, with the same seeds; ``p_paired`` is of a paired t test of the final
+    losses, by seeds.
     """
     paper = runner.tune(outcomes)[PAPER_METHOD].best
-    whole, reached = compute(paper.config, decoder), float(np.mean(paper.after))
+    whole = compute(paper.config, decoder)
     table = []
     for outcome, row in zip(outcomes, runner.tuned_rows(outcomes), strict=True):
         share = compute(outcome.config, decoder) / whole
-        curve = outcome.curves[0]
+        curve, papers = outcome.curves[0], paper.after[: len(outcome.after)]
+        reached = float(np.mean(papers))
         means = np.mean([run.test_loss for run in outcome.curves], axis=0)
         there = np.flatnonzero(means <= reached)
         p_paired = None
-        if outcome is not paper and len(outcome.after) == len(paper.after) > 1:
-            p_paired = float(stats.ttest_rel(outcome.after, paper.after).pvalue)
+        if outcome is not paper and len(papers) > 1:
+            p_paired = float(stats.ttest_rel(outcome.after, papers).pvalue)
         table.append(
             row
             | {

@@ -51,7 +51,7 @@ def test_when_a_method_was_as_good_as_the_paper_s():
     assert rows[3]["p_paired"] is None
 
 
-def test_methods_are_paired_with_the_paper_s_where_both_have_the_same_seeds():
+def test_a_method_is_compared_with_the_paper_s_on_the_seeds_that_it_has():
     paper = outcome(estimators.PAPER_METHOD, [2.0, 1.8], learning_rate=1e-3)
     good = outcome("good", [2.0, 1.6], learning_rate=1e-2)
     tried = outcome("good", [2.0, 1.7], learning_rate=2e-2)
@@ -60,6 +60,7 @@ def test_methods_are_paired_with_the_paper_s_where_both_have_the_same_seeds():
     # Differences of 0.2 and 0.21: t = 41 with one degree of freedom.
     assert rows[1]["p_paired"] == pytest.approx(0.0155, abs=1e-4)
     assert rows[2]["p_paired"] is None
+    assert rows[2]["drop_over_its_drop"] == pytest.approx(0.3 / 0.2)  # of the first seed
 
 
 def test_only_some_methods_are_compared_with_the_paper_s(monkeypatch):

@@ -122,6 +122,20 @@ def test_methods_at_equal_compute_on_a_real_model_are_those_of_the_results():
         assert twice["loss_after"] > twice["loss_before"], method
 
 
+def test_three_seeds_on_a_real_model_are_those_of_the_results():
+    rows = read("estimators_smollm2_seeds")
+    best = [row for row in rows if row["best"]]
+    lines, by_label = equal_compute_lines(best)
+    assert lines in tables_of("A real model")
+    assert {row["seeds"] for row in best} == {3}
+    assert not any(row["at_an_end_of_the_sweep"] for row in rows)
+    slopes = by_label["backward gradient, n = 40, up and down, last 1"]
+    assert f"(paired p = {slopes['p_paired']:.3f})" in section_of("A real model")
+    assert slopes["compute_to_its_loss"] <= 1 / 3  # the targets
+    assert slopes["drop_over_its_drop"] >= 1.5
+    assert all(round(row["loss_before"], 3) == 1.789 for row in best)
+
+
 def attack_lines(rows, names):
     """The lines of a table of attacks by rules of these names, and its rows by attack and rule."""
     left = {}
