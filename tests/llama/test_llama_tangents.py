@@ -10,7 +10,7 @@ from jax.extend.core import jaxprs_in_params
 from llama_cases import load, random_lora, random_rows
 
 from fedmezo_jax.core import mezo
-from fedmezo_jax.core.estimators import ForwardGradient
+from fedmezo_jax.core.estimators import BackwardGradient, ForwardGradient
 from fedmezo_jax.data.packing import pack
 from fedmezo_jax.llama import tangents
 from fedmezo_jax.llama.checkpoints.base_model import load_base
@@ -76,7 +76,7 @@ def test_slopes_are_those_of_back_propagation(in_a_loop, case, trained, packed):
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
-def test_of_eight_bit_products_they_are_those_of_all_at_once(kind, monkeypatch):
+def test_of_eight_bit_products_they_are_those_of_all_at_once_and_of_a_gradient(kind, monkeypatch):
     config = LlamaConfig.from_json(TINY)
     base = load_base(TINY, config, "float32", kind)
     model, rows = Llama(config, eight_bit=True), random_rows(2, 3)
@@ -87,6 +87,9 @@ def test_of_eight_bit_products_they_are_those_of_all_at_once(kind, monkeypatch):
     again, found = estimates(model, base, lora, rows, keys)
     np.testing.assert_allclose(again, losses, rtol=1e-6)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+    backward = partial(BackwardGradient(ESTIMATOR.config).estimate, loss_of(model, base), lora)
+    by_gradient = jax.jit(jax.vmap(backward))(rows, keys).projected_gradients
+    np.testing.assert_allclose(by_gradient, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
 
 
 def test_a_client_alone_has_the_numbers_that_it_has_among_others(in_a_loop):
