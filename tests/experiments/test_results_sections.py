@@ -183,15 +183,15 @@ def test_the_ceiling_of_few_layers_is_that_of_the_results():
 
 
 def test_what_privacy_costs_is_that_of_the_results():
-    lines, shadow_lines = tables_of("What privacy costs")
-    rows, shadow_rows = read("privacy_utility"), read("shadow_models")
+    lines, real_lines, shadow_lines = tables_of("What privacy costs")
+    rows, real_rows, shadow_rows = read("privacy_utility"), read("privacy_utility_smollm2"), read("shadow_models")
 
     def with_band(row, name, form, unit=""):
         scale = 100 if unit else 1
         band = row[f"{name}_band_90"]
         return f"{scale * row[name]:{form}}{'' if band is None else f' ± {scale * band:{form}}'}{unit}"
 
-    for line, row in zip(lines, rows, strict=True):
+    for line, row in zip(lines + real_lines, rows + real_rows, strict=True):
         lost = "–" if row["epsilon"] is None else with_band(row, "drop_lost", ".1f", " %")
         aucs = " | ".join(with_band(row, name, ".2f") for name in ("auc_adapter", "auc_ledger"))
         epsilon = "∞" if row["epsilon"] is None else f"{row['epsilon']:g}"
