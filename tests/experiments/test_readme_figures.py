@@ -365,3 +365,21 @@ def test_the_errors_of_eight_bit_products_are_those_of_the_results(name):
             assert rounded(cell.strip(" %"), own[column])
         assert own["forward-gradient", "bfloat16"] < 5
         assert products == "eight-bit" or own["two-point", "paired"] < 5
+
+
+def test_less_memory_than_inference_is_that_of_the_results():
+    rows = {(row["what"], row["precision"]): row for row in read("memory_last4")}
+
+    def cells(*keys):
+        found = [rows[key] for key in keys]
+        mebibytes = "; ".join(f"{row['peak_bytes'] / 2**20:.0f}" for row in found)
+        shares = "; ".join(f"{row['over_forward']:.2f}" for row in found)
+        return f" | {mebibytes} | {shares} |"
+
+    section = SCALING.split("### Less memory than inference\n")[1].split("\n### ")[0]
+    tangents, paired, plain = ("forward_gradient", "bfloat16"), ("fedmezo", "paired"), ("fedmezo", "bfloat16")
+    assert "| `forward-gradient`, 4 directions, bfloat16" + cells(tangents) in section
+    assert "| `two-point`, paired; plain bfloat16" + cells(paired, plain) in section
+    backward = cells(("backprop", "bfloat16"), ("backprop_checkpointed", "bfloat16"))
+    assert "| back-propagation from the same hidden states; checkpointed" + backward in section
+    assert rows[tangents]["over_forward"] <= 0.25  # the target
