@@ -23,13 +23,13 @@ import numpy as np
 from experiments import _cli
 from experiments.benchmarks import step
 from fedmezo_jax.core import mezo
+from fedmezo_jax.core.estimators import ESTIMATORS, EstimatorName
 from fedmezo_jax.data.examples import HiddenBatch, Rows
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.loss import loss_of, pair_loss_of, point_loss_of
 from fedmezo_jax.llama.shapes import named_shape
-from fedmezo_jax.run.context import ESTIMATORS
 
-_LOSSES = {"two-point": pair_loss_of, "forward-gradient": point_loss_of, "backward-gradient": loss_of}
+_LOSSES = {"pair_loss": pair_loss_of, "point_loss": point_loss_of, "loss": loss_of}
 
 
 @dataclass(frozen=True)
@@ -100,10 +100,13 @@ def _from_first_trained(case: step.Case, seed: int) -> tuple[Rows, Any]:
     return HiddenBatch(jax.device_put(hidden), *rows[1:]), case.base | above
 
 
-def _compiled(case: step.Case, base: Any, rows: Rows, estimator: str, count: int) -> tuple[Any, tuple[Any, ...]]:
+def _compiled(
+    case: step.Case, base: Any, rows: Rows, estimator: EstimatorName, count: int
+) -> tuple[Any, tuple[Any, ...]]:
     """The program of an estimate by all clients along ``count`` directions, and its arguments."""
-    chosen = ESTIMATORS[estimator](mezo.MezoConfig(directions=count, distribution="rademacher"))
-    loss = _LOSSES[estimator](case.model, base)
+    named = ESTIMATORS[estimator]
+    chosen = named.make(mezo.MezoConfig(directions=count, distribution="rademacher"))
+    loss = _LOSSES[named.loss](case.model, base)
 
     def estimate(loss, lora, rows, keys):
         return jax.vmap(lambda rows, key: chosen.estimate(loss, lora, rows, key))(rows, keys)

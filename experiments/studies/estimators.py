@@ -21,8 +21,8 @@ from scipy import stats
 
 from experiments import _cli, _plots
 from experiments.studies import runner
+from fedmezo_jax.core.estimators import ESTIMATORS
 from fedmezo_jax.run.config import RunConfig
-from fedmezo_jax.run.loop import forward_passes
 
 PAPER_METHOD = "two-point, all layers"
 
@@ -47,11 +47,12 @@ OPEN_LLAMA_3B = Decoder(26, 0.4)  # 32000·3200 at half of the tokens, against 1
 def compute(config: RunConfig, decoder: Decoder) -> float:
     """Products of a run, in those of the layers of one example's forward pass through one layer."""
     trained = decoder.layers if config.layers == "all" else int(config.layers.removeprefix("last:"))
-    passes = forward_passes(config)
-    heads = passes
-    if config.algorithm == "fedmezo" and config.estimator == "forward-gradient":
-        heads = 2 * passes / (1 + config.directions)
-    return config.rounds * config.batch_size * (passes * trained + heads * decoder.head)
+    passes = heads = 2  # of back-propagation
+    if config.algorithm == "fedmezo":
+        _, _, passes_of, heads_of = ESTIMATORS[config.estimator]
+        passes, heads = passes_of(config.directions), heads_of(config.directions)
+    steps = config.rounds * config.participants * config.local_steps
+    return steps * config.batch_size * (passes * trained + heads * decoder.head)
 
 
 Methods = Mapping[str, tuple[Mapping[str, Any], Sequence[float]]]
@@ -87,6 +88,10 @@ def methods(last: int, few: int, scale: float) -> Methods:
                 (10, (1e-2, 2e-2, 4e-2, 8e-2)),
             )
         },
+        f"backward gradient, n = 40, last {last}": (
+            {**forward, "estimator": "backward-gradient", "directions": 40, "layers": f"last:{last}"},
+            (1e-2, 2e-2, 4e-2, 8e-2, 1.6e-1),
+        ),
         "back-propagation, all layers": ({"algorithm": "fedavg"}, (1e-2, 3e-2, 6e-2, 1e-1)),
         "back-propagation with Adam, all layers": (
             {"algorithm": "fedavg", "local_optimizer": "adam"},

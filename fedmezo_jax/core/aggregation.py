@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from fedmezo_jax.core.mezo import Params
+from fedmezo_jax.core.random import PARTICIPANTS
 from fedmezo_jax.core.robust_rules import RULES, Rule
 
 Aggregation: TypeAlias = Literal[
@@ -153,6 +154,6 @@ def sample_participants(seed: int, round_index: int, clients: int, count: int, a
     """
     if count == clients:
         return np.arange(clients, dtype=np.int32)
-    stream = (0x5A, attempt) if attempt else (0x5A,)
+    stream = (PARTICIPANTS, attempt) if attempt else (PARTICIPANTS,)
     generator = np.random.default_rng(np.random.SeedSequence([seed, round_index], spawn_key=stream))
     return np.sort(generator.choice(clients, count, replace=False)).astype(np.int32)

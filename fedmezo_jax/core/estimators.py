@@ -7,8 +7,10 @@ step did: the ledger, the messages and a replay hold for every estimator without
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -52,18 +54,14 @@ class Estimator(Protocol):
 
 
 @dataclass(frozen=True)
-class TwoPoint:
-    """The paper's estimator, in :mod:`mezo`: the slope between θ + μz and θ − μz. Its loss is a :data:`mezo.PairLoss`.
+class AlongDirections:
+    """The second half of the estimators below: θ moves along the directions themselves.
 
     Attributes:
         config: μ, n, the distribution of z and λ.
     """
 
     config: mezo.MezoConfig
-
-    def estimate(self, loss: Any, params: Params, batch: Any, key: jax.Array) -> Estimate:
-        """See :func:`mezo.estimate`."""
-        return mezo.estimate(loss, params, batch, key, self.config)
 
     def apply(
         self, params: Params, key: jax.Array, coefficients: jax.Array, learning_rate: jax.Array | float
@@ -72,19 +70,24 @@ class TwoPoint:
         return mezo.apply_step(params, key, coefficients, learning_rate, self.config)
 
 
-@dataclass(frozen=True)
-class ForwardGradient:
+class TwoPoint(AlongDirections):
+    """The paper's estimator, in :mod:`mezo`: the slope between θ + μz and θ − μz.
+
+    Its loss is a :data:`mezo.PairLoss`.
+    """
+
+    def estimate(self, loss: Any, params: Params, batch: Any, key: jax.Array) -> Estimate:
+        """See :func:`mezo.estimate`."""
+        return mezo.estimate(loss, params, batch, key, self.config)
+
+
+class ForwardGradient(AlongDirections):
     """Exact slopes g_k = ⟨∇L, z_k⟩ along n directions by forward-mode differentiation (arXiv 2202.08587, 2405.15551).
 
     The n tangents share one evaluation of the loss, so that a step costs about 1 + n forward passes, where
     :class:`TwoPoint` takes 2n. No μ is needed, nothing is stored for a backward pass, and rounding is relative to the
-    tangent, which sixteen bits stand well. Its loss is a :data:`mezo.PointLoss`.
-
-    Attributes:
-        config: n, the distribution of z and λ; μ is not used.
+    tangent, which sixteen bits stand well. μ is not used. Its loss is a :data:`mezo.PointLoss`.
     """
-
-    config: mezo.MezoConfig
 
     def estimate(self, loss: Any, params: Params, batch: Any, key: jax.Array) -> Estimate:
         """The slopes at θ, all n at once."""
@@ -100,26 +103,14 @@ class ForwardGradient:
         value, slopes = jax.vmap(slope, out_axes=(None, 0))(jnp.arange(self.config.directions))
         return Estimate(slopes, value)
 
-    def apply(
-        self, params: Params, key: jax.Array, coefficients: jax.Array, learning_rate: jax.Array | float
-    ) -> Params:
-        """See :func:`mezo.apply_step`."""
-        return mezo.apply_step(params, key, coefficients, learning_rate, self.config)
 
-
-@dataclass(frozen=True)
-class BackwardGradient:
+class BackwardGradient(AlongDirections):
     """The slopes of :class:`ForwardGradient`, g_k = ⟨∇L, z_k⟩, from one back-propagation however many directions.
 
     A step costs about two forward passes, since the base is frozen, and n inner products over θ. It stores the
     activations of the trained layers for its backward pass, which is little where these are few. What a client sends,
-    and what a replay needs, are still the n slopes. Its loss is a :data:`mezo.LossFn`.
-
-    Attributes:
-        config: n, the distribution of z and λ; μ is not used.
+    and what a replay needs, are still the n slopes. μ is not used. Its loss is a :data:`mezo.LossFn`.
     """
-
-    config: mezo.MezoConfig
 
     def estimate(self, loss: Any, params: Params, batch: Any, key: jax.Array) -> Estimate:
         """The slopes at θ, one direction after the other."""
@@ -133,8 +124,30 @@ class BackwardGradient:
 
         return Estimate(jax.lax.map(slope, jnp.arange(self.config.directions)), value)
 
-    def apply(
-        self, params: Params, key: jax.Array, coefficients: jax.Array, learning_rate: jax.Array | float
-    ) -> Params:
-        """See :func:`mezo.apply_step`."""
-        return mezo.apply_step(params, key, coefficients, learning_rate, self.config)
+
+EstimatorName: TypeAlias = Literal["two-point", "forward-gradient", "backward-gradient"]
+
+
+class Named(NamedTuple):
+    """An estimator that the command line names, and what a run has to know of it.
+
+    Attributes:
+        make: returns the estimator.
+        loss: the loss of a :class:`task.Task` that it takes.
+        passes: forward passes of a step along n directions; a tangent and a backward pass count as one each.
+        head_products: products with the head in these.
+    """
+
+    make: Callable[[mezo.MezoConfig], Estimator]
+    loss: Literal["pair_loss", "point_loss", "loss"]
+    passes: Callable[[int], int]
+    head_products: Callable[[int], int]
+
+
+ESTIMATORS: Mapping[EstimatorName, Named] = MappingProxyType(
+    {
+        "two-point": Named(TwoPoint, "pair_loss", lambda n: 2 * n, lambda n: 2 * n),
+        "forward-gradient": Named(ForwardGradient, "point_loss", lambda n: 1 + n, lambda n: 2),
+        "backward-gradient": Named(BackwardGradient, "loss", lambda n: 2, lambda n: 2),
+    }
+)

@@ -12,6 +12,8 @@ WORK, RATES, INIT, SHARED, PROBE = range(5)
 check of the learning rate before the first round."""
 PRECISION, EFFECTIVE_RANK, CONSTANTS, DESCENT, ESTIMATORS, ESTIMATORS_START = range(5, 11)
 """Of the experiments."""
+PARTICIPANTS = 0x5A
+"""The clients of a round, which NumPy draws from the seed itself (:func:`aggregation.sample_participants`)."""
 
 
 def run_key(seed: int) -> jax.Array:

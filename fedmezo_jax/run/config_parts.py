@@ -9,6 +9,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from fedmezo_jax.core.aggregation import Aggregation
+from fedmezo_jax.core.estimators import EstimatorName
 from fedmezo_jax.core.mezo import Distribution
 from fedmezo_jax.core.personalization import Strategy
 from fedmezo_jax.core.robust_rules import RULES
@@ -159,7 +160,7 @@ class LocalConfig(Options):
     learning_rate: float | Literal["auto"] = "auto"
     """base learning rate η₀ of the clients; auto raises it for as long as the server's validation loss does not rise,
     and undoes a round after which it has"""
-    estimator: Literal["two-point", "forward-gradient", "backward-gradient"] = "forward-gradient"
+    estimator: EstimatorName = "forward-gradient"
     """how a step measures the slope of the loss along its directions: from two losses at 2n forward passes (paper), by
     forward-mode differentiation at the cost of about 1 + n, or by back-propagation at that of two, which stores the
     activations of the trained layers"""

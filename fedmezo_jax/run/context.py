@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jax.tree_util import Partial
 
 from fedmezo_jax.core import aggregation, client, federated, mezo, personalization
-from fedmezo_jax.core.estimators import BackwardGradient, Estimator, ForwardGradient, TwoPoint
+from fedmezo_jax.core.estimators import ESTIMATORS, Estimator
 from fedmezo_jax.core.per_example import PerExample
 from fedmezo_jax.core.random import init_key
 from fedmezo_jax.core.task import Task
@@ -24,8 +24,6 @@ from fedmezo_jax.run import example_privacy
 from fedmezo_jax.run.config import RunConfig
 from fedmezo_jax.run.config_parts import LocalConfig
 
-ESTIMATORS = {"two-point": TwoPoint, "forward-gradient": ForwardGradient, "backward-gradient": BackwardGradient}
-"""By their name on the command line."""
 AnyTask = TypeVar("AnyTask", bound=Task)
 
 
@@ -93,10 +91,7 @@ def context_of(task: Task, config: RunConfig, mesh: Mesh | None = None) -> RunCo
 def build(setup: RunContext) -> tuple[federated.Federated, Any]:
     """The run's ``(init, round)`` and the loss that its rounds take."""
     config, task = setup.config, setup.task
-    if config.algorithm == "fedavg" or config.estimator == "backward-gradient":
-        loss = task.loss
-    else:
-        loss = task.pair_loss if config.estimator == "two-point" else task.point_loss
+    loss = task.loss if config.algorithm == "fedavg" else getattr(task, ESTIMATORS[config.estimator].loss)
     loss = loss if isinstance(loss, Partial) else Partial(loss)
     return algorithm(config, task.block_size, setup.mesh, task.least_width), loss
 
@@ -135,7 +130,7 @@ def _shared(make: Callable[..., Any], *settings: Hashable) -> Any:
 def estimator_of(config: LocalConfig) -> Estimator:
     """The estimator of the local steps of fedmezo."""
     settings = (config.perturbation_scale, config.directions, config.distribution, config.weight_decay)
-    return ESTIMATORS[config.estimator](mezo.MezoConfig(*settings))
+    return ESTIMATORS[config.estimator].make(mezo.MezoConfig(*settings))
 
 
 def back_propagation(optimizer: str, weight_decay: float) -> client.LocalWork:

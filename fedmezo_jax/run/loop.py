@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from fedmezo_jax.core import federated, mezo, random
+from fedmezo_jax.core.estimators import ESTIMATORS
 from fedmezo_jax.core.random import run_key
 from fedmezo_jax.data.batches import take
 from fedmezo_jax.parallel import multihost, sharding
@@ -40,9 +41,7 @@ def forward_passes(config: RunConfig) -> int:
     With a frozen base the backward pass has as many products as the forward one: gradients of activations alone. A
     tangent of forward-mode differentiation has as many too.
     """
-    n = config.directions
-    by_estimator = {"two-point": 2 * n, "forward-gradient": 1 + n, "backward-gradient": 2}
-    passes = 2 if config.algorithm == "fedavg" else by_estimator[config.estimator]
+    passes = 2 if config.algorithm == "fedavg" else ESTIMATORS[config.estimator].passes(config.directions)
     return config.participants * config.local_steps * passes
 
 

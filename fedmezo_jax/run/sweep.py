@@ -19,11 +19,12 @@ import numpy as np
 import optax
 
 from fedmezo_jax.core import aggregation, client, federated, mezo, personalization
+from fedmezo_jax.core.estimators import ESTIMATORS
 from fedmezo_jax.core.random import run_key
 from fedmezo_jax.data.batches import TOKENS_AT_ONCE, round_batches
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.run.config import RunConfig
-from fedmezo_jax.run.context import ESTIMATORS, RunContext, back_propagation, build, server_optimizer
+from fedmezo_jax.run.context import RunContext, back_propagation, build, server_optimizer
 
 
 class SweepAxes(NamedTuple):
@@ -166,7 +167,7 @@ def _round(config: RunConfig, axes: SweepAxes, states, loss, cohorts: federated.
         ids = jnp.asarray(cohort.ids)
         if config.algorithm == "fedmezo":
             settings = (axes.perturbation_scale, config.directions, config.distribution, config.weight_decay)
-            work = client.estimator_client(ESTIMATORS[config.estimator](mezo.MezoConfig(*settings)))
+            work = client.estimator_client(ESTIMATORS[config.estimator].make(mezo.MezoConfig(*settings)))
         else:
             work = back_propagation(config.local_optimizer, config.weight_decay)
         rates = personalization.RateConfig(axes.learning_rate, config.personalize, axes.personalize_scale)

@@ -1,12 +1,14 @@
 """The contracts of the three seams, each over all its implementations: estimators, transforms, aggregators."""
 
+from typing import get_args
+
 import estimator_contract
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedmezo_jax.core import aggregation, mezo, transforms
+from fedmezo_jax.core import aggregation, estimators, mezo, transforms
 from fedmezo_jax.core.estimators import BackwardGradient, ForwardGradient, TwoPoint
 
 MU = 1e-2
@@ -33,6 +35,13 @@ def loss_of(name):
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_seeds_and_scalars_alone_reconstruct_the_client_bit_for_bit(name):
     estimator_contract.check_reconstruction(ESTIMATORS[name], loss_of(name))
+
+
+def test_each_name_of_the_command_line_has_an_estimator_that_takes_its_loss():
+    assert tuple(estimators.ESTIMATORS) == get_args(estimators.EstimatorName)
+    losses = {"pair_loss": mezo.pair_loss_of, "point_loss": mezo.point_loss_of, "loss": lambda loss: loss}
+    for named in estimators.ESTIMATORS.values():
+        estimator_contract.check_reconstruction(named.make(mezo.MezoConfig(MU, 2)), losses[named.loss])
 
 
 @pytest.mark.parametrize("name", [name for name in ESTIMATORS if "decay" not in name])
