@@ -1,4 +1,4 @@
-"""Evaluates a model, with or without an adapter: test loss, GSM8K answers, multiple choice, lm-evaluation-harness.
+"""Evaluates a model, with or without an adapter: test loss, generated answers, multiple choice, lm-evaluation-harness.
 
     python -m experiments.evaluate --adapter runs/fedmezo/adapter
     python -m experiments.evaluate --model smollm2-135m --data gsm8k --data-dir FOLDER --metric loss,gsm8k
@@ -32,7 +32,7 @@ from fedmezo_jax.data.partition import hold_out
 from fedmezo_jax.data.prompts import prompt_ids, text_ids
 from fedmezo_jax.data.sources import load_records
 from fedmezo_jax.errors import UserError
-from fedmezo_jax.evaluation import choice, gsm8k, humaneval, likelihood
+from fedmezo_jax.evaluation import choice, gsm8k, humaneval, likelihood, text
 from fedmezo_jax.evaluation.loaded import LoadedModel
 from fedmezo_jax.llama.checkpoints.adapter import load_adapter
 from fedmezo_jax.llama.checkpoints.base_model import load_base
@@ -46,7 +46,7 @@ from fedmezo_jax.run.prepare import check_tokens, table_of
 
 ROWS_AT_ONCE = 16
 """Prompts that are continued together."""
-METRICS = ("loss", "gsm8k", "choice", "humaneval")
+METRICS = ("loss", "gsm8k", "text", "choice", "humaneval")
 WITHOUT_TABLE = {"choice", "humaneval"}
 """Metrics that do not take --data as examples to train on."""
 
@@ -62,10 +62,10 @@ class Config(DataConfig, ModelConfig):
     adapter: Path | None = None
     """folder of a LoRA adapter, as PEFT or the main job writes it"""
     metric: str | None = None
-    """what to measure, of loss,gsm8k,choice,humaneval: test loss and perplexity; exact match of generated answers;
-    accuracy of the likeliest choice, whose --data has question, choices and answer, and on which --max-length has no
-    effect; share of HumanEval's problems whose tests the generated code passes (extra eval). The default is loss, or
-    nothing beside --tasks"""
+    """what to measure, of loss,gsm8k,text,choice,humaneval: test loss and perplexity; exact match of generated answers
+    that are numbers; exact match and likeness of generated texts; accuracy of the likeliest choice, whose --data has
+    question, choices and answer, and on which --max-length has no effect; share of HumanEval's problems whose tests the
+    generated code passes (extra eval). The default is loss, or nothing beside --tasks"""
     allow_code_execution: tyro.conf.FlagCreatePairsOff[bool] = False
     """run the code that the model writes for humaneval, in processes with limits that are no sandbox"""
     tasks: str = ""
@@ -148,18 +148,24 @@ def main(config: Config) -> None:
         test_loss = likelihood.mean_loss(*loaded[:3], test_batch, loaded.name)
         add("loss (nats/token)", test_loss.loss, len(table.test))
         add("perplexity", test_loss.perplexity, len(table.test))
-    if table and "gsm8k" in config.metrics:
+    if table and (named := [name for name in ("gsm8k", "text") if name in config.metrics]):
         examples = [example for i in table.test if isinstance(example := table.examples[i], Example)]
         if not examples:
-            raise UserError("--metric gsm8k is for data with questions and answers, not for chats")
+            raise UserError(f"--metric {named[0]} is for data with questions and answers, not for chats")
         prompts = prompt_ids(examples, tokenizer, config.prompt_style)
-        solutions = generator(loaded, config.max_new_tokens)(prompts)
-        score = gsm8k.score(solutions, [example.response for example in examples])
-        add("gsm8k exact match", score.accuracy, score.count)
-        add("gsm8k answers stated", score.stated, score.count)
+        answers, given = generator(loaded, config.max_new_tokens)(prompts), [example.response for example in examples]
+        if "gsm8k" in named:
+            score = gsm8k.score(answers, given)
+            add("gsm8k exact match", score.accuracy, score.count)
+            add("gsm8k answers stated", score.stated, score.count)
+        if "text" in named:
+            likeness = text.score(answers, given)
+            add("text exact match", likeness.exact, likeness.count)
+            add("text similarity", likeness.similarity, likeness.count)
+            add("text first word", likeness.first_word, likeness.count)
         generations = [
-            {"question": example.instruction, "generated": solution, "given": example.response}
-            for example, solution in zip(examples, solutions, strict=True)
+            {"question": example.instruction, "generated": answer, "given": example.response}
+            for example, answer in zip(examples, answers, strict=True)
         ]
     if candidates:
         losses = likelihood.row_losses(*loaded[:3], candidates, loaded.name)

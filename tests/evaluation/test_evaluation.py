@@ -15,7 +15,7 @@ from fedmezo_jax.data.examples import Example
 from fedmezo_jax.data.files import Record
 from fedmezo_jax.data.prompts import text_ids
 from fedmezo_jax.errors import UserError
-from fedmezo_jax.evaluation import choice, gsm8k, likelihood
+from fedmezo_jax.evaluation import choice, gsm8k, likelihood, text
 from fedmezo_jax.llama.checkpoints.adapter import save_adapter
 from fedmezo_jax.llama.checkpoints.base_model import load_base, save_base
 from fedmezo_jax.llama.config import LlamaConfig
@@ -83,6 +83,12 @@ def test_exact_match_by_hand():
 
 def test_a_reference_without_an_answer_matches_nothing():
     assert gsm8k.score(["", "no number"], ["", "none here"]).accuracy == 0
+
+
+def test_texts_are_compared_word_by_word():
+    score = text.score(["def  f():\n", "def g(): pass", "```", ""], ["def f():", "def pass", "x y", "z"])
+    # Two words of the second pair's five are the same twice: 4/5. White space does not count.
+    assert score == (1 / 4, (1 + 4 / 5 + 0 + 0) / 4, 2 / 4, 4)
 
 
 ROW = {"question": "2+2?", "choices": ["3", "4", "5"], "answer": 1, "subject": "sums"}
@@ -179,7 +185,9 @@ def test_the_command_measures_loss_and_answers_with_an_adapter(folder, tmp_path,
     data.write_text("".join(json.dumps({"q": f"red {i}", "a": f"The answer is {i}"}) + "\n" for i in range(20)))
     settings = {"data": str(data), "fields": "instruction=q,response=a", "prompt_style": "plain", "test_examples": 5}
     plain = run(folder, tmp_path, **settings)
-    adapted = run(folder, tmp_path, **settings, adapter=tmp_path / "adapter", metric="loss,gsm8k", max_new_tokens=4)
+    adapted = run(
+        folder, tmp_path, **settings, adapter=tmp_path / "adapter", metric="loss,gsm8k,text", max_new_tokens=4
+    )
     assert plain["loss (nats/token)"][1] == 5
     assert plain["perplexity"][0] == pytest.approx(math.exp(plain["loss (nats/token)"][0]))
     assert adapted["loss (nats/token)"][0] != pytest.approx(plain["loss (nats/token)"][0], rel=1e-3)
@@ -187,6 +195,8 @@ def test_the_command_measures_loss_and_answers_with_an_adapter(folder, tmp_path,
     assert len(lines) == 5
     right = [gsm8k.answer(line["generated"]) == gsm8k.answer(line["given"]) for line in lines]
     assert adapted["gsm8k exact match"] == (sum(right) / 5, 5)
+    begun_alike = [line["generated"].split()[:1] == line["given"].split()[:1] for line in lines]
+    assert adapted["text first word"] == (sum(begun_alike) / 5, 5)
     assert "gsm8k exact match" in capsys.readouterr().out
     assert run(folder, tmp_path, **{**settings, "test_examples": 0})["perplexity"][1] == 20
 
@@ -243,7 +253,7 @@ def test_generated_texts_come_back_in_the_order_of_their_prompts(folder, monkeyp
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"metric": "loss,bleu"}, "--metric: unknown 'bleu'; choose from loss,gsm8k,choice,humaneval"),
+        ({"metric": "loss,bleu"}, "--metric: unknown 'bleu'; choose from loss,gsm8k,text,choice,humaneval"),
         ({"metric": " , "}, "there is nothing to measure"),
         ({"metric": "humaneval"}, "runs code that the model writes: add --allow-code-execution"),
         ({"task_limit": -1}, "--task-limit and --num-fewshot must be at least 0"),
