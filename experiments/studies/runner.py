@@ -264,7 +264,8 @@ def run(
     out = config.out or Path("runs") / f"{name}-{config.preset}"
     base = changed(config, preset.run)
     seeds = range(config.seed, config.seed + (config.num_seeds or preset.num_seeds))
-    plan = {label: [replace(base, **fields, seed=seed) for seed in seeds] for label, fields in preset.variants.items()}
+    variants = _scaled(preset.variants, base.rounds / preset.run.rounds)
+    plan = {label: [replace(base, **fields, seed=seed) for seed in seeds] for label, fields in variants.items()}
     tried = {label: runs[: preset.sweep_seeds] for label, runs in plan.items()}
     outcomes, seconds = _outcomes(tried, preset.eval_every, out / "finished")
     if tried != plan:
@@ -280,6 +281,15 @@ def run(
     _cli.print_table(title, table)
     print(f"{out}: config.json, results.json, curves.json, {name}.png ({seconds:.0f} s)")
     return out, outcomes
+
+
+def _scaled(variants: Variants, share: float) -> Variants:
+    """The variants, with ``share`` times the rounds where they have a number of their own."""
+
+    def scaled(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {**fields, "rounds": max(1, round(share * fields["rounds"]))} if "rounds" in fields else fields
+
+    return {label: scaled(fields) for label, fields in variants.items()}
 
 
 def rows(outcomes: Sequence[Outcome], paper: Mapping[str, str] = MappingProxyType({})) -> list[dict[str, Any]]:

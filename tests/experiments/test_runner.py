@@ -134,6 +134,17 @@ def test_other_seeds_are_run_at_the_best_rate_alone(tmp_path, monkeypatch):
     assert [len(outcome.curves) for outcome in found] == [1, 2, 1, 1, 2, 1]
 
 
+def test_other_rounds_change_those_of_every_variant_alike(tmp_path, monkeypatch):
+    def sweep(setups, eval_every, on_round):
+        return [Curve([0, one.config.rounds], [2.0, 1.0], [], 0.1) for one in setups]
+
+    monkeypatch.setattr(runner, "sweep", sweep)
+    presets = {"smoke": runner.Preset(runner.SMOKE, 1, 1, {"the preset's": {}, "its own": {"rounds": 12}})}
+    config = runner.Config(preset="smoke", out=tmp_path / "out", rounds=runner.SMOKE.rounds // 2)
+    _, found = runner.run(config, "estimators", presets, title="a study", conclude=runner.rows)
+    assert [outcome.config.rounds for outcome in found] == [runner.SMOKE.rounds // 2, 6]
+
+
 @pytest.mark.parametrize("preset", ["huge", "smollm2"])  # the second is one of other studies
 def test_an_unknown_preset_is_one_line(monkeypatch, capsys, preset):
     assert run(monkeypatch, "partitioners", "--preset", preset) == 2
