@@ -22,6 +22,7 @@ from scipy import stats
 from experiments import _cli, _plots
 from experiments.studies import runner
 from fedmezo_jax.core.estimators import ESTIMATORS
+from fedmezo_jax.errors import UserError
 from fedmezo_jax.run.config import RunConfig
 
 PAPER_METHOD = "two-point, all layers"
@@ -188,19 +189,34 @@ class Config(runner.Config):
 
     only: str | None = None
     """methods to compare with the paper's, separated by semicolons; by default all"""
+    rates: tuple[float, ...] = ()
+    """learning rates to try, of those in the methods' sweeps; by default all"""
+
+
+def _at_rates(variants: runner.Variants, rates: Sequence[float]) -> runner.Variants:
+    """The variants with these learning rates, of which each is in a sweep, and each sweep has one."""
+    if unknown := [rate for rate in rates if all(rate != fields["learning_rate"] for fields in variants.values())]:
+        raise UserError(f"--rates: {unknown[0]:g} is in no method's sweep")
+    kept = {label: fields for label, fields in variants.items() if fields["learning_rate"] in rates}
+    for method in map(runner.method_of, variants):
+        if method not in map(runner.method_of, kept):
+            raise UserError(f"--rates has none for {method!r}: leave that out by --only")
+    return kept
 
 
 def main(config: Config) -> None:
     """Runs the study."""
     preset, decoder = runner.preset_of(PRESETS, config.preset), _DECODERS[config.preset]
+    labels = list(dict.fromkeys(map(runner.method_of, preset.variants)))
     if config.only is not None:
-        labels = runner.chosen(config.only, list(dict.fromkeys(map(runner.method_of, preset.variants))))
-        kept = {label: fields for label, fields in preset.variants.items() if runner.method_of(label) in labels}
-        preset = preset._replace(variants=kept)
+        labels = runner.chosen(config.only, labels)
+    kept = {label: fields for label, fields in preset.variants.items() if runner.method_of(label) in labels}
+    if config.rates:
+        kept = _at_rates(kept, config.rates)
     out, outcomes = runner.run(
         config,
         "estimators",
-        {config.preset: preset},
+        {config.preset: preset._replace(variants=kept)},
         title="estimators at equal compute, each at its best rate",
         conclude=partial(conclude, decoder),
     )

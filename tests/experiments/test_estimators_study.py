@@ -63,7 +63,7 @@ def test_a_method_is_compared_with_the_paper_s_on_the_seeds_that_it_has():
     assert rows[2]["drop_over_its_drop"] == pytest.approx(0.3 / 0.2)  # of the first seed
 
 
-def test_only_some_methods_are_compared_with_the_paper_s(monkeypatch):
+def test_only_some_methods_and_rates_are_compared_with_the_paper_s(monkeypatch):
     asked = []
 
     def run(config, name, presets, **rest):
@@ -77,3 +77,11 @@ def test_only_some_methods_are_compared_with_the_paper_s(monkeypatch):
     assert list(map(runner.method_of, asked)) == methods
     with pytest.raises(UserError, match="--only: unknown 'Adam'; choose from two-point, all layers; forward"):
         estimators.main(estimators.Config("smollm2", only="Adam"))
+    asked.clear()
+    with pytest.raises(KeyboardInterrupt):
+        estimators.main(estimators.Config("smollm2", only="back-propagation, up and down, last 1", rates=(3.5e-3, 0.1)))
+    assert asked == ["two-point, all layers, η = 0.0035", "back-propagation, up and down, last 1, η = 0.1"]
+    with pytest.raises(UserError, match=r"--rates: 0\.3 is in no method's sweep"):
+        estimators.main(estimators.Config("smollm2", rates=(3.5e-3, 0.3)))
+    with pytest.raises(UserError, match="--rates has none for 'forward gradient, n = 10, up and down, last 1'"):
+        estimators.main(estimators.Config("smollm2", rates=(3.5e-3, 0.1)))

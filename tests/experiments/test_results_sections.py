@@ -136,6 +136,19 @@ def test_three_seeds_on_a_real_model_are_those_of_the_results():
     assert all(round(row["loss_before"], 3) == 1.789 for row in best)
 
 
+def test_methods_on_codealpaca_are_those_of_the_results():
+    rows = read("estimators_smollm2_codealpaca")
+    [published], _ = equal_compute_lines([row for row in rows if row["best"] and row["numbers_up"] == 10])
+    slopes = rows[-1]  # at one rate
+    method, rate = slopes["variant"].rsplit(", η = ")
+    spent = f"{slopes['drop_over_its_drop']:.2f} | {slopes['compute_to_its_loss']:.2f} | {slopes['numbers_up']}"
+    line = f"| {method} | {slopes['rounds']} | {slopes['loss_after']:.3f} (η = {rate}, not swept) | {spent} |"
+    assert [published, line] in tables_of("A real model")
+    assert {row["seeds"] for row in rows} == {1}
+    of_paper = {row["variant"].rpartition(" = ")[2]: row["loss_after"] for row in rows if row["numbers_up"] == 10}
+    assert of_paper["0.00175"] < of_paper["0.000875"] < rows[0]["loss_before"] < of_paper["0.0035"]
+
+
 def attack_lines(rows, names):
     """The lines of a table of attacks by rules of these names, and its rows by attack and rule."""
     left = {}
