@@ -47,7 +47,7 @@ _SMALL = RunConfig(clients=4, rounds=10, length_buckets=1)
 PRESETS: Mapping[runner.PresetName, Preset] = MappingProxyType(
     {
         "small": Preset(_SMALL, (2, 8, 32), {"last:2": (3, 10, 30), "all": (3, 10)}, 2),
-        "smollm2": Preset(RunConfig(**runner.SMOLLM2, clients=4, rounds=10), (8,), {"last:2": (3, 10)}, 1),
+        "smollm2": Preset(RunConfig(**runner.SMOLLM2, clients=4, rounds=10), (8,), {"last:2": (3,)}, 1),
         "paper": Preset(
             RunConfig(model=runner.PAPER.model, data="gsm8k"),
             (8,),
