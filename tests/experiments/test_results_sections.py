@@ -78,6 +78,11 @@ def test_what_the_automatic_rate_reaches_is_that_of_the_results():
     assert all(row["worst_auto"] < row["loss_before"] for row in rows)
     rates = [row["best_fixed_rate"] for row in rows]
     assert f"by a factor of {max(rates) / min(rates):g} between" in section
+    [real] = read("automatic_rate_smollm2")
+    losses = f"falls from {real['loss_before']:.3f} to {real['loss_auto']:.3f}, and to {real['loss_best_fixed']:.3f}"
+    rate, share = f"(η = {rate_text(real['best_fixed_rate'])})", f"a share of {real['share_of_the_drop']:.2f}"
+    assert f"{losses} at the best fixed rate {rate}, {share}" in section
+    assert real["share_of_the_drop"] >= 0.8  # the target
 
 
 @pytest.mark.parametrize(
@@ -149,6 +154,14 @@ def test_methods_on_codealpaca_are_those_of_the_results():
     assert of_paper["0.00175"] < of_paper["0.000875"] < rows[0]["loss_before"] < of_paper["0.0035"]
 
 
+def test_a_run_on_codealpaca_is_that_of_the_results():
+    row, _ = read("smollm2_codealpaca")
+    section, before, after = section_of("A real model"), row["loss_before"], row["loss_after"]
+    assert f"falls from {before:.3f} to" in section
+    assert f"{after:.3f} after 15, a drop of {before - after:.3f}" in section
+    assert f"| test loss (nats/token) | {before:.3f} | {after:.3f} |" in section
+
+
 def attack_lines(rows, names):
     """The lines of a table of attacks by rules of these names, and its rows by attack and rule."""
     left = {}
@@ -184,6 +197,8 @@ def test_what_attacks_leave_is_that_of_the_results():
     assert f"from {clean['loss_before']:.3f} to {clean['loss_after']:.3f}" in section
     assert f"take {100 * (1 - real['sign flip']['mean']['drop_left']):.0f} % of the mean's loss drop" in section
     assert real["sign flip"]["polar-krum"]["drop_left"] >= 0.95
+    assert min(of["drop_left"] for rule, of in real["sign flip"].items() if "krum" in rule) >= 0.9
+    assert max(of["drop_left"] for rule, of in real["sign flip"].items() if "krum" not in rule) <= 0.55
 
 
 def test_the_ceiling_of_few_layers_is_that_of_the_results():
