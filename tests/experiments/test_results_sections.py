@@ -37,6 +37,17 @@ def test_learning_at_equal_compute_is_that_of_the_results():
     assert all(row["p_paired"] <= 2e-4 for label, row in by_label.items() if "last" in label)
 
 
+def test_slopes_by_back_propagation_are_those_of_the_results():
+    _, slopes = (row for row in read("estimators_backward") if row["best"])
+    [loss], section = best_rates([slopes]), section_of("Learning at equal compute")
+    loss, _, rate = loss.partition(" (")
+    assert f"{loss} ({rate.rstrip(')')}, from {slopes['loss_before']:.3f}, {slopes['seeds']} seeds)" in section
+    assert f"{slopes['drop_over_its_drop']:.2f} times the paper's method's drop" in section
+    assert f"(paired p = {slopes['p_paired']:.0e})".replace("e-0", "e-") in section
+    assert f"its loss after 1/{1 / slopes['compute_to_its_loss']:.0f} of its compute" in section
+    assert slopes["compute_to_its_loss"] <= 1 / 10  # the target
+
+
 def test_the_table_of_projections_is_that_of_the_results():
     lines, by_label = equal_compute_lines([row for row in read("projections") if row["best"]])
     assert tables_of("Which projections")[1] == lines
