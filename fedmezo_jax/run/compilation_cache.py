@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import warnings
 from pathlib import Path
 
 import jax
@@ -16,12 +17,14 @@ def keep_compiled(folder: Path) -> None:
     folders of their own, in case they share their home. The programs are the same ones, so the bits are too.
 
     Args:
-        folder: of the cache; a folder that cannot be written is only warned of by JAX.
+        folder: of the cache. A program that cannot be read from it or written to it, as on a full disk, is compiled
+            again and nothing is said: what else fails for the same reason has its own message.
     """
     if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
         processor = hashlib.sha256(_processor().encode()).hexdigest()[:16]
         jax.config.update("jax_compilation_cache_dir", str(folder / processor))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry")
 
 
 def _processor() -> str:
