@@ -64,7 +64,7 @@ def compile_in_a_process(folder, **environment):
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stderr) == (0, "")
     return int(done.stdout)
 
 
@@ -79,6 +79,13 @@ def test_a_second_process_finds_the_programs_under_the_folder(tmp_path):
     assert {len(file.parts) for file in kept} == {2}  # a folder for the processor, and the programs
     assert compile_in_a_process(tmp_path) == len(kept)
     assert files(tmp_path) == kept
+
+
+def test_programs_cut_short_by_a_full_disk_are_compiled_again_without_a_word(tmp_path):
+    compile_in_a_process(tmp_path)
+    for file in files(tmp_path):
+        (tmp_path / file).write_bytes((tmp_path / file).read_bytes()[:50])
+    assert compile_in_a_process(tmp_path) == 0
 
 
 def test_the_users_own_cache_is_used_where_there_is_one(tmp_path):
