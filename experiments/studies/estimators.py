@@ -2,18 +2,19 @@
 
     python -m experiments.studies.estimators
 
-Compute is counted in products with the frozen weights: tokens × layers that are run, and the head as its share. Layers
-below the first trained one cost nothing, since they are run once for each example. A tangent costs a forward pass
-through the trained layers, and all tangents of a step together one more product with the head. A backward pass costs
-as much as a forward pass, since the base is frozen. Every method gets the rounds that the paper's method has for its
-compute, and is shown at the best rate of its sweep. Back-propagation from the same layers on stands beside them.
+Compute is counted in products with the frozen weights: tokens × layers that are run, and the head as its share. A
+tangent costs a forward pass through the trained layers, and all tangents of a step together one more product with the
+head. A backward pass costs as much as a forward pass, since the base is frozen. Layers below the first trained one are
+run once for each example that a run uses, whatever its rounds, and other runs share the result: they are counted apart.
+Every method gets the rounds that the paper's method has for its compute, and is shown at the best rate of its sweep.
+Back-propagation from the same layers on stands beside them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +25,8 @@ from experiments.studies import runner
 from fedmezo_jax.core.estimators import ESTIMATORS
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.run.config import RunConfig
+from fedmezo_jax.run.context import round_examples
+from fedmezo_jax.run.prepare import prepare
 
 PAPER_METHOD = "two-point, all layers"
 
@@ -46,14 +49,30 @@ OPEN_LLAMA_3B = Decoder(26, 0.4)  # 32000·3200 at half of the tokens, against 1
 
 
 def compute(config: RunConfig, decoder: Decoder) -> float:
-    """Products of a run, in those of the layers of one example's forward pass through one layer."""
-    trained = decoder.layers if config.layers == "all" else int(config.layers.removeprefix("last:"))
+    """Products of a run's steps, in those of one example's forward pass through one layer."""
+    trained = trained_layers(config, decoder)
     passes = heads = 2  # of back-propagation
     if config.algorithm == "fedmezo":
         _, _, passes_of, heads_of = ESTIMATORS[config.estimator]
         passes, heads = passes_of(config.directions), heads_of(config.directions)
     steps = config.rounds * config.participants * config.local_steps
     return steps * config.batch_size * (passes * trained + heads * decoder.head)
+
+
+def trained_layers(config: RunConfig, decoder: Decoder) -> int:
+    """How many layers have an adapter."""
+    return decoder.layers if config.layers == "all" else int(config.layers.removeprefix("last:"))
+
+
+@cache
+def examples_used(config: RunConfig) -> tuple[int, ...]:
+    """How many training examples a run of all layers has used after 0, 1, … rounds."""
+    task = prepare(config).task
+    used, counts = np.zeros(len(task.train.labels), bool), [0]
+    for t in range(config.rounds):
+        used[round_examples(config, task, t)[1]] = True
+        counts.append(int(np.sum(used)))
+    return tuple(counts)
 
 
 Methods = Mapping[str, tuple[Mapping[str, Any], Sequence[float]]]
@@ -130,12 +149,17 @@ PRESETS: dict[runner.PresetName, runner.Preset] = {
 _DECODERS = {"small": TINY, "paper": OPEN_LLAMA_3B, "smollm2": SMOLLM2, "smoke": TINY}
 
 
+_PICKS = ("rounds", "batch_size", "local_steps")
+"""What decides, of all that the methods differ in, which examples a run uses."""
+
+
 def conclude(decoder: Decoder, outcomes: Sequence[runner.Outcome]) -> list[dict[str, Any]]:
     """:func:`runner.tuned_rows`, with each method's compute, and how it compares with the paper's method.
 
     ``compute`` is in that of the paper's method; ``compute_to_its_loss`` is what had been spent when the mean test loss
-    was first as low as the paper's method ends, with the same seeds; ``p_paired`` is of a paired t test of the final
-    losses, by seeds.
+    was first as low as the paper's method ends, with the same seeds. ``hidden_states`` and ``hidden_states_to_its_loss``
+    are what the frozen layers below the first trained one take beside them, for all examples used until then.
+    ``p_paired`` is of a paired t test of the final losses, by seeds.
     """
     paper = runner.tune(outcomes)[PAPER_METHOD].best
     whole = compute(paper.config, decoder)
@@ -146,6 +170,9 @@ def conclude(decoder: Decoder, outcomes: Sequence[runner.Outcome]) -> list[dict[
         reached = float(np.mean(papers))
         means = np.mean([run.test_loss for run in outcome.curves], axis=0)
         there = np.flatnonzero(means <= reached)
+        rounds = curve.rounds[there[0]] if len(there) else None
+        used = examples_used(replace(paper.config, **{name: getattr(outcome.config, name) for name in _PICKS}))
+        below = (decoder.layers - trained_layers(outcome.config, decoder)) / whole
         p_paired = None
         if outcome is not paper and len(papers) > 1:
             p_paired = float(stats.ttest_rel(outcome.after, papers).pvalue)
@@ -153,7 +180,9 @@ def conclude(decoder: Decoder, outcomes: Sequence[runner.Outcome]) -> list[dict[
             row
             | {
                 "compute": share,
-                "compute_to_its_loss": share * curve.rounds[there[0]] / curve.rounds[-1] if len(there) else None,
+                "compute_to_its_loss": None if rounds is None else share * rounds / curve.rounds[-1],
+                "hidden_states": below * used[-1],
+                "hidden_states_to_its_loss": None if rounds is None else below * used[rounds],
                 "drop_over_its_drop": (means[0] - means[-1]) / (means[0] - reached) if np.isfinite(means[-1]) else None,
                 "p_paired": p_paired if p_paired is None or np.isfinite(p_paired) else None,
                 "numbers_up": outcome.config.local_steps * outcome.config.sent_directions

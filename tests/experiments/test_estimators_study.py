@@ -51,6 +51,19 @@ def test_when_a_method_was_as_good_as_the_paper_s():
     assert rows[3]["p_paired"] is None
 
 
+def test_frozen_layers_are_counted_once_for_each_example_that_was_used():
+    """A round uses 4 · 2 · 2 examples, all different; a client has hundreds."""
+    sizes = {"clients": 4, "local_steps": 2, "batch_size": 2}
+    paper = outcome(estimators.PAPER_METHOD, [2.0, 1.9, 1.8], learning_rate=1e-3, **sizes)
+    late = outcome("late", [2.0, 1.9, 1.8], learning_rate=1e-3, **sizes, layers="last:2")
+    early = outcome("early", [2.0, 1.7, 1.6], learning_rate=1e-2, **sizes, layers="last:2")
+    rows = estimators.conclude(estimators.TINY, [paper, late, early])
+    whole, round_of_states = estimators.compute(paper.config, estimators.TINY), 3 * 16
+    assert [row["hidden_states"] for row in rows] == [0, 2 * round_of_states / whole, 2 * round_of_states / whole]
+    expected = [0, 2 * round_of_states / whole, round_of_states / whole]
+    assert [row["hidden_states_to_its_loss"] for row in rows] == expected
+
+
 def test_a_method_is_compared_with_the_paper_s_on_the_seeds_that_it_has():
     paper = outcome(estimators.PAPER_METHOD, [2.0, 1.8], learning_rate=1e-3)
     good = outcome("good", [2.0, 1.6], learning_rate=1e-2)

@@ -23,10 +23,16 @@ def equal_compute_lines(rows):
     by_label, lines = {}, []
     for row, loss in zip(rows, best_rates(rows), strict=True):
         reached = "never" if row["compute_to_its_loss"] is None else f"{row['compute_to_its_loss']:.2f}"
+        states = row["hidden_states_to_its_loss"]
+        reached += f" | {states:.2f}" if states else " | –"
         label, drop = row["variant"].rpartition(", η = ")[0], f"{row['drop_over_its_drop']:.2f}"
         lines.append(f"| {label} | {row['rounds']} | {loss} | {drop} | {reached} | {row['numbers_up'] or '–'} |")
         by_label[label] = row
     return lines, by_label
+
+
+def with_hidden_states(row):
+    return row["compute_to_its_loss"] + row["hidden_states_to_its_loss"]
 
 
 def test_learning_at_equal_compute_is_that_of_the_results():
@@ -34,6 +40,9 @@ def test_learning_at_equal_compute_is_that_of_the_results():
     assert tables_of("Learning at equal compute") == [lines]
     for label, share in (("two-point, last 1", 27), ("two-point, last 2", 8), ("back-propagation, last 2", 46)):
         assert round(1 / by_label[label]["compute_to_its_loss"]) == share
+    one, two = (with_hidden_states(by_label[f"two-point, last {n}"]) for n in (1, 2))
+    assert f"(1/{1 / one:.0f} and 1/{1 / two:.0f} with the hidden states)" in section_of("Learning at equal compute")
+    assert one <= 1 / 10  # the target
     assert all(row["p_paired"] <= 2e-4 for label, row in by_label.items() if "last" in label)
 
 
@@ -123,6 +132,11 @@ def test_methods_at_equal_compute_on_a_real_model_are_those_of_the_results():
     slopes = by_label["backward gradient, n = 40, up and down, last 1"]
     back = by_label["back-propagation, up and down, last 1"]
     ours, drop = f"{slopes['compute_to_its_loss']:.2f}", f"{slopes['drop_over_its_drop']:.2f}"
+    states, total = f"{slopes['hidden_states_to_its_loss']:.2f}", f"{with_hidden_states(slopes):.2f}"
+    assert f"take another {states}, once: a single run is ahead by less, {total} of that compute" in section
+    tangents = by_label["forward gradient, n = 10, up and down, last 1"]
+    assert f"need {tangents['compute_to_its_loss']:.2f} of the compute" in section
+    assert with_hidden_states(tangents) > 1
     assert f"for {ours} of its compute**, and {drop} times its drop" in section
     assert slopes["compute_to_its_loss"] <= 1 / 3  # the targets
     assert slopes["drop_over_its_drop"] >= 1.5
@@ -157,7 +171,8 @@ def test_methods_on_codealpaca_are_those_of_the_results():
     [published], _ = equal_compute_lines([row for row in rows if row["best"] and row["numbers_up"] == 10])
     slopes = rows[-1]  # at one rate
     method, rate = slopes["variant"].rsplit(", η = ")
-    spent = f"{slopes['drop_over_its_drop']:.2f} | {slopes['compute_to_its_loss']:.2f} | {slopes['numbers_up']}"
+    spent = f"{slopes['drop_over_its_drop']:.2f} | {slopes['compute_to_its_loss']:.2f}"
+    spent += f" | {slopes['hidden_states_to_its_loss']:.2f} | {slopes['numbers_up']}"
     line = f"| {method} | {slopes['rounds']} | {slopes['loss_after']:.3f} (η = {rate}, not swept) | {spent} |"
     assert [published, line] in tables_of("A real model")
     assert {row["seeds"] for row in rows} == {1}
