@@ -33,7 +33,7 @@ from fedmezo_jax.data.buckets import lengths
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.parallel import multihost
 from fedmezo_jax.run import divergence, run_folder, trackers
-from fedmezo_jax.run.config import RECIPES, RunConfig, read_config
+from fedmezo_jax.run.config import RECIPES, RunConfig, read_config, recipe_of
 from fedmezo_jax.run.context import RunContext
 from fedmezo_jax.run.job import fine_tune
 from fedmezo_jax.run.loop import RunResult
@@ -189,6 +189,12 @@ def _rows(result: RunResult) -> list[dict[str, Any]]:
     ]
 
 
+_RECIPE_NOTES = {
+    "fast": " (the fast recipe; --recipe paper is the published method)",
+    "paper": " (the published method)",
+}
+
+
 def describe(setup: RunContext) -> None:
     """Prints what will run: sizes, and how the categories are spread over the clients."""
     config, llama = setup.config, setup.task.model.config
@@ -202,6 +208,7 @@ def describe(setup: RunContext) -> None:
         print(
             f"{config.estimator} along {config.directions} {config.distribution} "
             f"direction{'s' if config.directions > 1 else ''} a step, learning rate {config.learning_rate}"
+            f"{_RECIPE_NOTES.get(recipe_of(config) or '', '')}"
         )
     skipped = f", {setup.skipped} too long for {config.max_length} tokens left out" if setup.skipped else ""
     truncated = f", {setup.truncated} truncated to {config.max_length} tokens" if setup.truncated else ""

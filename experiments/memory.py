@@ -76,7 +76,7 @@ def measure(config: Config, target: hardware.Topology) -> Iterator[dict[str, Any
     for what, precision, function, arguments in programs(config, target.devices[0]):
         compiled = hardware.compile_for(target, lower(what, function, arguments))
         plan = hardware.Plan(None, None) if compiled is None else hardware.plan_of(compiled, target)
-        forward = forward or plan.peak
+        forward = plan.peak if what == "forward" else forward
         yield {
             "model": config.model,
             "length": config.length,

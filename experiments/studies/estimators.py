@@ -157,9 +157,9 @@ def conclude(decoder: Decoder, outcomes: Sequence[runner.Outcome]) -> list[dict[
     """:func:`runner.tuned_rows`, with each method's compute, and how it compares with the paper's method.
 
     ``compute`` is in that of the paper's method; ``compute_to_its_loss`` is what had been spent when the mean test loss
-    was first as low as the paper's method ends, with the same seeds. ``hidden_states`` and ``hidden_states_to_its_loss``
-    are what the frozen layers below the first trained one take beside them, for all examples used until then.
-    ``p_paired`` is of a paired t test of the final losses, by seeds.
+    was first as low as the paper's method ends, with the same seeds. ``hidden_states`` and
+    ``hidden_states_to_its_loss`` are what the frozen layers below the first trained one take beside them, for all
+    examples used until then. ``p_paired`` is of a paired t test of the final losses, by seeds.
     """
     paper = runner.tune(outcomes)[PAPER_METHOD].best
     whole = compute(paper.config, decoder)

@@ -247,11 +247,12 @@ class _Memory:
 class _File:
     """Records of one size, each with a digest before it: one that is missing, damaged or half-written reads as None.
 
-    Runs that share the file write the same bytes into it.
+    The file's name is part of the digest, so that the records of another file under this name read as None too. Runs
+    that share the file write the same bytes into it.
     """
 
     def __init__(self, path: Path, shape: tuple[int, ...], dtype: np.dtype):
-        self._path, self._shape, self._dtype = path, shape, dtype
+        self._path, self._shape, self._dtype, self._key = path, shape, dtype, path.stem.encode()
         self._bytes = dtype.itemsize * math.prod(shape)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -279,4 +280,4 @@ class _File:
             raise _no_room(self._path.parent, error) from None
 
     def _digest(self, i: int, content: bytes) -> bytes:
-        return hashlib.blake2b(content, digest_size=_DIGEST, salt=i.to_bytes(8, "little")).digest()
+        return hashlib.blake2b(content, digest_size=_DIGEST, key=self._key, salt=i.to_bytes(8, "little")).digest()

@@ -143,6 +143,14 @@ RECIPES: dict[str, Callable[..., RunConfig]] = {"fast": RunConfig, "paper": pape
 """What ``--recipe`` names."""
 
 
+def recipe_of(config: RunConfig) -> str | None:
+    """The recipe with which a configuration agrees in all options that set the recipes apart; None if there is none."""
+    for name, recipe in RECIPES.items():
+        if all(getattr(config, option) == getattr(recipe(), option) for option in PAPER):
+            return name
+    return None
+
+
 def config_from(values: Mapping[str, Any], source: str) -> RunConfig:
     """A configuration from what a file holds, a value for each field and nothing else.
 

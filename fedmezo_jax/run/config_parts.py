@@ -52,8 +52,9 @@ class ModelConfig(Options):
     model: str = "tiny"
     """tiny, smollm2-135m, a folder with a LLaMA in safetensors, or a hub id owner/name"""
     precision: Precision | None = None
-    """of the products with frozen weights: float32, bfloat16, or bfloat16 on the pair's mean and half-difference; by
-    default paired where the weights have at most sixteen bits and the device multiplies bfloat16, and else float32"""
+    """of the products with frozen weights: float32, bfloat16, or bfloat16 on the pair's mean and half-difference. For
+    weights of at most sixteen bits the default of two-point is paired where the device multiplies bfloat16, and that of
+    the other estimators bfloat16 on accelerators; else it is float32"""
     base: BaseType | None = None
     """how the frozen weights are held: float32, bfloat16, or with the layers' projections in eight or four bits, or in
     the blocks of a .gguf file; by default float32 where that is the precision, and else bfloat16"""

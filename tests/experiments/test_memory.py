@@ -75,6 +75,18 @@ def test_rows_tell_programs_apart(model):
     assert all(row["fits"] for row in found.values())
 
 
+def test_nothing_is_compared_with_a_forward_pass_that_does_not_fit(monkeypatch):
+    """TPUs' compilers give no plan for a program that is too large."""
+    monkeypatch.setattr(memory, "programs", lambda *_: [(what, "bfloat16", None, ()) for what in ("forward", "step")])
+    monkeypatch.setattr(memory, "lower", lambda what, *_: what)
+    monkeypatch.setattr(hardware, "compile_for", lambda _, lowered: None if lowered == "forward" else lowered)
+    monkeypatch.setattr(hardware, "plan_of", lambda *_: hardware.Plan(7, 3))
+    monkeypatch.setattr(hardware, "eight_bit_products", lambda _: 0)
+    forward, step = memory.measure(memory.Config(), hardware.host())
+    assert (forward["peak_bytes"], forward["fits"], forward["over_forward"]) == (None, False, None)
+    assert (step["peak_bytes"], step["over_forward"]) == (7, None)
+
+
 def test_each_precision_s_row_is_of_that_precision(model):
     """A pair in flight takes more than one loss after the other."""
     both = plans(model=model)

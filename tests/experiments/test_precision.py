@@ -71,8 +71,11 @@ def test_the_default_looks_at_the_cpu(monkeypatch, tmp_path, text, has):
     monkeypatch.setattr(precision.jax, "default_backend", lambda: "cpu")
     assert precision.default_precision(sixteen_bit=True)[0] == ("paired" if has else "float32")
     assert precision.default_precision(sixteen_bit=False)[0] == "float32"
+    assert precision.default_precision(sixteen_bit=True, differentiated=True)[0] == "float32"
     monkeypatch.setattr(precision.jax, "default_backend", lambda: "tpu")
     assert precision.default_precision(sixteen_bit=True)[0] == "paired"
+    assert precision.default_precision(sixteen_bit=True, differentiated=True)[0] == "bfloat16"
+    assert precision.default_precision(sixteen_bit=False, differentiated=True)[0] == "float32"
 
 
 @pytest.mark.parametrize(("scale", "size"), [(4e-7, "250%"), (1e-8, "more than 1000%"), (1e-60, "more than 1000%")])

@@ -181,7 +181,9 @@ def learning_in_short(rows):
 
 
 def real_model_in_short(rows):
-    return [f"{rows[0]['loss_before']:.3f} → {after(rows[0])}"]
+    forward = read("smollm2_gsm8k_forward")[0]
+    assert forward["loss_before"] == rows[0]["loss_before"]
+    return [f"{forward['loss_before']:.3f} → {after(forward)} with", f", {after(rows[0])} with `--estimator backward"]
 
 
 IN_SHORT = {
@@ -278,9 +280,11 @@ def test_the_minutes_of_the_index_are_those_of_the_results():
 def test_the_first_figures_of_the_readme_are_those_of_the_results():
     bullets = README.split("```mermaid")[0]
     paired = next(row for row in read("memory_a100") if row["precision"] == "paired")
+    default = next(row for row in read("memory_default") if row["what"] == "forward_gradient")
     sent = {row["sent"]: row["uplink_bytes"] for row in read("communication")}
     assert f"takes {100 * (paired['over_forward'] - 1):.1f} % more memory" in bullets
-    assert f": {sent['coefficients, per-client directions']} bytes a round" in bullets
+    assert f"takes {default['over_forward']:.2f} of the memory of a forward pass" in bullets
+    assert f"is {sent['coefficients, per-client directions']} bytes a round" in bullets
     assert f"would be {sent['LoRA, float16'] / 1e6:.0f} MB" in bullets
     run = RunConfig()
     assert f"the {run.clients * run.rounds * run.local_steps:,} local steps" in bullets
@@ -383,3 +387,19 @@ def test_less_memory_than_inference_is_that_of_the_results():
     backward = cells(("backprop", "bfloat16"), ("backprop_checkpointed", "bfloat16"))
     assert "| back-propagation from the same hidden states; checkpointed" + backward in section
     assert rows[tangents]["over_forward"] <= 0.25  # the target
+    default = next(row for row in read("memory_default") if row["what"] == "forward_gradient")
+    assert (
+        f"takes {default['peak_bytes'] / 2**20:.0f} MiB, {default['over_forward']:.2f} of the forward pass" in section
+    )
+
+
+def test_the_last_layers_of_the_largest_llama_fit_a_small_card():
+    card, chip = ([peak(row) for row in read(f"memory_70b_{name}")] for name in ("rtx4090", "v5e"))
+    section = SCALING.split("| | RTX 4090, 24 GiB |")[1].split("\n\n")[0]
+    lines = [line.split("|")[2:-1] for line in section.splitlines()[2:]]
+    assert [[cell.strip() for cell in line] for line in lines] == [list(pair) for pair in zip(card, chip, strict=True)]
+
+
+def peak(row):
+    text = [] if row["peak_bytes"] is None else [f"{row['peak_bytes'] / 2**30:.2f}"]
+    return ", ".join(text if row["fits"] else [*text, "does not fit"])

@@ -220,13 +220,17 @@ def test_states_in_bfloat16_are_rounded_once_and_have_a_file_of_their_own(settin
         assert small - 32 * len(every) == (large - 32 * len(every)) / 2
 
 
-@pytest.mark.parametrize("damage", ["a flipped bit", "cut short", "another file", "records swapped"])
+@pytest.mark.parametrize("damage", ["a flipped bit", "cut short", "another file", "of another base", "records swapped"])
 def test_a_damaged_record_is_computed_anew(in_file, damage):
     expected = in_file.states()[everyone(in_file)]
     (file,) = in_file.folder.iterdir()
     content, count = bytearray(file.read_bytes()), len(expected)
     size = len(content) // count
-    if damage == "a flipped bit":
+    if damage == "of another base":
+        in_file.states(base_hash="b")[everyone(in_file)]
+        (other,) = set(in_file.folder.iterdir()) - {file}
+        content = other.read_bytes()
+    elif damage == "a flipped bit":
         content[len(content) // 2] ^= 4
     elif damage == "cut short":
         content = content[:-8]
@@ -237,7 +241,8 @@ def test_a_damaged_record_is_computed_anew(in_file, damage):
     file.write_bytes(content)
     in_file.computed.clear()
     np.testing.assert_array_equal(in_file.states()[everyone(in_file)], expected)
-    assert len(in_file.computed) == {"another file": count, "records swapped": 2}.get(damage, 1)
+    anew = {"another file": count, "of another base": count, "records swapped": 2}
+    assert len(in_file.computed) == anew.get(damage, 1)
 
 
 def test_a_full_disk_is_one_clear_line(in_file, monkeypatch):

@@ -5,7 +5,7 @@ import sys
 from fast_runs import command
 
 from experiments import _cli, fedmezo
-from fedmezo_jax.run.config import RunConfig, paper_config
+from fedmezo_jax.run.config import RunConfig, paper_config, recipe_of
 
 
 def parsed(monkeypatch, *argv):
@@ -33,3 +33,10 @@ def test_a_recipe_and_a_config_are_refused_together(steady, tmp_path, monkeypatc
     (line,) = capsys.readouterr().err.splitlines()
     assert "recipe" in line
     assert not (tmp_path / "out").exists()
+
+
+def test_a_configuration_is_of_the_recipe_whose_options_it_has():
+    assert recipe_of(RunConfig(rounds=3, model="smollm2-135m")) == "fast"
+    assert recipe_of(paper_config(clients=3)) == "paper"
+    assert recipe_of(RunConfig(estimator="backward-gradient")) is None
+    assert recipe_of(paper_config(learning_rate=2e-3)) is None
