@@ -131,7 +131,7 @@ def _smollm2_methods() -> Methods:
         "forward gradient, n = 10, up and down, last 1": ({**forward, **last}, (7.5e-3, 1.5e-2, 3e-2, 6e-2)),
         "backward gradient, n = 40, up and down, last 1": (
             {**forward, **last, "estimator": "backward-gradient", "directions": 40},
-            (1e-2, 2e-2, 4e-2),
+            (5e-3, 1e-2, 2e-2, 4e-2),
         ),
         "back-propagation, up and down, last 1": ({"algorithm": "fedavg", **last}, (5e-2, 1e-1, 2e-1)),
     }

@@ -26,7 +26,9 @@ def equal_compute_lines(rows):
         states = row["hidden_states_to_its_loss"]
         reached += f" | {states:.2f}" if states else " | –"
         label, drop = row["variant"].rpartition(", η = ")[0], f"{row['drop_over_its_drop']:.2f}"
-        lines.append(f"| {label} | {row['rounds']} | {loss} | {drop} | {reached} | {row['numbers_up'] or '–'} |")
+        seconds = row["rounds"] * row["seconds_per_round"]
+        run = f"{row['rounds']} | {seconds:.0f}" if seconds >= 10 else f"{row['rounds']} | {seconds:.1f}"
+        lines.append(f"| {label} | {run} | {loss} | {drop} | {reached} | {row['numbers_up'] or '–'} |")
         by_label[label] = row
     return lines, by_label
 
@@ -173,7 +175,8 @@ def test_methods_on_codealpaca_are_those_of_the_results():
     method, rate = slopes["variant"].rsplit(", η = ")
     spent = f"{slopes['drop_over_its_drop']:.2f} | {slopes['compute_to_its_loss']:.2f}"
     spent += f" | {slopes['hidden_states_to_its_loss']:.2f} | {slopes['numbers_up']}"
-    line = f"| {method} | {slopes['rounds']} | {slopes['loss_after']:.3f} (η = {rate}, not swept) | {spent} |"
+    run = f"{slopes['rounds']} | {slopes['rounds'] * slopes['seconds_per_round']:.0f}"
+    line = f"| {method} | {run} | {slopes['loss_after']:.3f} (η = {rate}, not swept) | {spent} |"
     assert [published, line] in tables_of("A real model")
     assert {row["seeds"] for row in rows} == {1}
     of_paper = {row["variant"].rpartition(" = ")[2]: row["loss_after"] for row in rows if row["numbers_up"] == 10}
