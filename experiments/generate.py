@@ -15,7 +15,7 @@ import tyro
 
 from experiments import _cli
 from fedmezo_jax.data.examples import Example
-from fedmezo_jax.data.prompts import prompt_ids, text_ids
+from fedmezo_jax.data.prompts import Style, prompt_ids, text_ids
 from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.checkpoints.adapter import load_adapter
 from fedmezo_jax.llama.checkpoints.base_model import load_base
@@ -37,7 +37,9 @@ class Config:
     adapter: Path | None = None
     """folder of a LoRA adapter, as PEFT or the main job writes it"""
     instruct: tyro.conf.FlagCreatePairsOff[bool] = False
-    """put each prompt as the instruction into the Alpaca prompt, on which adapters are trained"""
+    """put each prompt as the instruction into the prompt style on which the adapter was trained"""
+    prompt_style: Style = "alpaca"
+    """that style: alpaca, plain, question-answer or chat, as in experiments.fedmezo"""
     max_new_tokens: int = 64
     """most tokens to add to each prompt"""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -52,6 +54,8 @@ class Config:
     def __post_init__(self):
         """Checks the options."""
         check_eight_bit(self.eight_bit_products, self.base)
+        if self.prompt_style != "alpaca" and not self.instruct:
+            raise UserError(f"--prompt-style {self.prompt_style} is for instructions: add --instruct")
 
 
 def main(config: Config) -> None:
@@ -64,7 +68,7 @@ def main(config: Config) -> None:
     adapter = None if config.adapter is None else load_adapter(config.adapter, llama)
     scale, trained = (1.0, None) if adapter is None else (adapter.alpha / adapter.rank, adapter.trained)
     if config.instruct:
-        tokens = prompt_ids([Example(text, "", "", "") for text in config.prompt], tokenizer, "alpaca")
+        tokens = prompt_ids([Example(text, "", "", "") for text in config.prompt], tokenizer, config.prompt_style)
     else:
         tokens = text_ids(config.prompt, tokenizer)
     base = load_base(folder, llama, *held_as(config))

@@ -16,6 +16,7 @@ from experiments import evaluate, generate
 from fedmezo_jax.data.encode import encode
 from fedmezo_jax.data.examples import Example
 from fedmezo_jax.data.prompts import prompt, prompt_ids, text_ids
+from fedmezo_jax.errors import UserError
 from fedmezo_jax.llama.checkpoints.base_model import load_base, save_base
 from fedmezo_jax.llama.config import LlamaConfig
 from fedmezo_jax.llama.registry import load_tokenizer
@@ -108,6 +109,10 @@ def test_the_commands_give_the_model_the_ids_of_training(tmp_path, monkeypatch, 
     generate.main(generate.Config(prompt=(prompt(NAME),), **usual))
     evaluate.main(evaluate.Config(data=str(data), metric="gsm8k", test_examples=0, max_length=300, **usual))
     assert given == [[1, *spelled(f" {prompt(NAME)}")]] * 3
+    generate.main(generate.Config(prompt=(NAME.instruction,), instruct=True, prompt_style="plain", **usual))
+    assert given[3] == [1, *spelled(f" {prompt(NAME, 'plain')}")]
+    with pytest.raises(UserError, match="--prompt-style plain is for instructions: add --instruct"):
+        generate.Config(prompt=(NAME.instruction,), prompt_style="plain")
 
 
 def test_a_response_is_tokenised_apart_from_its_prompt(llama2):
