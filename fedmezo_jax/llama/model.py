@@ -300,16 +300,29 @@ class Llama(nn.Module):
             at = layer - start + row
             return block.apply({"params": weights}, x, lora, at, own_rope, perturbation, window, layout)[0]
 
-        def run_layer(x, layer_and_lora):
+        def first_layer(_, lora, x_and_frozen):
+            x, frozen = x_and_frozen
+            return apply(x, lora, frozen)
+
+        def run_layer(x, layer_and_lora, is_first=False):
             layer, lora = layer_and_lora
             frozen = stacked, layer, rope, layout
             if perturbation is not None and perturbation.tangent and x.size >= tangents.LEAST_ROWS * x.shape[-1]:
-                return tangents.one_by_one(apply)(x, lora, frozen, perturbation, layer - start + row), None
+                moving = perturbation, layer - start + row
+                if is_first:
+                    return tangents.one_by_one(first_layer)((), lora, (x, frozen), *moving), None
+                return tangents.one_by_one(apply)(x, lora, frozen, *moving), None
             return apply(x, lora, frozen, perturbation), None
 
+        layers = jnp.arange(start, stop), lora or {}
+        if perturbation is not None and perturbation.tangent and row == 0:
+            # What enters the first trained layer has no tangent, and so has nothing in it before its first adapter. In
+            # the loop over layers all of it would have one.
+            x, _ = run_layer(x, jax.tree.map(itemgetter(0), layers), is_first=True)
+            layers = jax.tree.map(itemgetter(slice(1, None)), layers)
         policy = None if self.checkpointed else jax.checkpoint_policies.save_anything_except_these_names("weights")
         run_layer = jax.checkpoint(run_layer, prevent_cse=False, policy=policy)
-        return jax.lax.scan(run_layer, x, (jnp.arange(start, stop), lora or {}))[0]
+        return jax.lax.scan(run_layer, x, layers)[0]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Final norm and head: ``[..., D]`` to ``[..., V]``, float32."""

@@ -21,13 +21,13 @@ at once take little memory, and their products are larger."""
 
 
 def one_by_one(
-    layer: Callable[[jax.Array, Params, Any], jax.Array],
-) -> Callable[[jax.Array, Params, Any, Perturbation, jax.Array], jax.Array]:
+    layer: Callable[[Any, Params, Any], jax.Array],
+) -> Callable[[Any, Params, Any, Perturbation, jax.Array], jax.Array]:
     """Gives a layer a derivative that a ``vmap`` over directions computes in a loop.
 
     Args:
-        layer: ``layer(x, lora, frozen)``, with x ``[B, S, D]``, the layer's LoRA parameters, and a pytree that is not
-            differentiated.
+        layer: ``layer(x, lora, frozen)``, with x ``[B, S, D]`` or another pytree that has tangents, the layer's LoRA
+            parameters, and a pytree that is not differentiated.
 
     Returns:
         ``moved(x, lora, frozen, perturbation, row)``: the layer at ``lora``, with the tangent along

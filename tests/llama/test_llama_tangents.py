@@ -132,11 +132,17 @@ def products_by_loop(jaxpr, shape, loops=0):
             yield from products_by_loop(inner, shape, loops + (equation.primitive.name == "scan"))
 
 
-def test_a_layer_s_own_products_are_computed_once_for_all_directions(in_a_loop):
-    """Two of them are of the residual stream with an MLP's kernel: gate and up, and once more for each tangent."""
+@pytest.mark.parametrize(("least_rows", "of_tangents"), [(1, 2), (10**6, 1)], ids=["in a loop", "all at once"])
+def test_a_layer_s_own_products_are_computed_once_for_all_directions(least_rows, of_tangents, monkeypatch):
+    """Two of them are of the residual stream with an MLP's kernel: gate and up.
+
+    The first layer has them alone: its tangents begin at the adapter of up. In the others, which a loop runs, there are
+    the same two for each tangent, in one more loop or for all of them at once.
+    """
+    monkeypatch.setattr(tangents, "LEAST_ROWS", least_rows)
     config = LlamaConfig.from_json(TINY)
     base, lora = load_base(TINY, config, "float32"), init_lora(KEY, config, 4, ("up_proj", "down_proj"))
     one = partial(ESTIMATOR.estimate, point_loss_of(Llama(config), base), lora)
     program = jax.make_jaxpr(one)(jax.tree.map(jnp.asarray, random_rows(2)), KEY)
     kernel = (config.hidden_size, config.intermediate_size)
-    assert sorted(products_by_loop(program.jaxpr, kernel)) == [1, 1, 2, 2]
+    assert sorted(products_by_loop(program.jaxpr, kernel)) == [0, 0, 1, 1, of_tangents, of_tangents]
