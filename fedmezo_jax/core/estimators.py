@@ -85,8 +85,9 @@ class ForwardGradient(AlongDirections):
     """Exact slopes g_k = ⟨∇L, z_k⟩ along n directions by forward-mode differentiation (arXiv 2202.08587, 2405.15551).
 
     The n tangents share one evaluation of the loss, so that a step costs about 1 + n forward passes, where
-    :class:`TwoPoint` takes 2n. No μ is needed, nothing is stored for a backward pass, and rounding is relative to the
-    tangent, which sixteen bits stand well. μ is not used. Its loss is a :data:`mezo.PointLoss`.
+    :class:`TwoPoint` takes 2n. In the first trained layer it costs less, since tangents begin at the layer's adapters.
+    Nothing is stored for a backward pass, and rounding is relative to the tangent, so that sixteen bits are enough.
+    μ is not used. Its loss is a :data:`mezo.PointLoss`.
     """
 
     def estimate(self, loss: Any, params: Params, batch: Any, key: jax.Array) -> Estimate:
