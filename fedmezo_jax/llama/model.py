@@ -319,6 +319,8 @@ class Llama(nn.Module):
             # What enters the first trained layer has no tangent, and so has nothing in it before its first adapter. In
             # the loop over layers all of it would have one.
             x, _ = run_layer(x, jax.tree.map(itemgetter(0), layers), is_first=True)
+            if stop - start == 1:
+                return x
             layers = jax.tree.map(itemgetter(slice(1, None)), layers)
         policy = None if self.checkpointed else jax.checkpoint_policies.save_anything_except_these_names("weights")
         run_layer = jax.checkpoint(run_layer, prevent_cse=False, policy=policy)
